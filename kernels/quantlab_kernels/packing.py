@@ -1,0 +1,35 @@
+"""INT4 codes to 32-bit words and back, in the layout of compressed-tensors' `pack-quantized` checkpoints.
+
+Element i of a row sits in bits ``4 * (i % 8)`` to ``4 * (i % 8) + 3`` of word ``i // 8``, as ``code + 8``: lowest
+nibble first, rows of K, no interleave. A row whose length is not a multiple of 8 is padded with code 0 (nibble 8).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_PER_WORD = 8
+
+
+def pack_int4(codes: Tensor) -> Tensor:
+    """codes [N, K] int8 in -8..7 -> words [N, ceil(K / 8)] int32."""
+    if codes.dtype != torch.int8 or codes.ndim != 2:
+        raise ValueError(f"pack_int4: got {codes.dtype} {tuple(codes.shape)}, needs int8 with two dimensions")
+    if codes.numel() and (int(codes.min()) < -8 or int(codes.max()) > 7):
+        raise ValueError(f"pack_int4: codes reach from {int(codes.min())} to {int(codes.max())}, needs -8 to 7")
+    padded = torch.nn.functional.pad(codes, (0, -codes.shape[1] % _PER_WORD))
+    nibbles = (padded.to(torch.int64) + 8).unflatten(1, (-1, _PER_WORD))
+    shifts = torch.arange(0, 32, 4, device=codes.device)
+    words = (nibbles << shifts).sum(dim=2)  # 0 to 2**32 - 1
+    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+
+
+def unpack_int4(words: Tensor, columns: int) -> Tensor:
+    """words [N, ceil(columns / 8)] int32 -> codes [N, columns] int8 in -8..7. Inverse of `pack_int4`."""
+    if words.dtype != torch.int32 or words.ndim != 2 or words.shape[1] != -(-columns // _PER_WORD):
+        needed = -(-columns // _PER_WORD)
+        raise ValueError(f"unpack_int4: got {words.dtype} {tuple(words.shape)}, needs int32 [N, {needed}]")
+    shifts = torch.arange(0, 32, 4, device=words.device, dtype=torch.int32)
+    nibbles = (words.unsqueeze(2) >> shifts) & 0xF
+    return (nibbles.flatten(1)[:, :columns] - 8).to(torch.int8)

@@ -1,0 +1,240 @@
+"""What is quantized how: a `Scheme` for one layer, a `Recipe` for a model. Values only; nothing here touches a model.
+
+One TOML file is one experiment:
+
+    scheme = "fp8-block"
+
+    [[layers]]                       # the first match wins
+    match = "model.layers.0.*"       # a glob over module names, or "re:" and a regular expression
+    scheme = "none"                  # leave alone
+
+    [calibration]
+    data = "bundled"
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import re
+import tomllib
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from quantlab.errors import UsageError
+from quantlab_kernels.formats import E4M3
+from quantlab_kernels.qtensor import TensorSpec
+
+__all__ = ["SCHEMES", "Calibration", "Recipe", "Rule", "Scheme", "TensorSpec", "scheme_named"]
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How one linear layer is stored and computed.
+
+    name    as the user writes it
+    weight  spec of the weight [N, K]
+    input   spec of the activation [M, K], or None for 16-bit activations
+    layout  on-disk format: "fp8" is Hugging Face's `quant_method: fp8`; the others are compressed-tensors formats
+    about   one line for `--help` and messages
+    """
+
+    name: str
+    weight: TensorSpec
+    input: TensorSpec | None
+    layout: Literal["fp8", "float-quantized", "pack-quantized"]
+    about: str
+
+    @property
+    def alignment(self) -> tuple[int, int]:
+        """(N, K) of a weight must be multiples of these for every reader to load it."""
+        rows, columns = self.weight.block
+        return max(rows, 1), max(columns, 1)
+
+
+SCHEMES: dict[str, Scheme] = {
+    s.name: s
+    for s in (
+        Scheme(
+            "fp8-block",
+            weight=TensorSpec(E4M3, (128, 128), scale="power2"),
+            input=TensorSpec(E4M3, (1, 128), dynamic=True),
+            layout="fp8",
+            about="E4M3 weights in 128x128 blocks, E4M3 activations in groups of 128 (DeepSeek-V3)",
+        ),
+        Scheme(
+            "fp8-dynamic",
+            weight=TensorSpec(E4M3, (1, -1)),
+            input=TensorSpec(E4M3, (1, -1), dynamic=True),
+            layout="float-quantized",
+            about="E4M3 weights with a scale per row, E4M3 activations with a scale per token",
+        ),
+    )
+}
+
+
+def did_you_mean(given: str, known: Iterable[str]) -> str:
+    """The tail of an error message about an unknown name."""
+    known = sorted(known)
+    close = difflib.get_close_matches(given, known, n=1, cutoff=0.5)
+    hint = f"; did you mean {close[0]!r}?" if close else "."
+    return f"known: {', '.join(known)}{hint}"
+
+
+def scheme_named(name: str) -> Scheme | None:
+    """The scheme of this name; None for "none", which leaves a layer alone. Raises UsageError for anything else."""
+    if name == "none":
+        return None
+    if name not in SCHEMES:
+        raise UsageError(f"unknown scheme {name!r}; {did_you_mean(name, [*SCHEMES, 'none'])}")
+    return SCHEMES[name]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One line of a recipe: modules whose name matches get the scheme ("none" leaves them alone)."""
+
+    match: str
+    scheme: str
+
+    def __post_init__(self) -> None:
+        scheme_named(self.scheme)
+        if self.match.startswith("re:"):
+            try:
+                re.compile(self.match[3:])
+            except re.error as error:
+                raise UsageError(f"pattern {self.match!r} is not a regular expression: {error}") from None
+
+    def matches(self, module: str) -> bool:
+        if self.match.startswith("re:"):
+            return re.search(self.match[3:], module) is not None
+        return fnmatch.fnmatchcase(module, self.match)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The data of a calibration pass, and what it is used for.
+
+    data         "bundled", a local text or JSONL file, or a `datasets` name ("name", "name:config" or "name:config:split")
+    samples      number of sequences
+    length       tokens per sequence
+    seed         of the choice of sequences
+    activations  "dynamic": 1x128 scales computed at run time; "static": from the pass, kept in a side file of ours
+    """
+
+    data: str = "bundled"
+    samples: int = 64
+    length: int = 512
+    seed: int = 0
+    activations: Literal["dynamic", "static"] = "dynamic"
+
+    def __post_init__(self) -> None:
+        if self.samples < 1 or self.length < 2:
+            raise UsageError(f"calibration of {self.samples} x {self.length} tokens: needs 1 x 2 at least")
+        if self.activations not in ("dynamic", "static"):
+            raise UsageError(f"activations = {self.activations!r}; known: dynamic, static.")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Which scheme each layer gets. `rules` are tried in order, then `scheme` holds for the rest."""
+
+    scheme: str = "fp8-block"
+    rules: tuple[Rule, ...] = ()
+    calibration: Calibration | None = None
+    power2_scales: bool | None = field(default=None)  # None: as the scheme says
+
+    def __post_init__(self) -> None:
+        layouts = {s.layout for s in self.schemes()}
+        if not layouts:
+            raise UsageError("the recipe quantizes nothing: every scheme in it is 'none'")
+        if len(layouts) > 1:
+            names = ", ".join(sorted(s.name for s in self.schemes()))
+            raise UsageError(f"one checkpoint holds one on-disk format, the recipe mixes {names}; choose one of them")
+
+    def schemes(self) -> tuple[Scheme, ...]:
+        """The distinct schemes that the recipe can give."""
+        names = dict.fromkeys([self.scheme, *(rule.scheme for rule in self.rules)])
+        return tuple(s for s in map(scheme_named, names) if s is not None)
+
+    @property
+    def layout(self) -> str:
+        return self.schemes()[0].layout
+
+    def scheme_for(self, module: str) -> tuple[Scheme | None, str]:
+        """The scheme of a module and the reason where it is None."""
+        for rule in self.rules:
+            if rule.matches(module):
+                return scheme_named(rule.scheme), f"recipe: {rule.match}"
+        return scheme_named(self.scheme), "recipe"
+
+    @classmethod
+    def from_toml(cls, path: Path) -> Recipe:
+        """Read a recipe. Raises UsageError that names the file and the key for anything that does not fit."""
+        try:
+            data = tomllib.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise UsageError(f"recipe {path}: {error.strerror}") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise UsageError(f"recipe {path}: not TOML: {error}") from None
+        try:
+            return cls.from_dict(data)
+        except UsageError as error:
+            raise UsageError(f"recipe {path}: {error}") from None
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Recipe:
+        data = dict(data)
+        rules = tuple(_build(Rule, entry, "layers") for entry in data.pop("layers", []))
+        calibration = data.pop("calibration", None)
+        if calibration is not None:
+            data["calibration"] = _build(Calibration, calibration, "calibration")
+        return _build(cls, data | {"rules": rules}, "recipe")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data that `from_dict` reads back; also what `to_toml` writes."""
+        data: dict[str, Any] = {"scheme": self.scheme}
+        if self.power2_scales is not None:
+            data["power2_scales"] = self.power2_scales
+        data["layers"] = [asdict(rule) for rule in self.rules]
+        if self.calibration is not None:
+            data["calibration"] = asdict(self.calibration)
+        return data
+
+    def to_toml(self) -> str:
+        data = self.to_dict()
+        rules, calibration = data.pop("layers"), data.pop("calibration", {})
+        lines = [f"{key} = {_toml(value)}" for key, value in data.items()]
+        for rule in rules:
+            lines += ["", "[[layers]]", *(f"{key} = {_toml(value)}" for key, value in rule.items())]
+        if calibration:
+            lines += ["", "[calibration]", *(f"{key} = {_toml(value)}" for key, value in calibration.items())]
+        return "\n".join(lines) + "\n"
+
+
+def _build(kind: type, data: Any, where: str) -> Any:
+    """Construct a dataclass from parsed TOML, with a message about the key where one does not belong."""
+    if not isinstance(data, dict):
+        raise UsageError(f"[{where}]: got {data!r}, needs a table")
+    known = {f.name: str(f.type) for f in fields(kind)}
+    for key, value in data.items():
+        if key not in known:
+            raise UsageError(f"[{where}]: unknown key {key!r}; {did_you_mean(key, known)}")
+        wanted = {"str": str, "int": int, "bool | None": bool}.get(known[key])
+        if wanted is not None and type(value) is not wanted:
+            raise UsageError(f"[{where}]: {key} = {value!r}, needs {wanted.__name__}")
+    try:
+        return kind(**data)
+    except TypeError as error:
+        raise UsageError(f"[{where}]: {error}") from None
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int):
+        return str(value)
+    escaped = str(value).replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"'
