@@ -1,0 +1,41 @@
+# One-word tasks. `make demo` and `make test` are all a new checkout needs; both install what is missing first.
+#
+# TORCH chooses the torch requirement, with any pip options: make test TORCH=torch==2.13.0
+# CUDA=1 allows an install that brings the CUDA packages to a machine without a GPU.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+ROOM ?= gemm_fp8_block
+VENV ?= .venv
+RUN = $(VENV)/bin/python
+
+.PHONY: setup check test gpu bench tune demo
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml Makefile
+	$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) tools/guard_torch.py "$(VENV)/bin/python" "$(CUDA)" $(TORCH)
+	$(RUN) -m pip install --quiet --disable-pip-version-check $(TORCH)
+	$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+check: setup
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+test: setup
+	$(RUN) -m pytest
+
+# On a machine with a GPU, with the python that has torch there: a test that skips fails.
+gpu:
+	PYTHONPATH=.:kernels:calib $(PYTHON) -m pytest -m gpu --require-gpu
+
+bench:
+	PYTHONPATH=.:kernels:calib $(PYTHON) -m quantlab.cli bench $(ROOM)
+
+tune:
+	PYTHONPATH=.:kernels:calib $(PYTHON) -m quantlab.cli tune $(ROOM)
+
+demo: setup
+	$(VENV)/bin/quantlab demo

@@ -1,0 +1,37 @@
+"""The command line: commands parse, call and print. torch is imported inside commands, so that `--help` is instant."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from quantlab.cli import checkpoints, demo, kernels, quality
+from quantlab.errors import QuantlabError
+
+app = typer.Typer(
+    name="quantlab",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Quantize the linear and attention layers of Hugging Face models, and run them fast.",
+    epilog="Exit codes: 0 ok, 2 usage, 3 refused before work, 4 verification or quality gate failed.",
+)
+
+for group in (checkpoints, quality, kernels, demo):
+    for command in group.COMMANDS:
+        app.command()(command)
+
+
+def main() -> None:
+    """Entry point: errors that a user can mend become one line on stderr and their exit code."""
+    try:
+        app()
+    except QuantlabError as error:
+        print(f"quantlab: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("quantlab: interrupted; the same command continues where it stopped", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(1)

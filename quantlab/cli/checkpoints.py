@@ -1,0 +1,170 @@
+"""Commands on checkpoints: quantize, plan, verify, convert."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from typer import Argument, Option
+
+from quantlab.cli.output import Format, print_json, print_table, progress, size
+from quantlab.errors import UsageError, VerificationError
+
+if TYPE_CHECKING:
+    from quantlab.pipeline import Summary
+    from quantlab.preflight import Plan
+    from quantlab.scheme import Recipe
+
+Model = Annotated[str, Argument(metavar="MODEL", help="A hub id or a folder.", show_default=False)]
+SchemeName = Annotated[str | None, Option("--scheme", help="fp8-block (default) or fp8-dynamic.", show_default=False)]
+RecipeFile = Annotated[Path | None, Option("--recipe", help="A TOML recipe instead of --scheme.", show_default=False)]
+Ignore = Annotated[list[str], Option("--ignore", help="Leave modules alone: a glob, or re:REGEX. Repeatable.")]
+Calib = Annotated[
+    str | None,
+    Option("--calib", metavar="DATA", help="Calibrate on: bundled, a text or JSONL file, or a datasets name.", show_default=False),
+]
+Samples = Annotated[int, Option("--calib-samples", help="Sequences of calibration data.")]
+Length = Annotated[int, Option("--calib-length", help="Tokens per sequence.")]
+Seed = Annotated[int, Option("--seed", help="Of the choice of calibration sequences.")]
+Activations = Annotated[str, Option("--activations", help="Activation scales: dynamic, or static (needs --calib).")]
+Output = Annotated[Path | None, Option("-o", "--output", help="Folder to make [MODEL's name plus the scheme].", show_default=False)]
+Device = Annotated[str, Option("--device", help="auto, cpu, cuda or cuda:N.")]
+Workers = Annotated[int | None, Option("--workers", min=1, help="Tensors in flight at once [by cores].", show_default=False)]
+Revision = Annotated[str | None, Option("--revision", help="Branch, tag or commit on the hub.", show_default=False)]
+RemoteCode = Annotated[bool, Option("--trust-remote-code", help="Run the Python files that come with the model.")]
+Overwrite = Annotated[bool, Option("--overwrite", help="Replace an output that exists.")]
+OutputFormat = Annotated[Format, Option("--format", help="human or json.")]
+
+
+def quantize(
+    model: Model,
+    scheme: SchemeName = None,
+    output: Output = None,
+    recipe: RecipeFile = None,
+    ignore: Ignore = [],  # noqa: B006  typer reads the default and never mutates it
+    calib: Calib = None,
+    calib_samples: Samples = 64,
+    calib_length: Length = 512,
+    seed: Seed = 0,
+    activations: Activations = "dynamic",
+    device: Device = "auto",
+    workers: Workers = None,
+    overwrite: Overwrite = False,
+    revision: Revision = None,
+    trust_remote_code: RemoteCode = False,
+    format: OutputFormat = Format.human,
+) -> None:
+    """Quantize a model into a checkpoint that loads everywhere.
+
+    Data-free unless --calib is given. Runs shard by shard and never holds the model. The same command continues an
+    interrupted run; the output appears only when it is whole and verified.
+    """
+    from quantlab import pipeline
+
+    chosen = _recipe(scheme, recipe, ignore, calib, calib_samples, calib_length, seed, activations)
+    with progress(format is Format.human) as callback:
+        summary = pipeline.quantize(
+            model,
+            chosen,
+            output,
+            device=device,
+            workers=workers,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            progress=callback,
+            overwrite=overwrite,
+        )
+    _show_summary(summary, format)
+
+
+def plan(
+    model: Model,
+    scheme: SchemeName = None,
+    recipe: RecipeFile = None,
+    ignore: Ignore = [],  # noqa: B006
+    revision: Revision = None,
+    trust_remote_code: RemoteCode = False,
+    format: OutputFormat = Format.human,
+) -> None:
+    """Show what quantize would do, from the config and the file headers alone."""
+    from quantlab import pipeline
+
+    made = pipeline.plan(model, _recipe(scheme, recipe, ignore), revision=revision, trust_remote_code=trust_remote_code)
+    _show_plan(made, format)
+
+
+def verify(
+    folder: Annotated[Path, Argument(metavar="DIR", help="A quantized checkpoint.", show_default=False)],
+    format: OutputFormat = Format.human,
+) -> None:
+    """Check a checkpoint: hashes, names, shapes, scales, and the rules of every loader."""
+    from quantlab.verify import verify as check
+
+    result = check(folder)
+    if format is Format.json:
+        print_json(result.to_dict())
+    else:
+        print_table(str(folder), ("check", "result"), result.rows())
+    if result.problems:
+        raise VerificationError(f"{folder}: {len(result.problems)} problems, the first: {result.problems[0]}")
+
+
+def convert(
+    folder: Annotated[Path, Argument(metavar="DIR", help="A quantized checkpoint.", show_default=False)],
+    to: Annotated[str, Option("--to", help="fp8 (Hugging Face), compressed-tensors or bf16.", show_default=False)],
+    output: Output = None,
+    overwrite: Overwrite = False,
+    format: OutputFormat = Format.human,
+) -> None:
+    """Rewrite a checkpoint in another on-disk format, or back to bf16."""
+    from quantlab.convert import convert as rewrite
+
+    with progress(format is Format.human) as callback:
+        summary = rewrite(folder, to, output, progress=callback, overwrite=overwrite)
+    _show_summary(summary, format)
+
+
+COMMANDS = (quantize, plan, verify, convert)
+
+
+def _recipe(
+    scheme: str | None,
+    file: Path | None,
+    ignore: list[str],
+    calib: str | None = None,
+    samples: int = 64,
+    length: int = 512,
+    seed: int = 0,
+    activations: str = "dynamic",
+) -> Recipe:
+    """The recipe that the options ask for; --ignore and --calib add to a recipe file."""
+    from quantlab.scheme import Calibration, Recipe, Rule
+
+    if scheme is not None and file is not None:
+        raise UsageError("--scheme and --recipe were both given; a recipe names its schemes, give one of the two")
+    recipe = Recipe.from_toml(file) if file is not None else Recipe(scheme or "fp8-block")
+    recipe = replace(recipe, rules=(*(Rule(pattern, "none") for pattern in ignore), *recipe.rules))
+    if calib is not None:
+        recipe = replace(recipe, calibration=Calibration(calib, samples, length, seed, activations))  # type: ignore[arg-type]
+    elif activations != "dynamic" and recipe.calibration is None:
+        raise UsageError(f"--activations {activations} needs data; add --calib bundled, or --calib FILE")
+    return recipe
+
+
+def _show_summary(summary: Summary, format: Format) -> None:
+    if format is Format.json:
+        print_json(summary.to_dict())
+        return
+    for title, header, rows in summary.tables(size):
+        print_table(title, header, rows)
+        print()
+
+
+def _show_plan(made: Plan, format: Format) -> None:
+    if format is Format.json:
+        print_json(made.to_dict())
+        return
+    for title, header, rows in made.tables(size):
+        print_table(title, header, rows)
+        print()
