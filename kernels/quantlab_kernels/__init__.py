@@ -1,1 +1,12 @@
-"""Number formats, quantized tensors and the kernels that compute with them. Needs torch and triton only."""
+"""Number formats, quantized tensors and the kernels that compute with them. Needs torch; triton only on a GPU.
+
+The ops are imported here and not on demand: a room has the name of its op, and only an import that is over before
+anybody else's makes `quantlab_kernels.gemm_fp8_block` the function and never the folder. It costs a few milliseconds
+on top of torch and touches no CUDA; backends (triton, compilers) load at their first launch.
+"""
+
+from quantlab_kernels.gemm_fp8_block.op import gemm_fp8_block
+from quantlab_kernels.gemm_fp8_row.op import gemm_fp8_row
+from quantlab_kernels.quantize_fp8.op import quantize_fp8_block, quantize_fp8_group, quantize_fp8_token
+
+__all__ = ["gemm_fp8_block", "gemm_fp8_row", "quantize_fp8_block", "quantize_fp8_group", "quantize_fp8_token"]

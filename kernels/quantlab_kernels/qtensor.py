@@ -137,7 +137,7 @@ def block_reduce(x: Tensor, block: tuple[int, int], how: Literal["amax", "amin",
 
 
 def expand_blocks(scale: Tensor, block: tuple[int, int], shape: torch.Size | tuple[int, ...]) -> Tensor:
-    """Inverse layout of `block_reduce`: one number per block back to one per element (broadcastable where it can be)."""
+    """Inverse layout of `block_reduce`: one number per block to one per element (broadcastable where possible)."""
     for dim, extent in enumerate(block):
         if extent not in (-1, 1):
             scale = scale.repeat_interleave(extent, dim=dim).narrow(dim, 0, shape[dim])

@@ -1,1 +1,1 @@
-"""What every kernel room shares: the operator library, backends, hardware facts, tuning tables, timing, error bounds."""
+"""What the kernel rooms share: the operator library, backends, hardware facts, tuning tables, timing, error bounds."""

@@ -1,0 +1,104 @@
+"""The op: checks (which are also its fake), the CPU way, and dispatch to a GPU backend."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quantlab_kernels.common.backends import Backends
+from quantlab_kernels.common.gemm import OUT_DTYPES, GemmProblem
+from quantlab_kernels.common.hardware import gpu_of
+from quantlab_kernels.common.ops import define
+from quantlab_kernels.gemm_fp8_row import reference
+
+# Order: see the README's table. `scaled_mm` takes what it wins, `triton` the rest.
+BACKENDS = Backends("gemm_fp8_row", ("scaled_mm", "triton", "eager"), last_resort="eager")
+
+
+def gemm_fp8_row(
+    a: Tensor,
+    a_scale: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    bias: Tensor | None = None,
+    *,
+    out_dtype: torch.dtype = torch.bfloat16,
+) -> Tensor:
+    """``out[M, N] = (a_scale * a) @ (b_scale * b).T + bias``; FP32 sums, promoted at least every 128 of K.
+
+    a        [M, K]  float8_e4m3fn   activations, row-major
+    a_scale  [M, 1]  float32
+    b        [N, K]  float8_e4m3fn   weight, row-major
+    b_scale  [N, 1]  float32
+    bias     [N] or None, any float dtype; added in float32 before the one rounding to `out_dtype`
+    out_dtype  bfloat16, float16 or float32
+
+    Any M, N and K; M = 0 gives an empty tensor. The usual fast path of row-wise FP8 (`use_fast_accum=True`) never
+    promotes and loses a quarter of a one-signed sum at K = 16384; no backend of this op takes it.
+    Within the error bound of `common.bounds`. Raises RuntimeError naming the shapes that disagree.
+    """
+    return _OP(a, a_scale, b, b_scale, bias, out_dtype)
+
+
+def check(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> None:
+    """Refuse what no backend takes. Shapes may be symbolic."""
+    fp8 = torch.float8_e4m3fn
+    torch._check(
+        a.dtype == fp8 and b.dtype == fp8, lambda: f"gemm_fp8_row: a is {a.dtype}, b is {b.dtype}, needs {fp8}"
+    )
+    torch._check(
+        a.dim() == 2 and b.dim() == 2 and a.shape[1] == b.shape[1],
+        lambda: f"gemm_fp8_row: a {tuple(a.shape)} and b {tuple(b.shape)} do not match, needs [M, K] and [N, K]",
+    )
+    for name, scale, rows in (("a_scale", a_scale, a.shape[0]), ("b_scale", b_scale, b.shape[0])):
+        torch._check(
+            scale.dtype == torch.float32 and tuple(scale.shape) == (rows, 1),
+            lambda n=name, s=scale, r=rows: f"gemm_fp8_row: {n} is {s.dtype} {tuple(s.shape)}, needs float32 {(r, 1)}",
+        )
+    if bias is not None:
+        torch._check(
+            bias.dtype.is_floating_point and tuple(bias.shape) == (b.shape[0],),
+            lambda: f"gemm_fp8_row: bias is {bias.dtype} {tuple(bias.shape)}, needs floats of shape {(b.shape[0],)}",
+        )
+    torch._check(out_dtype in OUT_DTYPES, lambda: f"gemm_fp8_row: out_dtype {out_dtype}, needs one of {OUT_DTYPES}")
+
+
+def problem_of(a: Tensor, b: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> GemmProblem:
+    """The problem that these operands on a GPU pose."""
+    return GemmProblem(a.shape[0], b.shape[0], a.shape[1], out_dtype, bias is not None, gpu_of(a).sm)
+
+
+def _fake(
+    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype
+) -> Tensor:
+    check(a, a_scale, b, b_scale, bias, out_dtype)
+    return a.new_empty((a.shape[0], b.shape[0]), dtype=out_dtype)
+
+
+def _cpu(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+    check(a, a_scale, b, b_scale, bias, out_dtype)
+    return reference.gemm(a, a_scale, b, b_scale, bias, torch.float32).to(out_dtype)
+
+
+def _cuda(
+    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype
+) -> Tensor:
+    out = _fake(a, a_scale, b, b_scale, bias, out_dtype)
+    if out.numel() == 0:
+        return out
+    if a.shape[1] == 0:
+        return out.zero_() if bias is None else out.copy_(bias.expand_as(out))
+    problem = problem_of(a, b, bias, out_dtype)
+    backend = BACKENDS.select(problem)
+    with torch.cuda.device(a.device):
+        backend.launch(
+            a.contiguous(), a_scale.contiguous(), b.contiguous(), b_scale.contiguous(), bias, out,
+            backend.config(problem),
+        )  # fmt: skip
+    return out
+
+
+_OP = define(
+    "gemm_fp8_row(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, Tensor? bias, ScalarType out_dtype) -> Tensor",
+    fake=_fake, cpu=_cpu, cuda=_cuda,
+)  # fmt: skip
