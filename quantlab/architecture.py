@@ -1,0 +1,181 @@
+"""What transformers would build from a config, and which of its modules each tensor of a checkpoint belongs to.
+
+The model is built on the meta device, and checkpoint names go through transformers' own conversion mapping, so the
+answer agrees with the loader of the installed version. Guessing modules from tensor names alone (the alternative, and
+what is left for architectures transformers does not know) cannot tell a router or a tied head from a layer.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+KINDS = ("linear", "expert", "router", "embedding", "head", "conv", "norm", "other")
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A checkpoint's tensors as transformers sees them. Tensors that it would ignore are in neither mapping.
+
+    kinds           checkpoint tensor -> one of `KINDS`. "expert" is the weight of routed experts, one matrix per
+                    expert or all of them in one 3-D tensor; "head" is the output layer and every linear layer that
+                    shares its weight; biases, scalars, layers that transformers keeps in 32 bits and weights that it
+                    rearranges while loading are "other"
+    modules         checkpoint tensor -> path of the module that owns it in transformers' tree
+    linear_modules  paths of every `nn.Linear`, tied heads included
+    class_name      the model class
+    """
+
+    kinds: dict[str, str]
+    modules: dict[str, str]
+    linear_modules: frozenset[str]
+    class_name: str
+
+
+def architecture(
+    folder: str | Path, tensor_names: Iterable[str], *, trust_remote_code: bool = False
+) -> Architecture | None:
+    """Look a checkpoint up in transformers: from `config.json` and names alone, no weights are read.
+
+    None where transformers cannot build the model: an unknown `model_type`, an unknown class in `architectures`, or
+    code in the repository that is not trusted.
+    """
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    model = meta_model(Path(folder), trust_remote_code)
+    if model is None:
+        return None
+    targets = load_targets(model, tensor_names)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    heads = _heads(model, modules)
+    float32 = [*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())]
+    kinds, paths = {}, {}
+    for name, target in targets.items():
+        path, _, leaf = target.parameter.rpartition(".")
+        kind = _kind(modules, path, leaf)
+        if kind == "linear" and path in heads:
+            kind = "head"
+        elif kind == "linear" and (target.rearranged or not should_convert_module(path, float32)):
+            kind = "other"
+        kinds[name], paths[name] = kind, path
+    return Architecture(kinds, paths, _linear_modules(modules), type(model).__name__)
+
+
+def meta_model(folder: Path, trust_remote_code: bool = False) -> Any:
+    """The model of `folder` without data, or None where transformers cannot build it."""
+    import torch
+    from transformers import AutoConfig
+
+    options = {"trust_remote_code": trust_remote_code, "local_files_only": True}
+    try:
+        config = AutoConfig.from_pretrained(folder, **options)
+        model_class = _model_class(folder, config, trust_remote_code)
+    except (KeyError, ValueError, ImportError, OSError):
+        return None
+    if model_class is None:
+        return None
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):
+        return model_class._from_config(config)
+
+
+def _model_class(folder: Path, config: Any, trust_remote_code: bool) -> Any:
+    import transformers
+
+    name = next(iter(getattr(config, "architectures", None) or []), None)
+    remote = {ref.rpartition(".")[2]: ref for ref in getattr(config, "auto_map", {}).values() if isinstance(ref, str)}
+    if name in remote and trust_remote_code:
+        from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+        return get_class_from_dynamic_module(remote[name], folder)
+    if name is not None:
+        return getattr(transformers, name, None)
+    return transformers.AutoModel._model_mapping.get(type(config))
+
+
+@dataclass(frozen=True)
+class LoadTarget:
+    """Where transformers puts one checkpoint tensor: the parameter or buffer of the model (several tensors may share
+    one), and whether its rows and columns are rearranged on the way, so that scales of blocks would not follow."""
+
+    parameter: str
+    rearranged: bool = False
+
+
+def load_targets(model: Any, names: Iterable[str]) -> dict[str, LoadTarget]:
+    """Checkpoint tensor -> where `model` takes it. Tensors that the model does not take are left out."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    state = model.state_dict()
+    targets = {}
+    for name in names:
+        renamed, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        if renamed not in state and name in state:
+            renamed, pattern = rename_source_key(name, [], [], model.base_model_prefix, state)
+        if renamed in state:
+            targets[name] = LoadTarget(renamed, pattern is not None and not keeps_rows_together(by_pattern[pattern]))
+    return targets
+
+
+def keeps_rows_together(converter: Any) -> bool:
+    """Whether a conversion only stacks, joins or splits along rows: then the same conversion holds for the scales."""
+    row_wise = {"Concatenate", "Chunk", "Split"}
+    return all(type(op).__name__ in row_wise and op.dim == 0 for op in converter.operations)
+
+
+def _heads(model: Any, modules: dict[str, Any]) -> set[str]:
+    """Paths of the output layer and of the modules whose weights are tied to others."""
+    output = model.get_output_embeddings()
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    paths = {name.rpartition(".")[0] for pair in tied.items() for name in pair}
+    return paths | {path for path, module in modules.items() if module is output}
+
+
+def _linear_modules(modules: dict[str, Any]) -> frozenset[str]:
+    from torch import nn
+
+    return frozenset(path for path, module in modules.items() if isinstance(module, nn.Linear))
+
+
+def _kind(modules: dict[str, Any], path: str, leaf: str) -> str:
+    from torch import nn
+
+    module = modules[path]
+    class_name = type(module).__name__
+    tensor = getattr(module, leaf)
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return "conv"
+    if "Norm" in class_name:
+        return "norm"
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    if tensor.ndim == 3 and re.search(r"(^|\.)\w*experts$", path):
+        return "expert"
+    if leaf != "weight" or tensor.ndim != 2:
+        return "other"
+    if _is_router(modules, path):
+        return "router"
+    if isinstance(module, nn.Linear):
+        return "linear"
+    return "other"
+
+
+def _is_router(modules: dict[str, Any], path: str) -> bool:
+    """A module with one output per expert, beside the experts or named for what it is."""
+    parent, _, name = path.rpartition(".")
+    if re.search(r"Router|Gate$", type(modules[path]).__name__):
+        return True
+    experts = modules.get(f"{parent}.experts")
+    if experts is None or not hasattr(modules[path], "weight"):
+        return False
+    counts = {p.shape[0] for p in experts.parameters(recurse=False) if p.ndim == 3}
+    return name in ("gate", "router") or modules[path].weight.shape[0] in counts
