@@ -100,7 +100,8 @@ def scale_of(amax: Tensor, spec: TensorSpec) -> Tensor:
     scale = (amax.to(torch.float32) / spec.format.max).clamp_min(torch.finfo(torch.float32).tiny)
     if spec.scale == "power2":
         mantissa, exponent = torch.frexp(scale)  # scale = mantissa * 2**exponent, 0.5 <= mantissa < 1
-        scale = torch.ldexp(torch.ones_like(scale), exponent - (mantissa == 0.5).to(exponent.dtype))
+        power2 = torch.ldexp(torch.ones_like(scale), exponent - (mantissa == 0.5).to(exponent.dtype))
+        scale = torch.where(scale.isfinite(), power2, scale)
     return torch.where(amax == 0, torch.ones_like(scale), scale)
 
 

@@ -1,0 +1,37 @@
+"""E4M3 in Triton: casts that equal `formats.E4M3` bit for bit, also on GPUs that have no FP8 unit (before sm_89).
+
+Triton refuses the type there, so such GPUs see codes as uint8 and use the integer versions below. All are tested over
+every code and against every neighbourhood of a rounding tie.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def saturate_e4m3(x):
+    """float32 clamped to ±448; NaN stays NaN."""
+    return tl.clamp(x, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def encode_e4m3(x):
+    """float32 -> e4m3 code in uint8: to nearest, ties to even, saturating; NaN gives 0x7f."""
+    bits = saturate_e4m3(x).to(tl.int32, bitcast=True)
+    magnitude = bits & 0x7FFFFFFF
+    # Below 2**-6 codes are multiples of 2**-9: adding 2**14, whose unit in the last place that is, rounds to them.
+    small = (magnitude.to(tl.float32, bitcast=True) + 16384.0).to(tl.int32, bitcast=True) - 0x46800000
+    # Above, drop 20 bits of the mantissa (adding half of a unit, less one where the kept part is even) and rebias.
+    normal = ((magnitude + 0x7FFFF + ((magnitude >> 20) & 1)) >> 20) - (120 << 3)
+    code = tl.where(magnitude < 0x3C800000, small, normal)
+    code = tl.where(magnitude > 0x7F800000, 0x7F, code | ((bits >> 24) & 0x80))
+    return code.to(tl.uint8)
+
+
+@triton.jit
+def decode_e4m3(code):
+    """e4m3 code in uint8 -> float16, exact."""
+    wide = code.to(tl.int16)
+    # The bits of e4m3 inside a float16 stand for the value times 2**-8, subnormals included.
+    value = (((wide & 0x80) << 8) | ((wide & 0x7F) << 7)).to(tl.float16, bitcast=True) * 256.0
+    return tl.where((wide & 0x7F) == 0x7F, float("nan"), value).to(tl.float16)

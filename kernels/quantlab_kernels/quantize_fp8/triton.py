@@ -1,0 +1,161 @@
+"""One pass over x: every element is read once, its code and the scale of its group are written once.
+
+Each program takes a tile of whole groups, so the absolute maximum needs no second pass and no atomics. Division by the
+scale is correctly rounded: multiplying by the reciprocal is cheaper, and off by one code in about one of 10**5 elements.
+Only rows too long for registers (more than `configs.LONGEST_ROW` columns, per token) are read twice, the second time from L2.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from quantlab_kernels.common.triton_fp8 import encode_e4m3, saturate_e4m3
+from quantlab_kernels.quantize_fp8.configs import Config, choose
+
+if TYPE_CHECKING:
+    from quantlab_kernels.quantize_fp8.op import Problem
+
+
+def supports(problem: Problem) -> str | None:
+    """Everything from sm_80 on."""
+    return None if problem.sm >= 80 else f"needs sm_80 or newer, the GPU is sm_{problem.sm}"
+
+
+@functools.cache
+def config(problem: Problem) -> Config:
+    return choose(problem)
+
+
+def launch(problem: Problem, x: Tensor, given: Tensor | None, codes: Tensor, scale: Tensor, config: Config) -> None:
+    """Fill codes [M, K] and scale; x may have any strides, `given` is None or broadcasts to the groups."""
+    native = problem.sm >= 89
+    codes = codes if native else codes.view(torch.uint8)
+    options = {"NATIVE": native, "num_warps": config.num_warps}
+    m, k = problem.m, problem.k
+    if problem.granularity == "token":
+        grid = (triton.cdiv(m, config.rows),)
+        _token_kernel[grid](
+            x, codes, scale, m, k, *x.stride(), config.rows, config.columns, k > config.columns, **options
+        )
+        return
+    given = scale if given is None else given.expand(scale.shape)
+    grid = (triton.cdiv(m, config.rows) * triton.cdiv(k, config.columns),)
+    kernel = _group_kernel if problem.granularity == "group" else _block_kernel
+    kernel[grid](
+        x, given, codes, scale, m, k, *x.stride(), *given.stride(), *scale.stride(),
+        problem.given, problem.power2, config.rows, config.columns // 128, **options,
+    )  # fmt: skip
+
+
+@triton.jit
+def _amax(values, axis: tl.constexpr):
+    """Largest magnitude along an axis. As integers, magnitudes order like the floats and NaN is above all of them."""
+    bits = values.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    return tl.max(bits, axis=axis).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _scale_of(amax, POWER2: tl.constexpr):
+    """`qtensor.scale_of` for E4M3."""
+    smallest = tl.full(amax.shape, 1.1754943508222875e-38, tl.float32)
+    scale = tl.maximum(tl.math.div_rn(amax, tl.full(amax.shape, 448.0, tl.float32)), smallest, tl.PropagateNan.ALL)
+    if POWER2:
+        bits = scale.to(tl.int32, bitcast=True)
+        rounded = ((bits + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
+        scale = tl.where(bits < 0x7F800000, rounded, scale)
+    return tl.where(amax == 0.0, 1.0, scale)
+
+
+@triton.jit
+def _store_codes(pointers, values, mask, NATIVE: tl.constexpr):
+    if NATIVE:
+        tl.store(pointers, saturate_e4m3(values).to(tl.float8e4nv), mask=mask)
+    else:
+        tl.store(pointers, encode_e4m3(values), mask=mask)
+
+
+@triton.jit
+def _group_kernel(
+    x_ptr, given_ptr, codes_ptr, scale_ptr, m, k, x_row, x_column, given_row, given_column, scale_row, scale_column,
+    GIVEN: tl.constexpr, POWER2: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr, NATIVE: tl.constexpr,
+):  # fmt: skip
+    """ROWS rows of GROUPS groups of 128 columns; one scale per row and group."""
+    column_tiles = tl.cdiv(k, 128 * GROUPS)
+    row = (tl.program_id(0) // column_tiles) * ROWS + tl.arange(0, ROWS)
+    first = (tl.program_id(0) % column_tiles) * GROUPS
+    column = first * 128 + tl.arange(0, GROUPS * 128)
+    group = first + tl.arange(0, GROUPS)
+    wide_row = row.to(tl.int64)
+    mask = (row[:, None] < m) & (column[None, :] < k)
+    x = tl.load(x_ptr + wide_row[:, None] * x_row + column[None, :] * x_column, mask=mask, other=0.0).to(tl.float32)
+    x = tl.reshape(x, (ROWS, GROUPS, 128))
+    scale_mask = (row[:, None] < m) & (group[None, :] * 128 < k)
+    if GIVEN:
+        scale = tl.load(
+            given_ptr + row[:, None] * given_row + group[None, :] * given_column, mask=scale_mask, other=1.0
+        )
+    else:
+        scale = _scale_of(_amax(x, 2), POWER2)
+    quotient = tl.math.div_rn(x, tl.broadcast_to(scale[:, :, None], (ROWS, GROUPS, 128)))
+    quotient = tl.reshape(quotient, (ROWS, GROUPS * 128))
+    _store_codes(codes_ptr + wide_row[:, None] * k + column[None, :], quotient, mask, NATIVE)
+    tl.store(scale_ptr + row[:, None] * scale_row + group[None, :].to(tl.int64) * scale_column, scale, mask=scale_mask)
+
+
+@triton.jit
+def _block_kernel(
+    x_ptr, given_ptr, codes_ptr, scale_ptr, m, k, x_row, x_column, given_row, given_column, scale_row, scale_column,
+    GIVEN: tl.constexpr, POWER2: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr, NATIVE: tl.constexpr,
+):  # fmt: skip
+    """One block of 128x128 with one scale; ROWS is 128 and GROUPS is 1."""
+    column_blocks = tl.cdiv(k, 128)
+    block_row = tl.program_id(0) // column_blocks
+    block_column = tl.program_id(0) % column_blocks
+    row = block_row * 128 + tl.arange(0, 128)
+    column = block_column * 128 + tl.arange(0, 128)
+    wide_row = row.to(tl.int64)
+    mask = (row[:, None] < m) & (column[None, :] < k)
+    x = tl.load(x_ptr + wide_row[:, None] * x_row + column[None, :] * x_column, mask=mask, other=0.0).to(tl.float32)
+    at = block_row * scale_row + block_column * scale_column + tl.arange(0, 1)
+    if GIVEN:
+        scale = tl.load(given_ptr + block_row * given_row + block_column * given_column + tl.arange(0, 1))
+    else:
+        scale = _scale_of(_amax(_amax(x, 1)[None, :], 1), POWER2)
+    quotient = tl.math.div_rn(x, tl.broadcast_to(scale[:, None], (128, 128)))
+    _store_codes(codes_ptr + wide_row[:, None] * k + column[None, :], quotient, mask, NATIVE)
+    tl.store(scale_ptr + at, scale)
+
+
+@triton.jit
+def _token_kernel(
+    x_ptr, codes_ptr, scale_ptr, m, k, x_row, x_column,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, LONG: tl.constexpr, NATIVE: tl.constexpr,
+):  # fmt: skip
+    """ROWS whole rows, in pieces of COLUMNS columns; where one piece is the row (not LONG), it stays in registers."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, COLUMNS)
+    wide_row = row.to(tl.int64)[:, None]
+    mask = (row[:, None] < m) & (column[None, :] < k)
+    x = tl.load(x_ptr + wide_row * x_row + column[None, :] * x_column, mask=mask, other=0.0).to(tl.float32)
+    amax = _amax(x, 1)
+    if LONG:
+        for start in range(COLUMNS, k, COLUMNS):
+            at = start + column[None, :]
+            piece = tl.load(x_ptr + wide_row * x_row + at * x_column, mask=(row[:, None] < m) & (at < k), other=0.0)
+            amax = tl.maximum(amax, _amax(piece.to(tl.float32), 1), tl.PropagateNan.ALL)
+    scale = _scale_of(amax, False)
+    tl.store(scale_ptr + row, scale, mask=row < m)
+    divisor = tl.broadcast_to(scale[:, None], (ROWS, COLUMNS))
+    _store_codes(codes_ptr + wide_row * k + column[None, :], tl.math.div_rn(x, divisor), mask, NATIVE)
+    if LONG:
+        for start in range(COLUMNS, k, COLUMNS):
+            at = start + column[None, :]
+            mask = (row[:, None] < m) & (at < k)
+            piece = tl.load(x_ptr + wide_row * x_row + at * x_column, mask=mask, other=0.0).to(tl.float32)
+            _store_codes(codes_ptr + wide_row * k + at, tl.math.div_rn(piece, divisor), mask, NATIVE)
