@@ -1,0 +1,128 @@
+"""What a module's `forward` does with its linear layers, read from its source.
+
+Layers that are called on one and the same variable can share its quantization and be computed as one GEMM; a gated MLP
+can quantize its product without writing it. Reading the source finds both in any architecture and needs neither a list
+of models nor a traced example; a `forward` that does not fit a pattern exactly is left as it is.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from functools import cache
+
+
+def shared_inputs(forward: object, layers: frozenset[str]) -> list[tuple[str, ...]]:
+    """Groups of two or more of `layers` (names of children) that `forward` calls on the same value, in call order.
+
+    "The same value" is one variable name with no assignment to it in between. A layer that is called twice, or on an
+    expression, belongs to no group.
+    """
+    tree = _parse(forward)
+    if tree is None:
+        return []
+    version: Counter[str] = Counter()
+    groups: dict[tuple[str, int], list[str]] = defaultdict(list)
+    calls: Counter[str] = Counter()
+    for event in _events(tree):
+        if isinstance(event, str):
+            version[event] += 1
+            continue
+        child = _self_attribute(event.func)
+        if child is None or child not in layers:
+            continue
+        calls[child] += 1
+        if len(event.args) == 1 and isinstance(event.args[0], ast.Name) and not event.keywords:
+            groups[event.args[0].id, version[event.args[0].id]].append(child)
+    found = (tuple(c for c in group if calls[c] == 1) for group in groups.values())
+    return [group for group in found if len(group) > 1]
+
+
+@dataclass(frozen=True)
+class GatedMlp:
+    """The children of ``down(act(gate(x)) * up(x))``."""
+
+    gate: str
+    up: str
+    down: str
+    act: str
+
+
+def gated_mlp(forward: object) -> GatedMlp | None:
+    """The gated MLP that `forward` is, if it takes one argument and does nothing else."""
+    tree = _parse(forward)
+    if tree is None or len(tree.args.args) != 2:
+        return None
+    argument = tree.args.args[1].arg
+    match _only_value(tree):
+        case ast.Call(func=down, args=[ast.BinOp(op=ast.Mult(), left=left, right=right)], keywords=[]):
+            for gated, plain in ((left, right), (right, left)):
+                names = (_activated(gated, argument), _called_on(plain, argument), _self_attribute(down))
+                if all(names):
+                    (act, gate), up, down_name = names
+                    return GatedMlp(gate, up, down_name, act)
+    return None
+
+
+@cache
+def _parse(forward: object) -> ast.FunctionDef | None:
+    try:
+        node = ast.parse(textwrap.dedent(inspect.getsource(forward))).body[0]  # type: ignore[arg-type]
+    except (OSError, TypeError, SyntaxError, IndexError):
+        return None  # no source: compiled, or made at run time
+    return node if isinstance(node, ast.FunctionDef) else None
+
+
+def _events(node: ast.AST) -> list[ast.Call | str]:
+    """Calls and assigned names in the order of evaluation: the right side of an assignment before its targets."""
+    events: list[ast.Call | str] = []
+    children = list(ast.iter_child_nodes(node))
+    if isinstance(node, ast.Assign):
+        children = [node.value, *node.targets]
+    elif isinstance(node, ast.AugAssign | ast.AnnAssign | ast.NamedExpr):
+        children = [child for child in (node.value, node.target) if child is not None]
+    for child in children:
+        events += _events(child)
+    if isinstance(node, ast.Call):
+        events.append(node)
+    elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store | ast.Del):
+        events.append(node.id)
+    return events
+
+
+def _self_attribute(node: ast.AST) -> str | None:
+    match node:
+        case ast.Attribute(value=ast.Name(id="self"), attr=name):
+            return name
+    return None
+
+
+def _called_on(node: ast.AST, argument: str) -> str | None:
+    """`name` of ``self.name(argument)``."""
+    match node:
+        case ast.Call(func=func, args=[ast.Name(id=given)], keywords=[]) if given == argument:
+            return _self_attribute(func)
+    return None
+
+
+def _activated(node: ast.AST, argument: str) -> tuple[str, str] | None:
+    """(`act`, `gate`) of ``self.act(self.gate(argument))``."""
+    match node:
+        case ast.Call(func=func, args=[inner], keywords=[]):
+            act, gate = _self_attribute(func), _called_on(inner, argument)
+            return (act, gate) if act and gate else None
+    return None
+
+
+def _only_value(tree: ast.FunctionDef) -> ast.AST | None:
+    """The one expression of ``return value`` or ``name = value; return name``, a docstring aside."""
+    body = [s for s in tree.body if not (isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant))]
+    match body:
+        case [ast.Return(value=value)]:
+            return value
+        case [ast.Assign(targets=[ast.Name(id=made)], value=value), ast.Return(value=ast.Name(id=returned))]:
+            return value if made == returned else None
+    return None

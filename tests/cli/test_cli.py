@@ -1,0 +1,74 @@
+"""The command line: its surface, its speed, and one clear line for every mistake."""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from quantlab.cli import app, main
+from quantlab.scheme import SCHEMES
+
+RUN = [sys.executable, "-m", "quantlab.cli"]
+
+
+def fails(capsys, monkeypatch, *args: str) -> tuple[int, str]:
+    """Exit code and stderr of a command that must fail."""
+    monkeypatch.setattr(sys, "argv", ["quantlab", *args])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    return stop.value.code, capsys.readouterr().err
+
+
+def test_surface_is_frozen():
+    commands = {c.name or c.callback.__name__: c for c in app.registered_commands}
+    assert sorted(commands) == ["bench", "convert", "demo", "doctor", "eval", "explain", "plan", "quantize", "tune", "verify"]
+
+
+def test_help_names_every_scheme():
+    text = CliRunner().invoke(app, ["quantize", "--help"]).output
+    assert all(name in text for name in SCHEMES)
+
+
+def test_help_is_instant():
+    def seconds() -> float:
+        start = time.perf_counter()
+        subprocess.run([*RUN, "--help"], check=True, capture_output=True)
+        return time.perf_counter() - start
+
+    times = [seconds() for _ in range(5)]
+    # 0.3 s is the promise on an idle machine; the CPU time of the process is what a busy one cannot change much.
+    assert min(times) < 0.6, f"quantlab --help took {statistics.median(times):.2f} s"
+    code = "import quantlab.cli, sys; sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'numpy')))"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_unknown_scheme_has_a_suggestion(capsys, monkeypatch, tmp_path: Path):
+    code, text = fails(capsys, monkeypatch, "quantize", str(tmp_path), "--scheme", "fp8-blok")
+    assert code == 2
+    assert text == "quantlab: unknown scheme 'fp8-blok'; known: fp8-block, fp8-dynamic, none; did you mean 'fp8-block'?\n"
+
+
+def test_scheme_and_recipe_together(capsys, monkeypatch, tmp_path: Path):
+    code, text = fails(capsys, monkeypatch, "quantize", "m", "--scheme", "fp8-block", "--recipe", str(tmp_path / "r.toml"))
+    assert code == 2
+    assert "give one of the two" in text
+
+
+def test_static_activations_need_data(capsys, monkeypatch):
+    code, text = fails(capsys, monkeypatch, "quantize", "m", "--activations", "static")
+    assert code == 2
+    assert "--calib" in text
+
+
+@pytest.mark.parametrize("command", ["quantize", "plan", "eval"])
+def test_no_such_model(command: str, capsys, monkeypatch, tmp_path: Path):
+    code, text = fails(capsys, monkeypatch, command, str(tmp_path / "nothing"))
+    assert code == 2
+    assert text.count("\n") == 1
+    assert "nothing" in text

@@ -1,0 +1,73 @@
+"""Recipes: what they say, how they round-trip, and what they refuse."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from quantlab.errors import UsageError
+from quantlab.scheme import SCHEMES, Calibration, Recipe, Rule, scheme_named
+
+names = st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]), min_size=1, max_size=20).filter(
+    lambda s: not s.startswith("re:")
+)
+rules = st.builds(Rule, match=names, scheme=st.sampled_from(["fp8-block", "none"]))
+recipes = st.builds(
+    Recipe,
+    scheme=st.just("fp8-block"),
+    rules=st.lists(rules, max_size=4).map(tuple),
+    calibration=st.none() | st.builds(Calibration, data=names, samples=st.integers(1, 9), length=st.integers(2, 99)),
+    power2_scales=st.sampled_from([None, True, False]),
+)
+
+
+@given(recipes)
+def test_toml_round_trip(tmp_path_factory, recipe: Recipe):
+    path = tmp_path_factory.mktemp("recipe") / "r.toml"
+    path.write_text(recipe.to_toml(), encoding="utf-8")
+    assert Recipe.from_toml(path) == recipe
+
+
+def test_first_match_wins_and_the_rest_gets_the_scheme():
+    recipe = Recipe(rules=(Rule("*.0.mlp.*", "fp8-block"), Rule("re:mlp\\.down", "none")))
+    assert recipe.scheme_for("model.layers.0.mlp.down_proj") == (SCHEMES["fp8-block"], "recipe: *.0.mlp.*")
+    assert recipe.scheme_for("model.layers.1.mlp.down_proj") == (None, "recipe: re:mlp\\.down")
+    assert recipe.scheme_for("model.layers.1.mlp.up_proj")[0] is SCHEMES["fp8-block"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("scheme = 'fp8-dynamc'", "did you mean 'fp8-dynamic'?"),
+        ("schemes = 'fp8-block'", "unknown key 'schemes'"),
+        ("scheme = 3", "scheme = 3, needs str"),
+        ("[[layers]]\nmatch = 're:('\nscheme = 'none'", "is not a regular expression"),
+        ("[[layers]]\nmatch = '*'", "missing 1 required positional argument: 'scheme'"),
+        ("layers = [3]", "got 3, needs a table"),
+        ("[calibration]\nsamples = 0", "needs 1 x 2 at least"),
+        ("[calibration]\nactivations = 'sometimes'", "known: dynamic, static"),
+        ("scheme = 'none'", "quantizes nothing"),
+        ("[[layers]]\nmatch = '*'\nscheme = 'fp8-dynamic'", "one on-disk format"),
+        ("scheme = ", "not TOML"),
+    ],
+)
+def test_bad_recipes_name_the_file_and_the_key(tmp_path: Path, text: str, message: str):
+    path = tmp_path / "r.toml"
+    path.write_text(text)
+    with pytest.raises(UsageError) as error:
+        Recipe.from_toml(path)
+    assert message in str(error.value)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_missing_recipe(tmp_path: Path):
+    with pytest.raises(UsageError, match="No such file"):
+        Recipe.from_toml(tmp_path / "none.toml")
+
+
+def test_none_is_a_scheme_that_leaves_alone():
+    assert scheme_named("none") is None

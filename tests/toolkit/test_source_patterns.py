@@ -1,0 +1,94 @@
+"""Reading a `forward`: what may be fused, and above all what may not."""
+
+from __future__ import annotations
+
+from transformers.models.bert.modeling_bert import BertSelfAttention
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP
+from transformers.models.phi3.modeling_phi3 import Phi3MLP
+from transformers.models.whisper.modeling_whisper import WhisperAttention
+
+from quantlab.source_patterns import GatedMlp, gated_mlp, shared_inputs
+
+QKV = frozenset({"q_proj", "k_proj", "v_proj", "o_proj"})
+
+
+def test_self_attention_shares_its_input():
+    assert shared_inputs(LlamaAttention.forward, QKV) == [("q_proj", "k_proj", "v_proj")]
+    assert shared_inputs(BertSelfAttention.forward, frozenset({"query", "key", "value"})) == [("query", "key", "value")]
+
+
+def test_cross_attention_shares_keys_and_values_only():
+    assert shared_inputs(WhisperAttention.forward, QKV) == [("k_proj", "v_proj")]
+
+
+def test_latent_attention_shares_both_compressions():
+    layers = frozenset({"q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"})
+    groups = shared_inputs(DeepseekV3Attention.forward, layers)
+    assert len(groups) == 1
+    assert {"q_a_proj", "kv_a_proj_with_mqa"} <= set(groups[0])
+
+
+def test_gated_mlp():
+    expected = GatedMlp(gate="gate_proj", up="up_proj", down="down_proj", act="act_fn")
+    assert gated_mlp(LlamaMLP.forward) == expected
+    assert gated_mlp(Phi3MLP.forward) is None
+
+
+def swapped(self, x):
+    return self.down(self.up(x) * self.act(self.gate(x)))
+
+
+def scaled(self, x):
+    return self.down(self.act(self.gate(x)) * self.up(x) * 2)
+
+
+def mixed(self, x, y):
+    return self.down(self.act(self.gate(x)) * self.up(y))
+
+
+def changed(self, x):
+    x = self.norm(x)
+    return self.down(self.act(self.gate(x)) * self.up(x))
+
+
+def test_gated_mlp_must_be_all_that_forward_does():
+    assert gated_mlp(swapped) == GatedMlp("gate", "up", "down", "act")
+    assert gated_mlp(scaled) is None
+    assert gated_mlp(mixed) is None
+    assert gated_mlp(changed) is None
+
+
+def reassigned(self, x):
+    a = self.q(x)
+    x = x + 1
+    return a + self.k(x) + self.v(x)
+
+
+def assigned_from_itself(self, x):
+    x = self.q(x)
+    return self.k(x)
+
+
+def called_twice(self, x):
+    return self.q(x) + self.k(x) + self.q(x + 1)
+
+
+def with_keywords(self, x):
+    return self.q(x) + self.k(x, scale=2)
+
+
+def test_a_new_value_under_the_same_name_is_another_value():
+    layers = frozenset({"q", "k", "v"})
+    assert shared_inputs(reassigned, layers) == [("k", "v")]
+    assert shared_inputs(assigned_from_itself, layers) == []
+    assert shared_inputs(called_twice, layers) == []
+    assert shared_inputs(with_keywords, layers) == []
+
+
+def test_a_forward_without_source_is_left_alone():
+    namespace: dict = {}
+    exec("def forward(self, x):\n    return self.q(x) + self.k(x)", namespace)
+    assert shared_inputs(namespace["forward"], frozenset({"q", "k"})) == []
+    assert gated_mlp(namespace["forward"]) is None
+    assert gated_mlp(len) is None
