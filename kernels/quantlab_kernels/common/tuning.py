@@ -5,9 +5,9 @@
     {"about": {"gpu": ..., "torch": ..., "triton": ..., "commit": ..., "date": ...},
      "triton": {"N=4096,K=7168": {"64": {"block_m": 16, ...}, "256": {...}}}}
 
-First key: the backend (a room may use a variant's name instead); then the weight's shape, then M. A shape that is not in
-the table has no entry and the caller takes its heuristic; M is matched to the nearest in log space, since costs double
-with M and do not add to it.
+First key: the backend (a room may use a variant's name instead); then the weight's shape, then M. A shape that is not
+in the table has no entry and the caller takes its heuristic; M is matched to the nearest in log space, since what
+matters doubles with M.
 """
 
 from __future__ import annotations

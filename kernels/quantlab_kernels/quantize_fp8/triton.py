@@ -1,8 +1,8 @@
 """One pass over x: every element is read once, its code and the scale of its group are written once.
 
 Each program takes a tile of whole groups, so the absolute maximum needs no second pass and no atomics. Division by the
-scale is correctly rounded: multiplying by the reciprocal is cheaper, and off by one code in about one of 10**5 elements.
-Only rows too long for registers (more than `configs.LONGEST_ROW` columns, per token) are read twice, the second time from L2.
+scale is correctly rounded; a multiplication by the reciprocal would now and then give the neighbouring code. Only rows
+too long for registers (more than `configs.LONGEST_ROW` columns, per token) are read twice, the second time from L2.
 """
 
 from __future__ import annotations
