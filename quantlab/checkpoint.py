@@ -1,0 +1,408 @@
+"""Checkpoints on disk: the only file that knows the names of files, tensors and config fields.
+
+A checkpoint is a folder in the Hugging Face layout: `config.json`, safetensors files (one, or several with
+`model.safetensors.index.json`) and side files. Quantized weights of a module `X`, all row-major:
+
+    layout            tensors                                                   config.json: quantization_config
+    fp8               X.weight            F8_E4M3 [N, K]                        quant_method fp8, weight_block_size
+                      X.weight_scale_inv  F32 [ceil(N/128), ceil(K/128)]        [128, 128], modules_to_not_convert
+    float-quantized   X.weight            F8_E4M3 [N, K]                        quant_method compressed-tensors,
+                      X.weight_scale      F32 [N, 1] (channel) or               one config group for all Linear, ignore
+                                          [ceil(N/128), ceil(K/128)] (block)
+
+Despite its name `weight_scale_inv` multiplies. What is ours alone lies in the sub-folder `quantlab/`, where no loader
+looks for weights: `manifest.json`, `recipe.toml`, `summary.json`, `eval*.json`, `activation_scales.safetensors`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from quantlab.errors import PreflightError, UsageError
+from quantlab.scheme import SCHEMES, Scheme
+from quantlab.shards import TAGS, ShardReader, TensorInfo, TensorSlot, read_header
+from quantlab_kernels.formats import E4M3
+from quantlab_kernels.qtensor import QuantizedTensor, TensorSpec
+
+if TYPE_CHECKING:
+    from quantlab.output import Output
+
+CONFIG = "config.json"
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+OURS = "quantlab"
+MANIFEST = f"{OURS}/manifest.json"
+RECIPE = f"{OURS}/recipe.toml"
+SUMMARY = f"{OURS}/summary.json"
+ACTIVATION_SCALES = f"{OURS}/activation_scales.safetensors"
+
+PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
+OTHER_WEIGHTS = PICKLES | {".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".ot", ".tflite", ".mlmodel", ".npz"}
+OTHER_WEIGHT_FOLDERS = {"original", "metal", "onnx", "openvino", "gguf", "coreml", "mlx", OURS}
+
+# --- the source -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Source:
+    """An opened checkpoint: everything about it is known and checked, no weight has been read.
+
+    model       as the user named it
+    folder      where it lies
+    config      config.json
+    tensors     by name, in the order of shards and of positions in them
+    side_files  relative paths of all files that belong to the model and are not its weights
+    left_out    relative paths of weights in other formats, which nobody reads once there are safetensors
+    """
+
+    model: str
+    folder: Path
+    config: dict[str, Any]
+    tensors: dict[str, TensorInfo]
+    side_files: tuple[Path, ...] = ()
+    left_out: tuple[Path, ...] = ()
+    reader: ShardReader = field(default_factory=ShardReader, compare=False)
+
+    @classmethod
+    def open(cls, model: str | Path, revision: str | None = None) -> Source:
+        """Find the model, read its config and headers, check them all.
+
+        Raises UsageError where there is no such model and PreflightError where it is damaged or in another format.
+        """
+        folder = _locate(str(model), revision)
+        shards, index = _weight_files(folder)
+        config = read_config(folder)
+        tensors = _collect(folder, shards, index)
+        side, left_out = _side_files(folder, shards)
+        return cls(str(model), folder, config, tensors, side, left_out)
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
+        """One tensor, or some of its rows, on the CPU."""
+        return self.reader.read(self.tensors[name], rows)
+
+
+def _locate(model: str, revision: str | None) -> Path:
+    folder = Path(model).expanduser()
+    if folder.suffix == ".gguf":
+        raise PreflightError(f"{model}: GGUF files are already quantized; give the original model in safetensors")
+    if folder.is_dir():
+        if revision is not None:
+            raise UsageError(f"{model}: --revision {revision} needs a model on the hub, this is a folder")
+        return folder
+    if folder.exists():
+        raise UsageError(f"{model}: is a file; give the folder that holds config.json and the weights")
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model) or model.startswith("."):
+        raise UsageError(f"{model}: no such folder")
+    return _download(model, revision)
+
+
+def _download(model: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RevisionNotFoundError
+
+    ignored = [f"*{suffix}" for suffix in OTHER_WEIGHTS] + [f"{name}/*" for name in OTHER_WEIGHT_FOLDERS]
+    try:
+        return Path(snapshot_download(model, revision=revision, ignore_patterns=ignored))
+    except RevisionNotFoundError:
+        raise UsageError(f"{model}: no revision {revision!r} on the hub") from None
+    except GatedRepoError:
+        raise UsageError(f"{model}: gated on the hub; accept its licence there and run `hf auth login`") from None
+    except LocalEntryNotFoundError:
+        raise UsageError(f"{model}: no such folder, not in the local hub cache, and the hub is out of reach") from None
+    except OSError as error:
+        if type(error).__module__.startswith("huggingface_hub"):
+            raise UsageError(f"{model}: no such folder, and no such model on the hub") from None
+        raise PreflightError(f"{model}: download failed: {_one_line(error)}") from None
+    except ValueError as error:  # not a repository name at all
+        raise UsageError(f"{model}: no such folder or model: {_one_line(error)}") from None
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG
+    if not path.is_file():
+        raise PreflightError(f"{folder}: has no {CONFIG}; needs a model folder in the Hugging Face layout")
+    return _read_json(path)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise PreflightError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError):
+        raise PreflightError(f"{path}: is not JSON") from None
+    if not isinstance(data, dict):
+        raise PreflightError(f"{path}: is not a JSON object")
+    return data
+
+
+def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
+    """The shards in order, and the index where there is one."""
+    if (folder / INDEX).is_file():
+        index = _read_index(folder / INDEX)
+        shards = [folder / name for name in sorted(set(index.values()))]
+        for shard in shards:
+            if not shard.is_file():
+                raise PreflightError(f"{folder / INDEX}: names {shard.name}, which is missing (download it again)")
+        return shards, index
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE], None
+    shards = sorted(path for path in folder.glob("*.safetensors") if path.is_file())
+    if shards:
+        return shards, None
+    raise PreflightError(f"{folder}: {_why_no_weights(folder)}")
+
+
+def _why_no_weights(folder: Path) -> str:
+    suffixes = {path.suffix for path in folder.iterdir()}
+    if suffixes & PICKLES:
+        return (
+            "holds pickled weights only; loading a pickle runs code from it, so they are refused: "
+            "save the model as safetensors first (save_pretrained does)"
+        )
+    if ".gguf" in suffixes:
+        return "holds GGUF files, which are already quantized; give the original model in safetensors"
+    return "holds no safetensors file"
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    weight_map = _read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise PreflightError(f"{path}: has no weight_map")
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or not shard.endswith(".safetensors"):
+            raise PreflightError(f"{path}: {name}: {shard!r} is not the name of a safetensors file")
+        if Path(shard).name != shard or "\\" in shard:
+            raise PreflightError(f"{path}: {name}: {shard!r} points out of the folder; refused")
+    return weight_map
+
+
+def _collect(folder: Path, shards: list[Path], index: dict[str, str] | None) -> dict[str, TensorInfo]:
+    tensors: dict[str, TensorInfo] = {}
+    for shard in shards:
+        found, _ = read_header(shard)
+        for name, info in sorted(found.items(), key=lambda item: item[1].begin):
+            if name in tensors:
+                both = f"{tensors[name].shard.name} and {shard.name}"
+                raise PreflightError(f"{folder}: duplicate tensor {name} in {both}")
+            if index is not None and index.get(name) != shard.name:
+                says = f"puts it into {index[name]}" if name in index else "does not name it"
+                raise PreflightError(f"{shard}: holds {name}, but {INDEX} {says}")
+            tensors[name] = info
+    for name in index or ():
+        if name not in tensors:
+            raise PreflightError(f"{folder / INDEX}: names {name}, which is in no shard")
+    if not tensors:
+        raise PreflightError(f"{folder}: its safetensors files hold no tensor")
+    return tensors
+
+
+def _side_files(folder: Path, shards: Sequence[Path]) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
+    """All other files of the model, and those that are its weights once more in another format."""
+    side: list[Path] = []
+    left_out: list[Path] = []
+    written_anew = {CONFIG, INDEX, *(shard.name for shard in shards)}
+    for path in sorted(_walk(folder)):
+        relative = path.relative_to(folder)
+        top = relative.parts[0]
+        if str(relative) in written_anew or any(part.startswith(".") for part in relative.parts) or top == OURS:
+            continue
+        another = len(relative.parts) == 1 and (
+            path.suffix in OTHER_WEIGHTS or path.name.startswith("consolidated") or path.name.endswith(".index.json")
+        )
+        (left_out if another or top in OTHER_WEIGHT_FOLDERS else side).append(relative)
+    return tuple(side), tuple(left_out)
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            yield from _walk(path)
+        elif path.is_file():
+            yield path
+
+
+def write_side_files(output: Output, source: Source, stored: Stored | None) -> None:
+    """config.json with the new quantization (None: without one), and all other files byte for byte."""
+    for path in source.side_files:
+        output.copy_file(source.folder / path, path.as_posix())
+    config = {key: value for key, value in source.config.items() if key not in QUANTIZATION_KEYS}
+    if stored is not None:
+        config["quantization_config"] = quantization_config(stored)
+    output.write_text(CONFIG, to_json(config))
+
+
+def to_json(data: Any) -> str:
+    return json.dumps(data, indent=2, ensure_ascii=False) + "\n"
+
+
+# --- names and config of quantized weights ----------------------------------------------------------------------------
+
+QUANTIZATION_KEYS = ("quantization_config", "compression_config")
+WEIGHT = ".weight"
+BLOCK_SCALE = {"fp8": ".weight_scale_inv", "float-quantized": ".weight_scale"}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """How the quantized weights of a checkpoint are stored, as its config says it.
+
+    layout  "fp8" or "float-quantized"
+    weight  spec of the weights
+    input   spec of the activations, None for 16 bits
+    skip    names of the modules that are not quantized
+    """
+
+    layout: str
+    weight: TensorSpec
+    input: TensorSpec | None
+    skip: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, scheme: Scheme, skip: Iterable[str] = ()) -> Stored:
+        return cls(scheme.layout, scheme.weight, scheme.input, tuple(skip))
+
+    @property
+    def scheme(self) -> str | None:
+        """Name of our scheme of this kind: fp8-block also in its compressed-tensors form."""
+        for scheme in SCHEMES.values():
+            if (scheme.weight.format, scheme.weight.block) == (self.weight.format, self.weight.block):
+                return scheme.name
+        return None
+
+    @property
+    def scale_suffix(self) -> str:
+        return BLOCK_SCALE[self.layout]
+
+
+def module_of(tensor: str) -> str:
+    """The module that owns a tensor, by its name: everything before the last dot."""
+    return tensor.rpartition(".")[0]
+
+
+def slots(module: str, shape: tuple[int, ...], stored: Stored) -> tuple[TensorSlot, ...]:
+    """The tensors that a quantized weight [N, K] becomes on disk."""
+    return (
+        TensorSlot(module + WEIGHT, TAGS[stored.weight.format.dtype], shape),
+        TensorSlot(module + stored.scale_suffix, "F32", stored.weight.scale_shape(shape)),
+    )
+
+
+def encode(
+    quantized: QuantizedTensor, module: str, stored: Stored, first_row: int = 0
+) -> Iterator[tuple[str, int, Tensor]]:
+    """(tensor name, first row in that tensor, data) for a weight, or for a band of whole blocks of its rows."""
+    yield module + WEIGHT, first_row, quantized.codes
+    yield module + stored.scale_suffix, first_row // max(stored.weight.block[0], 1), quantized.scale
+
+
+def quantization_config(stored: Stored) -> dict[str, Any]:
+    """The `quantization_config` of config.json."""
+    if stored.layout == "fp8":
+        return {
+            "quant_method": "fp8",
+            "fmt": "e4m3",
+            "activation_scheme": "dynamic",
+            "weight_block_size": list(stored.weight.block),
+            "modules_to_not_convert": list(stored.skip),
+        }
+    group = {
+        "targets": ["Linear"],
+        "format": stored.layout,
+        "weights": _compressed_tensors_args(stored.weight),
+        "input_activations": _compressed_tensors_args(stored.input) if stored.input else None,
+        "output_activations": None,
+    }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": stored.layout,
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": list(stored.skip),
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+        "sparsity_config": {},
+        "transform_config": {},
+        "version": "0.15.0",  # the oldest that has every field used here; nobody refuses an older one
+    }
+
+
+def _compressed_tensors_args(spec: TensorSpec) -> dict[str, Any]:
+    """compressed-tensors' QuantizationArgs. Unknown keys would break its loader, so only those every version knows."""
+    rows, columns = spec.block
+    strategy = {(-1, -1): "tensor", (1, -1): "token" if spec.dynamic else "channel"}.get(spec.block)
+    strategy = strategy or ("group" if rows == 1 else "block")
+    return {
+        "num_bits": spec.format.bits,
+        "type": "float" if spec.format.is_float else "int",
+        "strategy": strategy,
+        "group_size": columns if strategy == "group" else None,
+        "block_structure": [rows, columns] if strategy == "block" else None,
+        "symmetric": spec.symmetric,
+        "dynamic": spec.dynamic,
+    }
+
+
+def stored_in(config: dict[str, Any]) -> Stored | None:
+    """How a checkpoint is quantized, from its config; None for one that is not quantized at all.
+
+    Raises PreflightError for formats that this project does not read.
+    """
+    found = config_of_quantization(config)
+    if found is None:
+        return None
+    method = found.get("quant_method")
+    if method == "fp8" and found.get("weight_block_size"):
+        rows, columns = found["weight_block_size"]
+        skip = found.get("modules_to_not_convert") or found.get("ignored_layers") or []
+        weight = TensorSpec(E4M3, (rows, columns), scale="power2")
+        return Stored("fp8", weight, TensorSpec(E4M3, (1, columns), dynamic=True), tuple(skip))
+    groups = found.get("config_groups")
+    if method == "compressed-tensors" and isinstance(groups, dict) and len(groups) == 1:
+        (group,) = groups.values()
+        weight_spec = _spec_from(group.get("weights"))
+        layout = group.get("format") or found.get("format")
+        if weight_spec is not None and layout == "float-quantized":
+            inputs = _spec_from(group.get("input_activations"))
+            return Stored(layout, weight_spec, inputs, tuple(found.get("ignore") or ()))
+    raise PreflightError(f"quantization_config: {describe_quantization(found)} is a format that quantlab does not read")
+
+
+def _spec_from(args: dict[str, Any] | None) -> TensorSpec | None:
+    if not args or args.get("type") != "float" or args.get("num_bits") != 8:
+        return None
+    blocks = {"tensor": (-1, -1), "channel": (1, -1), "token": (1, -1), "group": (1, args.get("group_size") or -1)}
+    block = tuple(args["block_structure"]) if args.get("block_structure") else blocks.get(args.get("strategy", ""))
+    if block is None:
+        return None
+    return TensorSpec(E4M3, block, dynamic=bool(args.get("dynamic")))
+
+
+def config_of_quantization(config: dict[str, Any]) -> dict[str, Any] | None:
+    """The `quantization_config`, wherever tools put it: at the top, in the text part, or under its older name."""
+    for part in (config, config.get("text_config")):
+        for key in QUANTIZATION_KEYS:
+            if isinstance(part, dict) and isinstance(part.get(key), dict):
+                return part[key]
+    return None
+
+
+def describe_quantization(found: dict[str, Any]) -> str:
+    method = found.get("quant_method", "unknown method")
+    detail = found.get("format") or found.get("fmt") or found.get("bits") or ""
+    return f"{method} {detail}".strip()

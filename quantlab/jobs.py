@@ -1,0 +1,216 @@
+"""What is done to one tensor on its way from the source to the output, cut into pieces of bounded size.
+
+Scales belong to blocks of at most 128 rows, so a band of rows can be quantized without the rest of its tensor: memory
+depends on the size of a piece, not of a tensor, and one huge tensor keeps all workers busy. A piece reads its bytes,
+computes on its lane's device, and writes at positions that are known beforehand: how a tensor is cut, and in which
+order pieces run, does not show in the output.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from quantlab.checkpoint import WEIGHT, Stored, encode, slots
+from quantlab.errors import PreflightError
+from quantlab.shards import TAGS, ShardReader, TensorInfo, TensorSlot, as_dtype
+from quantlab_kernels.qtensor import QuantizedTensor, TensorSpec, quantize
+
+PIECE_ELEMENTS = 1 << 22
+COPY_BYTES = 1 << 23
+
+# Integer type of the same width, and the bits that are all set in Inf and NaN: a test that costs one pass.
+EXPONENT = {"BF16": (torch.int16, 0x7F80), "F16": (torch.int16, 0x7C00), "F32": (torch.int32, 0x7F800000)}
+
+Write = Callable[[str, int, Tensor], None]
+Piece = Callable[["Lane", Write], None]
+
+
+@dataclass
+class Lane:
+    """What one worker thread owns: its pinned buffers, and its share of the clock by stage."""
+
+    reader: ShardReader
+    device: torch.device
+    seconds: dict[str, float] = field(default_factory=lambda: {"read": 0.0, "quantize": 0.0, "write": 0.0})
+    _buffers: dict[str, Tensor] = field(default_factory=dict)
+
+    @contextmanager
+    def clock(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[stage] += time.perf_counter() - start
+
+    def read(self, info: TensorInfo, begin: int, end: int) -> Tensor:
+        """Bytes [begin, end) of a tensor, uint8 on the CPU, in a buffer that the lane's next read overwrites."""
+        with self.clock("read"):
+            buffer = self._buffer("read", end - begin)
+            self.reader.read_into(info.shard, info.begin + begin, buffer)
+        return buffer
+
+    def read_rows(self, info: TensorInfo, begin: int, end: int) -> Tensor:
+        """Rows [begin, end) of a tensor, on the lane's device."""
+        row_bytes = info.nbytes // info.shape[0]
+        buffer = self.read(info, begin * row_bytes, end * row_bytes)
+        moved = buffer.to(self.device, non_blocking=True)
+        return as_dtype(moved, info, (end - begin, *info.shape[1:]))
+
+    def fetch(self, tensor: Tensor, use: str) -> Tensor:
+        """The bytes of a tensor on the CPU. From a GPU the copy is only queued: `wait` before reading them."""
+        flat = tensor.contiguous().view(-1).view(torch.uint8)
+        return flat if flat.device.type == "cpu" else self._buffer(use, flat.numel()).copy_(flat, non_blocking=True)
+
+    def wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
+
+    def _buffer(self, use: str, nbytes: int) -> Tensor:
+        held = self._buffers.get(use)
+        if held is None or held.numel() < nbytes:
+            held = torch.empty(nbytes, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+            self._buffers[use] = held
+        return held[:nbytes]
+
+
+class Job(Protocol):
+    """One or more tensors of the output, and how they come about."""
+
+    @property
+    def slots(self) -> tuple[TensorSlot, ...]: ...
+
+    @property
+    def info(self) -> TensorInfo: ...
+
+    def pieces(self) -> Iterator[tuple[int, Piece]]:
+        """(bytes of the source that it handles, piece), in order."""
+        ...
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A tensor as it is, maybe under another name."""
+
+    info: TensorInfo
+    name: str
+
+    @property
+    def slots(self) -> tuple[TensorSlot, ...]:
+        return (TensorSlot(self.name, self.info.dtype, self.info.shape),)
+
+    def pieces(self) -> Iterator[tuple[int, Piece]]:
+        for begin in range(0, self.info.nbytes, COPY_BYTES):
+            end = min(begin + COPY_BYTES, self.info.nbytes)
+            yield end - begin, partial(self._run, begin, end)
+
+    def _run(self, begin: int, end: int, lane: Lane, write: Write) -> None:
+        data = lane.read(self.info, begin, end)
+        refuse_nonfinite(data, self.info, lane.reader)
+        with lane.clock("write"):
+            write(self.name, begin, data)
+
+
+@dataclass(frozen=True)
+class Quantize:
+    """A weight [N, K] into codes and scales.
+
+    scales  None: from the weight alone. Else a function of the whole weight that returns its scales, or None
+    """
+
+    info: TensorInfo
+    module: str
+    stored: Stored
+    scales: Callable[[Tensor], Tensor | None] | None = None
+
+    @property
+    def slots(self) -> tuple[TensorSlot, ...]:
+        return slots(self.module, self.info.shape, self.stored)
+
+    def pieces(self) -> Iterator[tuple[int, Piece]]:
+        yield from bands(self.info, self.stored.weight, self._run, whole=self.scales is not None)
+
+    def _run(self, begin: int, end: int, lane: Lane, write: Write) -> None:
+        weight = lane.read_rows(self.info, begin, end)
+        with lane.clock("quantize"):
+            refuse_nonfinite(weight.view(-1), self.info, lane.reader)
+            scale = self.scales(weight) if self.scales else None
+            parts = list(encode(quantize(weight, self.stored.weight, scale), self.module, self.stored, begin))
+            fetched = [(name, row, part, lane.fetch(part, str(i))) for i, (name, row, part) in enumerate(parts)]
+            lane.wait()
+        with lane.clock("write"):
+            for name, row, part, data in fetched:
+                write(name, row * part[0].nbytes, data)
+
+
+@dataclass(frozen=True)
+class Dequantize:
+    """Codes and scales back into a weight of `dtype`."""
+
+    info: TensorInfo
+    scale: TensorInfo
+    module: str
+    stored: Stored
+    dtype: torch.dtype
+
+    @property
+    def slots(self) -> tuple[TensorSlot, ...]:
+        return (TensorSlot(self.module + WEIGHT, TAGS[self.dtype], self.info.shape),)
+
+    def pieces(self) -> Iterator[tuple[int, Piece]]:
+        yield from bands(self.info, self.stored.weight, self._run)
+
+    def _run(self, begin: int, end: int, lane: Lane, write: Write) -> None:
+        block = max(self.stored.weight.block[0], 1)
+        scale = lane.reader.read(self.scale, (begin // block, -(-end // block))).to(lane.device)
+        codes = lane.read_rows(self.info, begin, end)
+        with lane.clock("quantize"):
+            values = QuantizedTensor(codes, scale.to(torch.float32), self.stored.weight).dequantize(self.dtype)
+            data = lane.fetch(values, "values")
+            lane.wait()
+        with lane.clock("write"):
+            write(self.module + WEIGHT, begin * values[0].nbytes, data)
+
+
+def bands(
+    info: TensorInfo, spec: TensorSpec, run: Callable[[int, int, Lane, Write], None], *, whole: bool = False
+) -> Iterator[tuple[int, Piece]]:
+    """Cut a weight into bands of whole blocks of rows, of about PIECE_ELEMENTS."""
+    rows, columns = info.shape
+    block = max(spec.block[0], 1)
+    step = rows if whole or spec.block[0] == -1 else max(PIECE_ELEMENTS // max(columns, 1) // block, 1) * block
+    for begin in range(0, rows, step):
+        end = min(begin + step, rows)
+        yield (end - begin) * (info.nbytes // rows), partial(run, begin, end)
+
+
+def refuse_nonfinite(piece: Tensor, info: TensorInfo, reader: ShardReader) -> None:
+    """Raise PreflightError if a piece of the tensor holds NaN or Inf, counting those of the whole tensor.
+
+    Inf is let through in what is no weight or bias: attention masks are kept as buffers with -Inf.
+    """
+    if info.dtype not in EXPONENT or not piece.numel():
+        return
+    integer, exponent = EXPONENT[info.dtype]
+    if int((piece.view(integer) & exponent).amax()) != exponent:
+        return
+    nans, infs = _count_nonfinite(info, reader)
+    if nans or info.name.endswith((WEIGHT, ".bias")):
+        raise PreflightError(
+            f"{info.name}: {nans:,} NaN and {infs:,} Inf among its {info.elements:,} values; the source is damaged"
+        )
+
+
+def _count_nonfinite(info: TensorInfo, reader: ShardReader) -> tuple[int, int]:
+    flat = replace(info, shape=(info.elements,))
+    nans = infs = 0
+    for begin in range(0, info.elements, COPY_BYTES):
+        part = reader.read(flat, (begin, min(begin + COPY_BYTES, info.elements)))
+        nans += int(part.isnan().sum())
+        infs += int(part.isinf().sum())
+    return nans, infs

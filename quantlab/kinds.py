@@ -1,0 +1,161 @@
+"""What a tensor is, by its name, shape and dtype alone: all there is for architectures transformers does not know.
+
+Where it knows them, `architecture` says it better, and only what no module tree tells (towers, MTP) is asked here.
+
+Names are read as dotted paths; the last component of the module's path is its leaf.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from quantlab.checkpoint import WEIGHT, module_of
+from quantlab.shards import TensorInfo
+
+FLOATS = {"BF16", "F16", "F32"}
+
+EMBEDDING = re.compile(
+    r"(^|_)(embed|embeds|embedding|embeddings|embedder|emb)(_tokens|_positions|_in)?$|^(wte|wpe|shared|tok_embeddings)$"
+    r"|^relative_attention_bias$|_embeddings?(_table)?$|^embed_"
+)
+HEAD = re.compile(
+    r"^(lm_head|embed_out|output|head|classifier|score|proj_out|qa_outputs|decoder|fc_out|logits?|class_embed|bbox_embed"
+    r"|class_head|bbox_head|heads?|.*_head|.*_classifier|classification_head|enc_score_head|enc_bbox_head)$"
+)
+ROUTER = re.compile(r"^(gate|router|gate_network|wg|shared_expert_gate|shared_expert_router|switch)$")
+NORM = re.compile(r"norm|(^|_)ln(_|\d|$)|^bn\d*$|batch_?norm", re.IGNORECASE)
+TOWER = re.compile(
+    r"^(visual|vision|audio|image|speech|sam|siglip|clip|vit)(_|$)|^(multi_modal|multimodal|mm|connector|aligner"
+    r"|embed_vision|embed_audio|mlp1|resampler|vqmodel|vision2text|perceiver|talker|token2wav)(_|$|projector)"
+)
+MTP = re.compile(r"(^|\.)(mtp|mtp_layers|mtp_block|nextn|next_n|num_nextn)(\.|_|$)")
+EXPERTS = re.compile(r"(^|\.)((?!shared)\w+_)?experts(?=\.|$)")  # shared experts are ordinary layers
+
+# GPT-2 and its kin store these as [in, out] in a class of their own; a reader of quantized checkpoints knows nn.Linear.
+TRANSPOSED_MODELS = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"}
+TRANSPOSED = {"c_attn", "c_proj", "c_fc", "q_attn"}
+USED_DIRECTLY = {"dt_proj"}  # state-space scans read this weight, they do not call the layer
+
+# Members that engines fuse into one layer, which then has one scheme. Order as fused: the last member may be ragged.
+FUSED = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("gate_proj", "up_proj"),
+    ("w1", "w3"),
+    ("q_a_proj", "kv_a_proj_with_mqa"),
+    ("query", "key", "value"),
+    ("wq", "wk", "wv"),
+    ("wi_0", "wi_1"),
+    ("in_proj_qkv", "in_proj_z"),
+    ("in_proj_b", "in_proj_a"),
+)
+FUSED_OF = {member: group for group in FUSED for member in group}
+ROW_PARALLEL = {"o_proj", "out_proj", "down_proj", "w2", "wo", "dense", "fc2", "c_proj", "dense_4h_to_h", "linear_fc2"}
+REPLICATED = {"q_a_proj", "kv_a_proj_with_mqa", "fused_qkv_a_proj_with_mqa", "gate", "eh_proj"}
+
+
+@dataclass(frozen=True)
+class Model:
+    """What the config tells about all tensors: sizes that mark embeddings and routers, and which part is the language
+    model where there are several."""
+
+    model_type: str
+    vocabulary: int | None
+    experts: frozenset[int]
+    layers: int | None
+    multimodal: bool
+    tied: bool
+
+    @classmethod
+    def of(cls, config: dict[str, Any]) -> Model:
+        text = text_config(config)
+        counts = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
+        tied = text.get("tie_word_embeddings", config.get("tie_word_embeddings"))
+        return cls(
+            model_type=str(config.get("model_type", "")),
+            vocabulary=_number(text.get("vocab_size", config.get("vocab_size"))),
+            experts=frozenset(n for part in (text, config) for key in counts if (n := _number(part.get(key)))),
+            layers=_number(text.get("num_hidden_layers", config.get("num_hidden_layers"))),
+            multimodal=text is not config or any(key.endswith(("vision_config", "audio_config")) for key in config),
+            tied=bool(tied),
+        )
+
+
+def text_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The part of a config that describes the language model."""
+    for key in ("text_config", "llm_config", "thinker_config"):
+        if isinstance(config.get(key), dict):
+            return text_config(config[key])
+    return config
+
+
+def _number(value: Any) -> int | None:
+    return value if type(value) is int and value > 0 else None
+
+
+def kind_of(info: TensorInfo, model: Model) -> str:
+    """One of the kinds of `architecture`: linear, expert, router, embedding, head, conv, norm, other."""
+    module = module_of(info.name)
+    leaf = _leaf(module)
+    if info.dtype not in FLOATS or not info.elements:
+        return "other"
+    if len(info.shape) == 3 and (EXPERTS.search(info.name) or info.shape[0] in model.experts):
+        return "expert"
+    if len(info.shape) >= 3:
+        return "conv"
+    if len(info.shape) < 2 or not info.name.endswith(WEIGHT):
+        return "norm" if NORM.search(leaf) else "other"
+    if EMBEDDING.search(leaf) or re.search(r"(^|\.)embeddings\.\w*_embeddings$", module):
+        return "embedding"
+    if HEAD.match(leaf) and not (leaf == "output" and info.shape[0] != model.vocabulary):
+        return "head"
+    if model.vocabulary in info.shape:
+        return "head" if _after_layers(module) else "embedding"
+    if ROUTER.match(leaf) and (not model.experts or info.shape[0] in model.experts | {1}):
+        return "router"
+    if (model.model_type in TRANSPOSED_MODELS and leaf in TRANSPOSED) or leaf in USED_DIRECTLY or NORM.search(leaf):
+        return "other"
+    return "expert" if EXPERTS.search(module) else "linear"
+
+
+def _leaf(module: str) -> str:
+    """The last component of a path that is not a number: the leaf of `lm_head.0` is `lm_head`."""
+    return next((part for part in reversed(module.split(".")) if not part.isdigit()), module)
+
+
+def leaf_of(module: str) -> str:
+    return module.rpartition(".")[2]
+
+
+def _after_layers(module: str) -> bool:
+    return not re.search(r"embed|wte|shared", module)
+
+
+def is_mtp(name: str, model: Model) -> bool:
+    """Multi-token-prediction layers: named so, or numbered past the last layer of the config (DeepSeek-V3)."""
+    if MTP.search(name):
+        return True
+    number = re.match(r"(?:\w+\.)?(?:language_model\.)?(?:model\.)?layers\.(\d+)\.", name)
+    return bool(number and model.layers and int(number[1]) >= model.layers and model.model_type not in ENCODER_DECODERS)
+
+
+ENCODER_DECODERS = {"whisper", "bart", "mbart", "t5", "marian", "pegasus", "blenderbot", "m2m_100", "detr", "rt_detr"}
+
+
+def in_tower(name: str, model: Model) -> bool:
+    """Part of a vision, audio or connecting tower of a model whose main part is a language model."""
+    return model.multimodal and any(TOWER.match(part) for part in name.split(".")[:3])
+
+
+def fused_group(module: str) -> tuple[str, ...]:
+    """The modules that engines fuse with this one, itself included, in the order they are fused."""
+    parent, _, leaf = module.rpartition(".")
+    prefix = parent + "." if parent else ""
+    return tuple(prefix + member for member in FUSED_OF.get(leaf, (leaf,)))
+
+
+def experts_of(module: str) -> str | None:
+    """The path of the list of experts that a module belongs to; engines give all of it one scheme."""
+    found = EXPERTS.search(module)
+    return module[: found.end()] if found else None

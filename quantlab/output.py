@@ -1,0 +1,311 @@
+"""The output folder of a run: it appears whole or not at all, and an interrupted run continues where it stopped.
+
+Work happens in `OUT.partial` beside OUT. A journal there has one line for every finished shard, written after the
+shard's bytes are on the disk; what has no line did not happen. At the end the folder is renamed, which the file system
+does in one step. A lock beside it keeps a second run out; the kernel drops it when its holder dies, however it dies.
+The alternative, writing into OUT and marking it as finished, leaves folders that look like models and are none.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from quantlab.checkpoint import MANIFEST, OURS
+from quantlab.errors import PreflightError, QuantlabError, UsageError
+from quantlab.shards import ShardLayout
+
+JOURNAL = f"{OURS}/journal.jsonl"
+HASH_CHUNK = 1 << 22
+SPARE_BYTES = 32_000_000  # side files, headers, folders
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """A finished file: what the manifest says of it."""
+
+    name: str
+    bytes: int
+    sha256: str
+
+
+def check_writable(folder: Path, *, overwrite: bool = False) -> None:
+    """Refuse an output that cannot be: UsageError for one that exists, PreflightError where nothing can be written."""
+    if folder.is_dir() and any(folder.iterdir()):
+        ours = (folder / MANIFEST).is_file()
+        if not overwrite:
+            hint = "choose another with -o, or pass --overwrite" if ours else "choose another with -o"
+            raise UsageError(f"{folder}: exists; {hint}")
+        if not ours:
+            raise UsageError(f"{folder}: exists and was not made by quantlab, so it is not overwritten")
+    elif folder.exists() and not folder.is_dir():
+        raise UsageError(f"{folder}: exists and is a file")
+    parent = existing_parent(folder)
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise PreflightError(f"{folder}: {parent} is not writable; choose another place with -o")
+
+
+def output_folder(model: str | Path, what: str, given: str | Path | None) -> Path:
+    """The folder to make: as given, or the model's name and `what` in the current folder."""
+    if given is not None:
+        return Path(given).expanduser()
+    return Path(f"{Path(model).expanduser().resolve().name if Path(model).exists() else Path(model).name}-{what}")
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Refuse before work what will not fit. An interrupted run's part of it is already there."""
+    partial = _partial(folder)
+    held = sum(path.stat().st_size for path in partial.glob("*.safetensors")) if partial.is_dir() else 0
+    free = shutil.disk_usage(existing_parent(folder)).free + held
+    if needed + SPARE_BYTES > free:
+        raise PreflightError(
+            f"{folder}: needs {(needed + SPARE_BYTES) / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free; "
+            "free space or choose another place with -o"
+        )
+
+
+def existing_parent(folder: Path) -> Path:
+    """The nearest folder above that exists: where the bytes will go."""
+    parent = folder.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    return parent
+
+
+def _partial(folder: Path) -> Path:
+    folder = folder.absolute()
+    return folder.with_name(folder.name + ".partial")
+
+
+class Output:
+    """A run's output folder. Use as `with Output.open(...) as output: ...; output.publish()`.
+
+    Leaving the block by a `QuantlabError` or an error of the disk removes what was written: a rerun would end the same
+    way. Any other way out (Ctrl-C, kill) leaves the partial folder for the next run.
+    """
+
+    def __init__(self, folder: Path, fingerprint: str) -> None:
+        self.folder = folder.absolute()
+        self.partial = _partial(folder)
+        self.finished: dict[str, FileRecord] = {}
+        self._journal_lock = threading.Lock()
+        self._resume_or_begin(fingerprint)
+
+    @classmethod
+    @contextmanager
+    def open(cls, folder: Path, fingerprint: str, *, overwrite: bool = False) -> Iterator[Output]:
+        """Lock the output and find what an earlier run of the same `fingerprint` has finished."""
+        with disk_errors(folder):
+            check_writable(folder, overwrite=overwrite)
+            folder.absolute().parent.mkdir(parents=True, exist_ok=True)
+            with _locked(folder):
+                check_writable(folder, overwrite=overwrite)  # another run may have published just before
+                try:
+                    yield cls(folder, fingerprint)
+                except (OSError, QuantlabError):
+                    shutil.rmtree(_partial(folder), ignore_errors=True)
+                    raise
+
+    def _resume_or_begin(self, fingerprint: str) -> None:
+        lines = _journal_lines(self.partial / JOURNAL)
+        if not lines or lines[0] != {"run": fingerprint}:
+            if self.partial.exists():
+                shutil.rmtree(self.partial)
+            (self.partial / OURS).mkdir(parents=True)
+            self._journal({"run": fingerprint})
+            _sync_folder(self.partial)
+            return
+        (self.partial / JOURNAL).unlink()
+        self._journal(lines[0])  # written anew: its last line may be torn
+        for record in (FileRecord(**line) for line in lines[1:]):
+            path = self.partial / record.name
+            if path.is_file() and path.stat().st_size == record.bytes and hash_file(path) == record.sha256:
+                self.finished[record.name] = record
+                self._journal(asdict(record))
+
+    @property
+    def finished_shards(self) -> int:
+        return sum(name.endswith(".safetensors") for name in self.finished)
+
+    def _journal(self, line: dict[str, Any]) -> None:
+        with self._journal_lock, (self.partial / JOURNAL).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+            _sync(file.fileno())
+
+    def shard(self, name: str, layout: ShardLayout) -> ShardWriter:
+        """Start a file of known size; its parts may be written in any order and by any thread."""
+        return ShardWriter(self.partial / name, layout)
+
+    def finish(self, writer: ShardWriter) -> FileRecord:
+        """Bring the file to the disk, then say so in the journal. Any thread may call it."""
+        writer.close()
+        return self._record(writer.path)
+
+    def write_text(self, name: str, text: str) -> FileRecord:
+        path = self.partial / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w", encoding="utf-8") as file:
+            file.write(text)
+            _sync(file.fileno())
+        return self._record(path)
+
+    def copy_file(self, source: Path, name: str) -> FileRecord:
+        """Copy a side file byte for byte."""
+        path = self.partial / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, path)
+        with path.open("rb+") as file:
+            _sync(file.fileno())
+        return self._record(path)
+
+    def _record(self, path: Path) -> FileRecord:
+        name = path.relative_to(self.partial).as_posix()
+        record = FileRecord(name, path.stat().st_size, hash_file(path))
+        self.finished[name] = record
+        self._journal(asdict(record))
+        return record
+
+    def publish(self) -> Path:
+        """Write the manifest and make the folder appear under its name, in one step."""
+        files = [asdict(record) for _, record in sorted(self.finished.items())]
+        self.write_text(MANIFEST, json.dumps({"files": files}, indent=1) + "\n")
+        for folder, _, _ in os.walk(self.partial):
+            _sync_folder(Path(folder))
+        (self.partial / JOURNAL).unlink()
+        if self.folder.is_dir() and any(self.folder.iterdir()):  # only with overwrite: see check_writable
+            old = self.folder.with_name(self.folder.name + ".replaced")
+            shutil.rmtree(old, ignore_errors=True)
+            self.folder.rename(old)
+            self.partial.rename(self.folder)
+            shutil.rmtree(old)
+        else:
+            self.partial.rename(self.folder)
+        _sync_folder(self.folder.parent)
+        return self.folder
+
+
+class ShardWriter:
+    """A safetensors file of fixed size that is filled piece by piece."""
+
+    def __init__(self, path: Path, layout: ShardLayout) -> None:
+        self.path = path
+        self.layout = layout
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+        try:
+            os.truncate(self._file, layout.nbytes)
+            self._write_at(0, memoryview(layout.header))
+        except BaseException:
+            self.discard()
+            raise
+
+    def write(self, name: str, offset: int, data: Tensor) -> None:
+        """Put the bytes of `data` (uint8, contiguous, CPU) at `offset` within tensor `name`."""
+        view = memoryview(data.numpy())  # type: ignore[arg-type]
+        self._write_at(self.layout.offsets[name] + offset, view)
+
+    def _write_at(self, position: int, data: memoryview) -> None:
+        while data:
+            count = os.pwrite(self._file, data, position)
+            data, position = data[count:], position + count
+
+    def close(self) -> None:
+        try:
+            _sync(self._file)
+        finally:
+            self.discard()
+
+    def discard(self) -> None:
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file, in constant memory."""
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        buffer = bytearray(HASH_CHUNK)
+        while count := file.readinto(buffer):
+            digest.update(memoryview(buffer)[:count])
+    return digest.hexdigest()
+
+
+@contextmanager
+def disk_errors(folder: Path) -> Iterator[None]:
+    """Turn what the disk refuses into one line."""
+    try:
+        yield
+    except OSError as error:
+        reasons = {
+            errno.ENOSPC: "the disk is full",
+            errno.EDQUOT: "the disk quota is used up",
+            errno.EFBIG: "a file may not grow that large here",
+            errno.EROFS: "the file system is read-only",
+            errno.EACCES: "no permission to write",
+            errno.EPERM: "no permission to write",
+        }
+        reason = reasons.get(error.errno or 0, error.strerror or str(error))
+        raise PreflightError(f"{folder}: {reason}; nothing was left behind. Free space or choose another -o") from error
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold `.OUT.lock` beside OUT. The file is removed at the end, so a holder must still find its own file there."""
+    path = folder.absolute().with_name(f".{folder.absolute().name}.lock")
+    lock = _acquire(path)
+    if lock is None:
+        raise UsageError(f"{folder}: another quantlab run is writing it; wait, or choose another with -o")
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(lock)
+
+
+def _acquire(path: Path) -> int | None:
+    """An exclusive lock on the file that `path` names now; None where another process has it."""
+    lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.stat(path), os.fstat(lock)):
+            return lock
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    os.close(lock)
+    return None
+
+
+def _journal_lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a journal; a torn last line did not happen."""
+    lines: list[dict[str, Any]] = []
+    try:
+        for text in path.read_text(encoding="utf-8").splitlines(keepends=True):
+            if text.endswith("\n"):
+                lines.append(json.loads(text))
+    except (OSError, ValueError):
+        pass
+    return lines
+
+
+def _sync(file: int) -> None:
+    os.fsync(file)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,100 @@
+"""The whole story: a model and a recipe in, a checkpoint that loads everywhere out. Start reading here."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from quantlab import checkpoint, preflight
+from quantlab.checkpoint import Source
+from quantlab.errors import VerificationError
+from quantlab.output import Output, check_space, check_writable, output_folder
+from quantlab.preflight import Plan
+from quantlab.scheme import Recipe
+from quantlab.summary import Summary
+
+if TYPE_CHECKING:
+    from quantlab.stream import Progress
+
+__all__ = ["Plan", "Recipe", "Summary", "plan", "quantize"]
+
+
+def plan(
+    model: str | Path,
+    recipe: Recipe | str = "fp8-block",
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Plan:
+    """What `quantize` would do with every tensor, from the config and the headers alone."""
+    recipe = Recipe(recipe) if isinstance(recipe, str) else recipe
+    return preflight.plan(Source.open(model, revision), recipe, trust_remote_code=trust_remote_code)
+
+
+def quantize(
+    model: str | Path,
+    recipe: Recipe | str = "fp8-block",
+    output: str | Path | None = None,
+    *,
+    device: str = "auto",
+    workers: int | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+    overwrite: bool = False,
+) -> Summary:
+    """Quantize a model folder or hub id into a new folder, and say what was done.
+
+    recipe    a `Recipe`, or the name of a scheme
+    output    folder to make; by default the model's name plus the scheme, in the current folder
+    device    "auto" (a GPU where there is one), "cpu", "cuda", "cuda:N"; the bytes written are the same
+    progress  called with (label, bytes done, bytes in all)
+
+    The same call continues an interrupted run. Raises UsageError, PreflightError or VerificationError, each one line;
+    the output then does not exist.
+    """
+    from quantlab import stream
+    from quantlab.verify import verify_weights
+
+    start = time.perf_counter()
+    recipe = Recipe(recipe) if isinstance(recipe, str) else recipe
+    folder = output_folder(model, recipe.scheme, output)
+    where = stream.pick_device(device)
+    check_writable(folder, overwrite=overwrite)
+    made = plan(model, recipe, revision=revision, trust_remote_code=trust_remote_code)
+    check_space(folder, made.bytes_after)
+
+    with Output.open(folder, made.fingerprint(), overwrite=overwrite) as out:
+        resumed = out.finished_shards
+        found = None
+        if recipe.calibration is not None:
+            from quantlab import calibrated
+
+            found = calibrated.run(made.source, made, recipe.calibration, where, progress)
+        scales = found.scales if found else None
+        stages = stream.convert(made, out, device=where, workers=workers, progress=progress, scales=scales)
+        checkpoint.write_side_files(out, made.source, made.stored)
+        out.write_text(checkpoint.RECIPE, recipe.to_toml())
+        if found:
+            found.save(out)
+        problems = verify_weights(out.partial)
+        if problems:
+            raise VerificationError(f"{folder}: what was written is wrong, nothing is kept: {problems[0]}")
+        summary = Summary(
+            output=str(folder),
+            scheme=recipe.scheme,
+            bytes_before=made.bytes_before,
+            bytes_after=made.bytes_after,
+            groups=made.by_reason(),
+            tensor_parallel=made.tensor_parallel,
+            seconds=time.perf_counter() - start,
+            stages=stages,
+            device=str(where),
+            resumed=resumed,
+            warnings=made.warnings,
+            calibration=found.summary() if found else {},
+        )
+        out.write_text(checkpoint.SUMMARY, checkpoint.to_json(summary.to_dict()))
+        out.publish()
+    return summary

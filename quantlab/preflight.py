@@ -1,0 +1,327 @@
+"""The plan of a conversion: what becomes of every tensor and why, from the config and the headers alone.
+
+All that can be refused is refused here, before work: errors found after hours are the most common complaint about
+quantization tools. Decisions are values; `stream` carries them out and adds none of its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from quantlab import kinds
+from quantlab.checkpoint import (
+    Source,
+    Stored,
+    config_of_quantization,
+    describe_quantization,
+    module_of,
+    slots,
+)
+from quantlab.errors import PreflightError, UsageError
+from quantlab.parallel import largest_tensor_parallel
+from quantlab.scheme import Recipe, Rule, Scheme, did_you_mean, scheme_named
+from quantlab.shards import TensorInfo
+
+if TYPE_CHECKING:
+    from quantlab.architecture import Architecture
+
+__version__ = "0.1.0"  # part of the fingerprint: runs of different versions do not continue each other
+ENGINE_ALIGNMENT = 16  # FP8 GEMMs of cuBLASLt and CUTLASS take N and K in multiples of this
+UNEXPLAINED_LIMIT = 0.01
+
+REASONS = {
+    "embedding": "embedding: a table, not a product",
+    "head": "output head: kept in full precision, engines do not load it quantized",
+    "router": "router: small, and decides which experts run",
+    "conv": "convolution",
+    "norm": "norm",
+}
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What becomes of one tensor of the source.
+
+    tensor  name in the checkpoint
+    module  path of its module by the checkpoint's names
+    kind    of `architecture.KINDS`
+    scheme  None: copied byte for byte, and then `reason` says why; "" is no known reason
+    """
+
+    tensor: str
+    module: str
+    kind: str
+    scheme: Scheme | None
+    reason: str
+    info: TensorInfo
+
+    def left(self, reason: str) -> Decision:
+        return replace(self, scheme=None, reason=reason)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All decisions, and what follows from them.
+
+    skip_modules     fully qualified names of unquantized linear layers, in the checkpoint's and in transformers' names
+    bytes_*          size of all weights
+    tensor_parallel  largest size that every engine loads
+    """
+
+    source: Source
+    recipe: Recipe
+    decisions: tuple[Decision, ...]
+    skip_modules: tuple[str, ...]
+    bytes_before: int
+    bytes_after: int
+    tensor_parallel: int
+    warnings: tuple[str, ...] = ()
+    architecture: str | None = None
+
+    @property
+    def quantized(self) -> tuple[Decision, ...]:
+        return tuple(d for d in self.decisions if d.scheme is not None)
+
+    @property
+    def stored(self) -> Stored:
+        """How the quantized weights are stored. A recipe gives one checkpoint one layout."""
+        scheme = self.quantized[0].scheme
+        assert scheme is not None
+        return Stored.of(scheme, self.skip_modules)
+
+    def fingerprint(self) -> str:
+        """Equal for runs that write the same bytes: an interrupted run may be continued by one of the same."""
+        files = {info.shard for info in self.source.tensors.values()}
+        stamps = sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files)
+        what = [__version__, str(self.source.folder.resolve()), stamps, self.to_dict(), self.source.config]
+        return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+
+    def by_reason(self) -> dict[str, tuple[int, int]]:
+        """What happens -> (tensors, bytes in the source), the largest first."""
+        groups: dict[str, list[int]] = defaultdict(lambda: [0, 0])
+        for decision in self.decisions:
+            what = f"quantized: {decision.scheme.name}" if decision.scheme else decision.reason or "no known reason"
+            groups[what][0] += 1
+            groups[what][1] += decision.info.nbytes
+        return {what: (n, size) for what, (n, size) in sorted(groups.items(), key=lambda item: -item[1][1])}
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "model": self.source.model,
+            "architecture": self.architecture,
+            "recipe": self.recipe.to_dict(),
+            "bytes_before": self.bytes_before,
+            "bytes_after": self.bytes_after,
+            "tensor_parallel": self.tensor_parallel,
+            "decisions": [
+                {"tensor": d.tensor, "kind": d.kind, "scheme": d.scheme.name if d.scheme else None, "reason": d.reason}
+                for d in self.decisions
+            ],
+            "skip_modules": list(self.skip_modules),
+            "warnings": list(self.warnings),
+        }
+
+    def tables(self, size: Callable[[float], str]) -> list[tuple[str, tuple[str, ...], list[tuple[Any, ...]]]]:
+        """(title, header, rows) for people; `size` prints bytes."""
+        rows = [(what, n, size(nbytes)) for what, (n, nbytes) in self.by_reason().items()]
+        ratio = self.bytes_before / max(self.bytes_after, 1)
+        facts: list[tuple[Any, ...]] = [
+            ("weights", f"{size(self.bytes_before)} -> {size(self.bytes_after)} ({ratio:.2f}x smaller)"),
+            ("largest tensor-parallel size", self.tensor_parallel),
+            *(("warning", text) for text in self.warnings),
+        ]
+        return [
+            (f"{self.source.model}: what happens to its tensors", ("what", "tensors", "bytes"), rows),
+            ("result", ("", ""), facts),
+        ]
+
+
+def plan(source: Source, recipe: Recipe, *, trust_remote_code: bool = False) -> Plan:
+    """Decide about every tensor, or refuse.
+
+    Raises PreflightError for a source that is quantized already, where nothing can be quantized, and where more than
+    1 % of what should be quantized would be left alone without a known reason; UsageError for a pattern of the recipe
+    that matches nothing.
+    """
+    _refuse_quantized(source)
+    architecture = _architecture(source, trust_remote_code)
+    model = kinds.Model.of(source.config)
+    decisions = [_decide(info, recipe, model, architecture) for info in source.tensors.values()]
+    _check_patterns(recipe.rules, decisions)
+    decisions = _drop_together(decisions)
+    _check_coverage(decisions, source)
+    return Plan(
+        source,
+        recipe,
+        tuple(decisions),
+        _skip_modules(decisions, model, architecture),
+        source.weight_bytes,
+        sum(_bytes_after(decision) for decision in decisions),
+        largest_tensor_parallel([d for d in decisions if d.scheme], source.config),
+        tuple(_warnings(decisions, source)),
+        architecture.class_name if architecture else None,
+    )
+
+
+def _refuse_quantized(source: Source) -> None:
+    advice = "start from the original model, or write it back to bf16 with `quantlab convert --to bf16`"
+    found = config_of_quantization(source.config)
+    if found is not None:
+        raise PreflightError(f"{source.model}: is already quantized ({describe_quantization(found)}); {advice}")
+    for info in source.tensors.values():
+        low_precision = info.dtype.startswith(("F8", "F4", "F6")) or (
+            info.dtype in ("I8", "U8", "I32") and len(info.shape) == 2 and info.name.endswith(("weight", "_packed"))
+        )
+        if low_precision and info.elements > 1:
+            raise PreflightError(f"{source.model}: is already quantized ({info.name} is {info.dtype}); {advice}")
+
+
+def _architecture(source: Source, trust_remote_code: bool) -> Architecture | None:
+    """What transformers knows, unless its names are not those of this checkpoint."""
+    from quantlab.architecture import architecture
+
+    found = architecture(source.folder, source.tensors, trust_remote_code=trust_remote_code)
+    if found is None:
+        return None
+    covered = sum(source.tensors[name].nbytes for name in found.kinds)
+    return found if covered > source.weight_bytes / 2 else None
+
+
+def _decide(info: TensorInfo, recipe: Recipe, model: kinds.Model, architecture: Architecture | None) -> Decision:
+    """The decision about one tensor as if it were alone."""
+    module = module_of(info.name)
+    known = architecture.kinds.get(info.name) if architecture else None
+    kind = known or kinds.kind_of(info, model)
+    decision = Decision(info.name, module, kind, None, "", info)
+    if kinds.is_mtp(info.name, model):
+        return decision.left("multi-token prediction: carried over as it is")
+    if kind not in ("linear", "expert"):
+        return decision.left(REASONS.get(kind) or _other(info, module, model, known))
+    names = [module, *([architecture.modules[info.name]] if architecture and known else [])]
+    rule = next((rule for rule in recipe.rules if any(rule.matches(name) for name in (*names, info.name))), None)
+    if rule is None and kinds.in_tower(info.name, model):
+        return decision.left("vision or audio tower: the language model is quantized")
+    scheme = scheme_named(rule.scheme if rule else recipe.scheme)
+    if scheme is None:
+        return decision.left(f"recipe: {rule.match if rule else 'scheme none'}")
+    misfit = _misfit(info, scheme)
+    return decision.left(misfit) if misfit else replace(decision, scheme=scheme)
+
+
+def _other(info: TensorInfo, module: str, model: kinds.Model, known: str | None) -> str:
+    """Why a tensor that is no layer's weight stays; "" where nothing is known about it."""
+    leaf = kinds.leaf_of(module)
+    if leaf in kinds.USED_DIRECTLY:
+        return "weight that its model uses directly, not through a linear layer"
+    if leaf in kinds.TRANSPOSED and model.model_type in kinds.TRANSPOSED_MODELS:
+        return "transposed weight (Conv1D): no reader has a quantized layer for it"
+    if len(info.shape) < 2 or not info.elements:
+        return "bias, scale or other vector"
+    if info.dtype not in kinds.FLOATS:
+        return "not floating point"
+    return "parameter that is no linear layer's" if known else ""
+
+
+def _misfit(info: TensorInfo, scheme: Scheme) -> str | None:
+    """Why this weight cannot have this scheme."""
+    if len(info.shape) != 2:
+        return "experts fused into one 3-D tensor: the format stores one matrix per expert"
+    wanted = [max(ENGINE_ALIGNMENT, step) for step in scheme.alignment]
+    if any(size % step for size, step in zip(info.shape, wanted, strict=True)):
+        return f"shape: N and K are not multiples of {wanted[0]} and {wanted[1]}"
+    return None
+
+
+def _check_patterns(rules: Iterable[Rule], decisions: list[Decision]) -> None:
+    """A pattern that matches nothing is a typing error; silence would quantize what the user wanted to keep."""
+    modules = list(dict.fromkeys(d.module for d in decisions))
+    for rule in rules:
+        if any(rule.matches(d.module) or rule.matches(d.tensor) for d in decisions):
+            continue
+        leaves = {kinds.leaf_of(module) for module in modules} - {""}
+        leaf = kinds.leaf_of(rule.match.removeprefix("re:"))
+        hint = f"*.{leaf}" if leaf in leaves else None
+        tail = f"did you mean {hint!r}?" if hint and hint != rule.match else f"layers are {did_you_mean(leaf, leaves)}"
+        raise UsageError(f"pattern {rule.match!r} matches no module (it must match a whole name); {tail}")
+
+
+def _drop_together(decisions: list[Decision]) -> list[Decision]:
+    """Layers that engines fuse have one scheme: where one member stays in 16 bits, all do."""
+    groups: dict[tuple[str, ...] | str, list[Decision]] = defaultdict(list)
+    for decision in decisions:
+        if decision.kind in ("linear", "expert") and len(decision.info.shape) == 2:
+            groups[kinds.experts_of(decision.module) or kinds.fused_group(decision.module)].append(decision)
+    dropped: dict[str, Decision] = {}
+    for members in groups.values():
+        stays = next((d for d in members if d.scheme is None), None)
+        if stays is None or all(d.scheme is None for d in members):
+            continue
+        reason = f"fused by engines with {kinds.leaf_of(stays.module)}, which stays ({stays.reason})"
+        dropped |= {d.tensor: d.left(reason) for d in members if d.scheme is not None}
+    return [dropped.get(d.tensor, d) for d in decisions]
+
+
+def _check_coverage(decisions: list[Decision], source: Source) -> None:
+    quantized = [d for d in decisions if d.scheme]
+    if not quantized:
+        counts = Counter(d.reason for d in decisions if d.kind in ("linear", "expert"))
+        why = f"all linear layers stay, mainly: {counts.most_common(1)[0][0]}" if counts else "it has no linear layer"
+        raise PreflightError(f"{source.model}: nothing can be quantized; {why}")
+    unexplained = [d for d in decisions if not d.scheme and not d.reason]
+    lost, done = (sum(d.info.elements for d in group) for group in (unexplained, quantized))
+    if lost > UNEXPLAINED_LIMIT * (lost + done):
+        names = ", ".join(d.tensor for d in unexplained[:3])
+        raise PreflightError(
+            f"{source.model}: {100 * lost / (lost + done):.1f} % of the weights would be left alone without a known "
+            f"reason, in {len(unexplained)} tensors ({names}{', ...' if len(unexplained) > 3 else ''}); "
+            "accept it with --ignore PATTERN"
+        )
+
+
+def _skip_modules(decisions: list[Decision], model: kinds.Model, architecture: Architecture | None) -> tuple[str, ...]:
+    """Every linear layer that is not quantized, by every name a reader may know it under.
+
+    A reader that does not find a layer here takes its 16-bit weight for a quantized one. That also holds for a head
+    that is tied to the embedding and has no tensor of its own.
+    """
+    skip = {d.module for d in decisions if d.scheme is None and _may_be_linear(d)}
+    if architecture is None:
+        return tuple(sorted(skip | ({"lm_head"} if model.tied else set())))
+    of_tensor = architecture.modules
+    quantized = {of_tensor[d.tensor] for d in decisions if d.scheme and d.tensor in of_tensor}
+    skip |= {of_tensor[d.tensor] for d in decisions if d.module in skip and d.tensor in of_tensor}
+    return tuple(sorted((skip | architecture.linear_modules) - quantized - {""}))
+
+
+def _may_be_linear(decision: Decision) -> bool:
+    if decision.kind in ("embedding", "conv", "norm"):
+        return False
+    return decision.kind in ("linear", "expert", "head", "router") or len(decision.info.shape) == 2
+
+
+def _bytes_after(decision: Decision) -> int:
+    if decision.scheme is None:
+        return decision.info.nbytes
+    return sum(slot.nbytes for slot in slots(decision.module, decision.info.shape, Stored.of(decision.scheme)))
+
+
+def _warnings(decisions: list[Decision], source: Source) -> Iterable[str]:
+    by_design = ("embedding", "output head", "recipe")
+    other = [d for d in decisions if not d.scheme and len(d.info.shape) > 1 and not d.reason.startswith(by_design)]
+    done, lost = sum(d.info.nbytes for d in decisions if d.scheme), sum(d.info.nbytes for d in other)
+    if lost > done:
+        worst = Counter()  # type: ignore[var-annotated]
+        for decision in other:
+            worst[decision.reason or "no known reason"] += decision.info.nbytes
+        share = 100 * lost / source.weight_bytes
+        yield f"most weights stay in 16 bits: {share:.0f} % of the bytes, mainly because: {worst.most_common(1)[0][0]}"
+    fused = [d for d in decisions if d.reason.startswith("fused by engines")]
+    if fused:
+        yield f"{len(fused)} layers stay in 16 bits because engines fuse them with a layer that does"
+    if source.left_out:
+        yield f"not carried over, weights in other formats: {', '.join(map(str, source.left_out[:5]))}"

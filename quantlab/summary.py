@@ -1,0 +1,67 @@
+"""What a run did: the numbers that are shown at its end and kept in the output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+Table = tuple[str, tuple[str, ...], list[tuple[Any, ...]]]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Result of quantize and convert.
+
+    bytes_before, bytes_after  of all weights
+    groups                     what happened -> (tensors, bytes in the source)
+    tensor_parallel            largest size that every engine loads, None where it was not computed
+    seconds                    wall time of the whole run
+    stages                     read, quantize, write: seconds summed over the workers
+    resumed                    shards that an interrupted run had finished
+    outliers                   of a calibration pass: what it found, as rows of a table
+    """
+
+    output: str
+    scheme: str
+    bytes_before: int
+    bytes_after: int
+    groups: dict[str, tuple[int, int]]
+    tensor_parallel: int | None
+    seconds: float
+    stages: dict[str, float]
+    device: str
+    resumed: int = 0
+    warnings: tuple[str, ...] = ()
+    calibration: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def compression(self) -> float:
+        return self.bytes_before / max(self.bytes_after, 1)
+
+    def shares(self) -> dict[str, float]:
+        """Part of the workers' time that each stage took."""
+        total = sum(self.stages.values()) or 1.0
+        return {stage: seconds / total for stage, seconds in self.stages.items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        groups = {what: {"tensors": n, "bytes": size} for what, (n, size) in self.groups.items()}
+        shares = {stage: round(share, 3) for stage, share in self.shares().items()}
+        return asdict(self) | {"groups": groups, "compression": round(self.compression, 3), "shares": shares}
+
+    def tables(self, size: Callable[[float], str]) -> list[Table]:
+        """(title, header, rows) for people; `size` prints bytes."""
+        groups = [(what, n, size(nbytes)) for what, (n, nbytes) in self.groups.items()]
+        rate = self.bytes_before / max(self.seconds, 1e-9)
+        facts: list[tuple[Any, ...]] = [
+            ("weights", f"{size(self.bytes_before)} -> {size(self.bytes_after)} ({self.compression:.2f}x smaller)"),
+            ("time", f"{self.seconds:.1f} s on {self.device}, {size(rate)}/s"),
+            ("of that", ", ".join(f"{stage} {100 * share:.0f} %" for stage, share in self.shares().items())),
+        ]
+        if self.tensor_parallel is not None:
+            facts.append(("largest tensor-parallel size", self.tensor_parallel))
+        if self.resumed:
+            facts.append(("continued", f"{self.resumed} shards were finished by an earlier run"))
+        facts += [(f"calibration: {key}", value) for key, value in self.calibration.items()]
+        facts += [("warning", text) for text in self.warnings]
+        return [("what happened to the tensors", ("what", "tensors", "bytes"), groups), (self.output, ("", ""), facts)]
