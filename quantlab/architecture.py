@@ -100,10 +100,12 @@ def _model_class(folder: Path, config: Any, trust_remote_code: bool) -> Any:
 @dataclass(frozen=True)
 class LoadTarget:
     """Where transformers puts one checkpoint tensor: the parameter or buffer of the model (several tensors may share
-    one), and whether its rows and columns are rearranged on the way, so that scales of blocks would not follow."""
+    one), whether its rows or columns are rearranged on the way so that scales would not follow, and the patterns of
+    the conversion that it goes through, if any."""
 
     parameter: str
     rearranged: bool = False
+    patterns: tuple[str, ...] = ()
 
 
 def load_targets(model: Any, names: Iterable[str]) -> dict[str, LoadTarget]:
@@ -121,8 +123,11 @@ def load_targets(model: Any, names: Iterable[str]) -> dict[str, LoadTarget]:
         renamed, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
         if renamed not in state and name in state:
             renamed, pattern = rename_source_key(name, [], [], model.base_model_prefix, state)
-        if renamed in state:
-            targets[name] = LoadTarget(renamed, pattern is not None and not keeps_rows_together(by_pattern[pattern]))
+        if renamed in state and pattern is None:
+            targets[name] = LoadTarget(renamed)
+        elif renamed in state:
+            converter = by_pattern[pattern]
+            targets[name] = LoadTarget(renamed, not keeps_rows_together(converter), tuple(converter.source_patterns))
     return targets
 
 
@@ -164,9 +169,7 @@ def _kind(modules: dict[str, Any], path: str, leaf: str) -> str:
         return "other"
     if _is_router(modules, path):
         return "router"
-    if isinstance(module, nn.Linear):
-        return "linear"
-    return "other"
+    return "linear" if type(module) is nn.Linear else "other"  # the weight of a subclass may be used elsewhere
 
 
 def _is_router(modules: dict[str, Any], path: str) -> bool:

@@ -1,7 +1,186 @@
-"""All contact with transformers: what it would build, our layers inside its models, loading."""
+"""All contact with transformers: what it would build, our layers inside its models, loading.
+
+`enable` costs nothing until transformers is imported: where its registry of quantizers is not loaded yet, an import
+hook on that one module waits for it. Replacing two entries of a registry is the smallest change that makes
+`from_pretrained` and `pipeline` work unchanged; patching functions inside transformers (the alternative) would have to
+follow every move of its internals.
+"""
 
 from __future__ import annotations
 
-from quantlab.architecture import Architecture, architecture
+import importlib
+import importlib.abc
+import importlib.util
+import sys
+import warnings
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
 
-__all__ = ["Architecture", "architecture"]
+from quantlab.architecture import Architecture, architecture
+from quantlab.errors import UsageError, VerificationError
+
+__all__ = ["Architecture", "IntegrationWarning", "architecture", "disable", "enable", "load", "pipeline", "status"]
+
+_REGISTRY = "transformers.quantizers.auto"
+_METHODS = ("fp8", "compressed-tensors")
+_replaced: dict[str, tuple[Any, Any]] = {}
+_failure: str | None = None
+
+
+class IntegrationWarning(UserWarning):
+    """This version of transformers lacks something; checkpoints load through its own path."""
+
+
+def enable() -> None:
+    """Make transformers use our layers for `fp8` and compressed-tensors checkpoints. Done by `import quantlab`."""
+    if _REGISTRY in sys.modules:
+        _replace(sys.modules[_REGISTRY])
+    elif not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _AfterImport())
+
+
+def disable() -> None:
+    """Undo `enable`: checkpoints load through transformers' own path again."""
+    sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _AfterImport)]
+    registry: Any = sys.modules.get(_REGISTRY)
+    for method, (quantizer, config) in _replaced.items():
+        registry.AUTO_QUANTIZER_MAPPING[method] = quantizer
+        registry.AUTO_QUANTIZATION_CONFIG_MAPPING[method] = config
+    _replaced.clear()
+
+
+def status() -> str:
+    """One line for people: whether checkpoints run on our layers, or why not."""
+    importlib.import_module(_REGISTRY)
+    if _replaced:
+        version = importlib.import_module("transformers").__version__
+        return f"transformers {version}: fp8 and compressed-tensors checkpoints run on our layers"
+    return _failure or "off; `quantlab.hf.enable()` turns it on"
+
+
+def load(path: str | Path, *, device_map: Any = None, dtype: Any = "auto", warmup: bool = False, **kwargs: Any) -> Any:
+    """The model of a checkpoint folder on our layers, by the class that its config names. Never asks a hub.
+
+    device_map  as in `from_pretrained`; None is the CPU
+    dtype       of everything that is not quantized; "auto" takes the checkpoint's
+    warmup      runs every shape of layer once, so that kernels are compiled before the first real call
+    kwargs      go to `from_pretrained`
+
+    Raises UsageError where there is no such checkpoint or transformers does not know its class, VerificationError
+    where a parameter would start from random numbers or a quantized layer did not become one of ours.
+    """
+    import transformers
+
+    enable()
+    if not (Path(path) / "config.json").is_file():
+        raise UsageError(f"{path}: no config.json there; give the folder of a checkpoint")
+    config = transformers.AutoConfig.from_pretrained(
+        path, local_files_only=True, trust_remote_code=kwargs.get("trust_remote_code", False)
+    )
+    name = next(iter(config.architectures or []), "")
+    if not hasattr(transformers, name):
+        raise UsageError(
+            f"{path}: its config names the class {name}, which transformers does not have; load it with its own class"
+        )
+    model, info = getattr(transformers, name).from_pretrained(
+        path, device_map=device_map, dtype=dtype, local_files_only=True, output_loading_info=True, **kwargs
+    )
+    _require_complete(path, model, info)
+    if warmup:
+        warm_up(model)
+    return model
+
+
+def pipeline(task: str, path: str | Path, *, device_map: Any = None, dtype: Any = "auto", **kwargs: Any) -> Any:
+    """`transformers.pipeline` on a model that `load` has checked; tokenizer and processors are those of the folder."""
+    import transformers
+
+    model = load(path, device_map=device_map, dtype=dtype)
+    implementation = transformers.pipelines.check_task(task)[1]["impl"]
+    if isinstance(implementation, str):
+        implementation = getattr(transformers, implementation.rpartition(".")[2])
+    for part in ("tokenizer", "image_processor", "feature_extractor", "processor"):
+        if getattr(implementation, f"_load_{part}", False):
+            kwargs.setdefault(part, str(path))
+    return transformers.pipeline(task, model=model, **kwargs)
+
+
+def warm_up(model: Any, tokens: tuple[int, ...] = (1, 16, 128)) -> None:
+    """Run each distinct shape of quantized linear layer once for each number of tokens."""
+    import torch
+
+    from quantlab.linear import Fp8Linear
+
+    layers = {(type(m), m.weight.shape, m.weight.device): m for m in model.modules() if isinstance(m, Fp8Linear)}
+    with torch.inference_mode():
+        for layer in layers.values():
+            for count in tokens:
+                layer(torch.zeros(count, layer.in_features, dtype=model.dtype, device=layer.weight.device))
+
+
+def _require_complete(path: str | Path, model: Any, info: dict[str, Any]) -> None:
+    for problem, what in (
+        ("missing_keys", "not in the checkpoint, so it would start from random numbers"),
+        ("mismatched_keys", "of another shape in the checkpoint"),
+        ("error_msgs", "reported by the loader"),
+    ):
+        if info.get(problem):
+            first = sorted(map(str, info[problem]))[0]
+            raise VerificationError(
+                f"{path}: {len(info[problem])} {what}: {first}; check the folder with `quantlab verify`"
+            )
+    quantizer = getattr(model, "hf_quantizer", None)
+    reason = getattr(quantizer, "reason", "transformers took its own path") if quantizer is not None else None
+    if reason is not None:
+        raise VerificationError(
+            f"{path}: does not run on our layers ({reason}); transformers' from_pretrained loads it"
+        )
+    scales = [key for key in info.get("unexpected_keys", ()) if "_scale" in key.rpartition(".")[2]]
+    if scales:
+        raise VerificationError(
+            f"{path}: {len(scales)} scales have no quantized layer, the first is {sorted(scales)[0]}"
+        )
+
+
+class _AfterImport(importlib.abc.MetaPathFinder):
+    """Lets the registry be found as usual and replaces its entries once it has been executed."""
+
+    def find_spec(self, name: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name != _REGISTRY:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                execute(module)
+                _replace(module)
+
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+def _replace(registry: ModuleType) -> None:
+    global _failure
+    if _replaced:
+        return
+    try:
+        from quantlab import quantizers
+
+        entries = {
+            "fp8": (quantizers.Fp8Quantizer, quantizers.FineGrainedFP8Config),
+            "compressed-tensors": (quantizers.CompressedTensorsQuantizer, quantizers.CompressedTensorsConfig),
+        }
+        old = {m: (registry.AUTO_QUANTIZER_MAPPING[m], registry.AUTO_QUANTIZATION_CONFIG_MAPPING[m]) for m in _METHODS}
+    except (ImportError, AttributeError, KeyError) as error:
+        version = importlib.import_module("transformers").__version__
+        _failure = f"transformers {version} is not supported ({error}); quantized checkpoints load through its own path"
+        warnings.warn(_failure, IntegrationWarning, stacklevel=2)
+        return
+    for method, (quantizer, config) in entries.items():
+        registry.AUTO_QUANTIZER_MAPPING[method] = quantizer
+        registry.AUTO_QUANTIZATION_CONFIG_MAPPING[method] = config
+    _replaced.update(old)

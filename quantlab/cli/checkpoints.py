@@ -60,11 +60,11 @@ def quantize(
     Data-free unless --calib is given. Runs shard by shard and never holds the model. The same command continues an
     interrupted run; the output appears only when it is whole and verified.
     """
-    from quantlab import pipeline
+    import quantlab
 
     chosen = _recipe(scheme, recipe, ignore, calib, calib_samples, calib_length, seed, activations)
     with progress(format is Format.human) as callback:
-        summary = pipeline.quantize(
+        summary = quantlab.quantize(
             model,
             chosen,
             output,
@@ -88,9 +88,9 @@ def plan(
     format: OutputFormat = Format.human,
 ) -> None:
     """Show what quantize would do, from the config and the file headers alone."""
-    from quantlab import pipeline
+    import quantlab
 
-    made = pipeline.plan(model, _recipe(scheme, recipe, ignore), revision=revision, trust_remote_code=trust_remote_code)
+    made = quantlab.plan(model, _recipe(scheme, recipe, ignore), revision=revision, trust_remote_code=trust_remote_code)
     _show_plan(made, format)
 
 

@@ -1,0 +1,183 @@
+"""Linear layers that keep FP8 weights and compute with them, on CPU and GPU.
+
+Parameter names and dtypes are those on disk, so loading and saving move bytes and convert nothing. A forward is two
+ops: quantize the tokens, multiply. They are two methods here, `quantize_input` and `matmul`, so that layers which see
+the same input (q, k, v; gate, up) can share the first and be joined in the second.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantlab_kernels import gemm_fp8_block, gemm_fp8_row, quantize_fp8_group, quantize_fp8_token
+from quantlab_kernels.qtensor import expand_blocks
+
+CODES = torch.float8_e4m3fn
+
+
+class MovesWithoutCasting(nn.Module):
+    """`module.half()` and `module.to(dtype)` move codes and scales but keep their dtype: a cast of codes without
+    their scale would be silent garbage. Everything else in the module is cast as usual."""
+
+    def _quantized(self, name: str) -> bool:
+        raise NotImplementedError
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        tensors = (*self._parameters.items(), *self._buffers.items())
+        keep = {id(tensor) for name, tensor in tensors if tensor is not None and self._quantized(name)}
+
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if id(tensor) not in keep or moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(move, recurse)
+
+
+class Fp8Linear(MovesWithoutCasting, nn.Linear):
+    """What the two layouts share; a subclass says how scales are laid out and which ops compute.
+
+    weight        [N, K]  float8_e4m3fn
+    <scale_name>  `scale_shape(N, K)`, float32 (checkpoints of others also hold bfloat16 or float8_e8m0fnu)
+    bias          [N] in the model's dtype, or None
+
+    Input [..., K] in bfloat16, float16 or float32; output [..., N] in the same dtype. The gradient of the input is that
+    of the dequantized weight, the rounding of the input counting as the identity; weight and scale have none.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        scale_name: str,
+        scale_dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        nn.Module.__init__(self)  # nn.Linear's own would allocate the weight in full precision
+        self.in_features = in_features
+        self.out_features = out_features
+        self.scale_name = scale_name
+        self.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=CODES), requires_grad=False)
+        scale = torch.empty(self.scale_shape(out_features, in_features), dtype=scale_dtype)
+        self.register_parameter(scale_name, nn.Parameter(scale, requires_grad=False))
+        self.register_parameter("bias", nn.Parameter(torch.empty(out_features, dtype=dtype)) if bias else None)
+        self.register_buffer("_scale", None, persistent=False)
+
+    @staticmethod
+    def scale_shape(out_features: int, in_features: int) -> tuple[int, int]:
+        raise NotImplementedError
+
+    def quantize_input(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes and scale of x [M, K]."""
+        raise NotImplementedError
+
+    def matmul(self, codes: Tensor, scale: Tensor, out_dtype: torch.dtype) -> Tensor:
+        """[M, N] of what `quantize_input` returned, bias added."""
+        raise NotImplementedError
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight [N, K] in full precision."""
+        raise NotImplementedError
+
+    @property
+    def scale(self) -> Tensor:
+        """The weight's scale in float32, which is how the kernels take it."""
+        return self._scale if self._scale is not None else getattr(self, self.scale_name).to(torch.float32)
+
+    def finish_loading(self) -> None:
+        """Keep a float32 copy of a scale that is stored in another dtype: converting it in every call would cost a
+        kernel launch. The copy is not in the state dict, so saving writes what was read."""
+        stored = getattr(self, self.scale_name)
+        if stored.dtype != torch.float32:
+            self._scale = stored.detach().to(torch.float32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, self.in_features)
+        if torch.is_grad_enabled() and (flat.requires_grad or (self.bias is not None and self.bias.requires_grad)):
+            out = _StraightThrough.apply(flat, self.bias, self)
+        else:
+            out = self.matmul(*self.quantize_input(flat), x.dtype)
+        return out.reshape(*x.shape[:-1], self.out_features)
+
+    def reset_parameters(self) -> None:
+        """Codes come from a checkpoint; there is nothing sensible to draw."""
+
+    def _quantized(self, name: str) -> bool:
+        return name != "bias"
+
+
+class _StraightThrough(torch.autograd.Function):
+    """The layer with a gradient: forward as without, backward through the dequantized weight."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, layer: Fp8Linear) -> Tensor:
+        ctx.layer = layer
+        return layer.matmul(*layer.quantize_input(x), x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        (grad,) = grads
+        to_x = grad @ ctx.layer.dequantize(grad.dtype) if ctx.needs_input_grad[0] else None
+        to_bias = grad.sum(0).to(ctx.layer.bias.dtype) if ctx.needs_input_grad[1] else None
+        return to_x, to_bias, None
+
+
+class Fp8BlockLinear(Fp8Linear):
+    """128x128 weight blocks, 1x128 activation groups (DeepSeek-V3, arXiv 2412.19437 §3.3).
+
+    Its scale is [ceil(N/128), ceil(K/128)]. `activation_scale`, None or float32 [ceil(K/128)], replaces the scales
+    computed from the data at run time; it is not part of the state dict, a side file holds it.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        scale_name: str = "weight_scale_inv",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, scale_name=scale_name, **kwargs)
+        self.activation_scale: Tensor | None
+        self.register_buffer("activation_scale", None, persistent=False)
+
+    @staticmethod
+    def scale_shape(out_features: int, in_features: int) -> tuple[int, int]:
+        return -(-out_features // 128), -(-in_features // 128)
+
+    def quantize_input(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return quantize_fp8_group(x, scale=self.activation_scale)
+
+    def matmul(self, codes: Tensor, scale: Tensor, out_dtype: torch.dtype) -> Tensor:
+        return gemm_fp8_block(codes, scale, self.weight, self.scale, self.bias, out_dtype=out_dtype)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        return (self.weight.float() * expand_blocks(self.scale, (128, 128), self.weight.shape)).to(dtype)
+
+
+class Fp8RowLinear(Fp8Linear):
+    """One scale per weight row, [N, 1], and one per token."""
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = True, *, scale_name: str = "weight_scale", **kwargs: Any
+    ) -> None:
+        super().__init__(in_features, out_features, bias, scale_name=scale_name, **kwargs)
+
+    @staticmethod
+    def scale_shape(out_features: int, in_features: int) -> tuple[int, int]:
+        return out_features, 1
+
+    def quantize_input(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return quantize_fp8_token(x)
+
+    def matmul(self, codes: Tensor, scale: Tensor, out_dtype: torch.dtype) -> Tensor:
+        return gemm_fp8_row(codes, scale, self.weight, self.scale, self.bias, out_dtype=out_dtype)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        return (self.weight.float() * self.scale).to(dtype)

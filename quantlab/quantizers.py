@@ -1,0 +1,341 @@
+"""What transformers finds instead of its own quantizers for `fp8` and `compressed-tensors` checkpoints.
+
+The tensors in the files decide, not the skip list: a weight that comes with a scale is quantized, everything else is
+not. Readers of the list disagree (`model.layers.1` also means layers 10 to 19 to some), tensors do not. Each class
+takes what our kernels compute exactly and hands everything else to the class it extends, saying so once.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers.core_model_loading import MergeModulelist, SplitModulelist, WeightConverter
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
+from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
+from transformers.utils import is_compressed_tensors_available, logging
+from transformers.utils import quantization_config as stock
+from transformers.utils.quantization_config import QuantizationMethod
+
+from quantlab.architecture import load_targets
+from quantlab.experts import Fp8BlockExperts, Fp8Experts, Fp8RowExperts, unsupported
+from quantlab.linear import Fp8BlockLinear, Fp8Linear, Fp8RowLinear
+
+logger = logging.get_logger(__name__)
+
+SCALE_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F8_E8M0": torch.float8_e8m0fnu}
+SIDE_FILE = Path("quantlab") / "activation_scales.safetensors"
+
+
+class _Verbatim:
+    """A quantization config that is saved as it was read: transformers' own drop and rename fields."""
+
+    _read: dict[str, Any]
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        result = super().from_dict(config_dict, *args, **kwargs)  # type: ignore[misc]
+        config = result[0] if isinstance(result, tuple) else result
+        config._read = deepcopy(config_dict)
+        return result
+
+    def to_dict(self) -> dict[str, Any]:
+        return deepcopy(self._read) if hasattr(self, "_read") else super().to_dict()  # type: ignore[misc]
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        return self.to_dict()
+
+
+# The two classes below keep the names of those they extend: the loader compares class names before it lets a config
+# that is passed to `from_pretrained` (say, with dequantize=True) touch the one in the checkpoint.
+
+
+class FineGrainedFP8Config(_Verbatim, stock.FineGrainedFP8Config):
+    pass
+
+
+class CompressedTensorsConfig(_Verbatim, stock.CompressedTensorsConfig):
+    """Schemes of ours need no compressed-tensors package; for all others transformers asks for it."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        if is_compressed_tensors_available() or compressed_tensors_layout(kwargs)[0] is None:
+            super().__init__(*args, **kwargs)
+            return
+        self.quantization_config = None
+        self.dequantize = False
+        self.use_optimized_inference = False
+        self.quant_method = QuantizationMethod.COMPRESSED_TENSORS
+
+
+class KeepsQuantized(HfQuantizer):
+    """Swaps in the layers that compute with what is on disk. A subclass names the layout; `reason`, once set, says why
+    transformers' own way is taken instead."""
+
+    scale_name: str
+    linear: type[Fp8Linear]
+    experts: type[Fp8Experts]
+    reason: str | None = None
+
+    def _hand_over(self, reason: str) -> None:
+        """Let the class we extend do it. The reason is for people, so it is logged."""
+        self.reason = reason
+        method = getattr(self.quantization_config.quant_method, "value", self.quantization_config.quant_method)
+        logger.warning_once(f"quantlab leaves this {method} checkpoint to transformers: {reason}")
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        self._environment = args, kwargs
+        if self.reason is not None:
+            super().validate_environment(*args, **kwargs)
+
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        return self.reason is not None and super().param_needs_quantization(model, param_name, **kwargs)
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        if self.reason is None:
+            files = kwargs.get("checkpoint_files") or []
+            reason = self._swap(model, files, kwargs.get("dtype"))
+            if reason is None:
+                return model
+            self._hand_over(reason)
+            self._begin_stock()
+        return super()._process_model_before_weight_loading(model, **kwargs)
+
+    def _begin_stock(self) -> None:
+        """What the class we extend would have done by now."""
+        args, kwargs = self._environment
+        super().validate_environment(*args, **kwargs)
+
+    def _swap(self, model: Any, files: list[str], dtype: torch.dtype | None) -> str | None:
+        """Replace every module whose weight has a scale; a reason, and no change, where one cannot be."""
+        names = tensor_dtypes(files, self.scale_name)
+        if not names:
+            return "it is not in safetensors files"
+        weights = [n for n in names if n.endswith(".weight") and names.get(self._scale_of(n)) is not None]
+        targets = load_targets(model, weights)
+        modules = dict(model.named_modules(remove_duplicate=False))
+        swaps: dict[nn.Module, nn.Module] = {}
+        for name, target in targets.items():
+            module = modules[target.parameter.rpartition(".")[0]]
+            scale_dtype = SCALE_DTYPES.get(names[self._scale_of(name)])
+            reason = self._refusal(module, target.rearranged, scale_dtype)
+            if reason is not None:
+                return f"{name}: {reason}"
+            if module not in swaps:
+                swaps[module] = self._replacement(module, scale_dtype, dtype)
+        for path, module in modules.items():
+            if module in swaps:
+                model.set_submodule(path, swaps[module])
+        self.converted = {p for target in targets.values() for p in target.patterns}
+        self.folder = Path(files[0]).parent
+        self.paths = {name.removesuffix(".weight"): t.parameter.rpartition(".")[0] for name, t in targets.items()}
+        return None
+
+    def _scale_of(self, weight: str) -> str:
+        return weight.removesuffix("weight") + self.scale_name
+
+    def _refusal(self, module: nn.Module, rearranged: bool, scale_dtype: torch.dtype | None) -> str | None:
+        if scale_dtype is None:
+            return "the dtype of its scale is not known"
+        if type(module) is nn.Linear:
+            return "transformers rearranges its rows or columns" if rearranged else None
+        if isinstance(module, nn.Linear):
+            return f"a {type(module).__name__} is not a plain linear layer"
+        return unsupported(module)
+
+    def _replacement(self, module: nn.Module, scale_dtype: Any, dtype: torch.dtype | None) -> nn.Module:
+        options = {"scale_name": self.scale_name, "scale_dtype": scale_dtype}
+        with torch.device("meta"):
+            if not isinstance(module, nn.Linear):
+                return self.experts(module, **options)
+            return self.linear(module.in_features, module.out_features, module.bias is not None, dtype=dtype, **options)
+
+    def update_weight_conversions(self, weight_conversions: list[Any], *model: Any) -> list[Any]:
+        if self.reason is not None:
+            return super().update_weight_conversions(weight_conversions, *model)
+        updated: list[Any] = []
+        for conversion in weight_conversions:
+            if isinstance(conversion, WeightConverter) and self.converted.intersection(conversion.source_patterns):
+                updated += with_scales(conversion, self.scale_name)
+            else:
+                updated.append(conversion)
+        return updated
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        if self.reason is not None:
+            return super()._process_model_after_weight_loading(model, **kwargs)
+        for module in model.modules():
+            if isinstance(module, Fp8Linear | Fp8Experts):
+                for name, parameter in module.named_parameters(recurse=False):
+                    if module._quantized(name):
+                        parameter.requires_grad_(False)  # the loader sets it on every floating-point tensor
+                module.finish_loading()
+        self._static_activations(model)
+        return model
+
+    def _static_activations(self, model: Any) -> None:
+        """Calibrated activation scales, where the side file says that they are meant to be used."""
+        path = self.folder / SIDE_FILE
+        if not path.is_file():
+            return
+        with safe_open(path, "pt") as file:
+            if (file.metadata() or {}).get("activations") != "static":
+                return
+            for name in file.keys():  # noqa: SIM118 - not a mapping
+                module = model.get_submodule(self.paths[name]) if name in self.paths else None
+                if isinstance(module, Fp8BlockLinear):
+                    module.activation_scale = file.get_tensor(name).to(module.weight.device)
+
+
+class Fp8Quantizer(KeepsQuantized, FineGrainedFP8HfQuantizer):
+    """`quant_method: fp8` with 128x128 blocks and dynamic activations."""
+
+    scale_name = "weight_scale_inv"
+    linear = Fp8BlockLinear
+    experts = Fp8BlockExperts
+
+    def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        reason = "it is quantized while loading" if not self.pre_quantized else fp8_reason(quantization_config)
+        if reason is not None:
+            self._hand_over(reason)
+
+
+class CompressedTensorsQuantizer(KeepsQuantized, CompressedTensorsHfQuantizer):
+    """FP8 weights per row or per 128x128 block, with dynamic activations to match."""
+
+    scale_name = "weight_scale"
+
+    def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
+        HfQuantizer.__init__(self, quantization_config, **kwargs)
+        layout, reason = compressed_tensors_layout(quantization_config.to_dict())
+        if quantization_config.dequantize:
+            reason = "dequantize=True"
+        if layout is None or reason is not None:
+            self._hand_over(reason or "")
+            CompressedTensorsHfQuantizer.__init__(self, quantization_config, **kwargs)
+        else:
+            self.linear, self.experts = layout
+
+    def _begin_stock(self) -> None:
+        CompressedTensorsHfQuantizer.__init__(self, self.quantization_config, pre_quantized=self.pre_quantized)
+        super()._begin_stock()
+
+    @property
+    def is_trainable(self) -> bool:
+        return self.reason is None or super().is_trainable
+
+
+def fp8_reason(config: Any) -> str | None:
+    """Why an `fp8` config is not ours, or None."""
+    if config.dequantize:
+        return "dequantize=True"
+    if config.weight_block_size is None or tuple(config.weight_block_size) != (128, 128):
+        return f"weight_block_size = {config.weight_block_size}, our kernels take [128, 128]"
+    if config.activation_scheme != "dynamic":
+        return f"activation_scheme = {config.activation_scheme!r}, our kernels take 'dynamic'"
+    if config.modules_to_convert:
+        return "modules_to_convert names embeddings"
+    if getattr(config, "expert_dtype", "fp8") != "fp8":
+        return f"expert_dtype = {config.expert_dtype!r}, our kernels take 'fp8'"
+    return None
+
+
+def compressed_tensors_layout(config: dict[str, Any]) -> tuple[tuple[type, type] | None, str | None]:
+    """(layer classes, None) for a compressed-tensors config of ours, else (None, reason)."""
+    groups = [_plain(group) for group in (config.get("config_groups") or {}).values()]
+    if _plain(config.get("quantization_status", "compressed")) != "compressed" or not groups:
+        return None, "its weights are not stored compressed"
+    if config.get("kv_cache_scheme"):
+        return None, "it has scales for the KV cache"
+    layouts = {_group_layout(group) for group in groups}
+    if len(layouts) > 1 or None in layouts:
+        return None, "our kernels take float 8 bit weights per channel or per 128x128 block, one kind in a checkpoint"
+    return layouts.pop(), None
+
+
+def _group_layout(group: dict[str, Any]) -> tuple[type, type] | None:
+    weights, inputs = group.get("weights") or {}, group.get("input_activations") or {}
+    for side in (weights, inputs):
+        if (side.get("type"), side.get("num_bits"), side.get("symmetric", True)) != ("float", 8, True):
+            return None
+    if not inputs.get("dynamic") or weights.get("dynamic") or group.get("output_activations"):
+        return None
+    strategies = weights.get("strategy"), inputs.get("strategy")
+    if strategies == ("channel", "token"):
+        return Fp8RowLinear, Fp8RowExperts
+    blocks = list(weights.get("block_structure") or []), inputs.get("group_size")
+    if strategies == ("block", "group") and blocks == ([128, 128], 128):
+        return Fp8BlockLinear, Fp8BlockExperts
+    return None
+
+
+def _plain(value: Any) -> Any:
+    """Enums and pydantic models as the strings and dicts that they are on disk."""
+    value = getattr(value, "value", value)
+    return value.model_dump(mode="json") if hasattr(value, "model_dump") else value
+
+
+def tensor_dtypes(files: Iterable[str], of: str) -> dict[str, str]:
+    """Tensor names in safetensors files; those whose last part is `of` with their dtype tag, others with ""."""
+    found: dict[str, str] = {}
+    for path in files:
+        if not str(path).endswith(".safetensors"):
+            return {}
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118 - not a mapping
+                found[name] = file.get_slice(name).get_dtype() if name.endswith(f".{of}") else ""
+    return found
+
+
+class StackScales(MergeModulelist):
+    """Stacks the scales of a layer's experts. Its reverse keeps extents of 1, which transformers 5.17 drops."""
+
+    @property
+    def reverse_op(self) -> Any:
+        return UnstackScales(self.dim)
+
+
+class UnstackScales(SplitModulelist):
+    def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+        stacked = next(iter(input_dict.values()))
+        shape = (stacked[0] if isinstance(stacked, list) else stacked).shape[1:]
+        return {name: scale.reshape(shape) for name, scale in super().convert(input_dict, *args, **kwargs).items()}
+
+    @property
+    def reverse_op(self) -> Any:
+        return StackScales(self.dim)
+
+
+def with_scales(converter: Any, scale_name: str) -> list[Any]:
+    """The converter of some weights, preceded by its twin for their scales.
+
+    Loading tries converters in order and saving in reverse order; in transformers 5.17 a pattern also matches
+    longer names. So the twin comes first, and what the weights become is anchored at its end.
+    """
+    sources, targets = converter._original_source_patterns, converter._original_target_patterns
+    if not all(re.search(r"\.weight\$?$", source) for source in sources):
+        return [converter]  # the pattern ends before the tensor's name, so the scales match it as they are
+    added = scale_name.removeprefix("weight")
+    twin = WeightConverter(
+        [re.sub(r"\$$", "", source) + added for source in sources],
+        [re.sub(r"\$$", "", target) + added for target in targets],
+        operations=[StackScales(op.dim) if type(op) is MergeModulelist else op for op in converter.operations],
+        force_cpu=converter.force_cpu,
+    )
+    twin.scope_prefix, twin.base_model_prefix = converter.scope_prefix, converter.base_model_prefix
+    converter._original_target_patterns = [target.removesuffix("$") + "$" for target in targets]
+    return [twin, converter]
