@@ -8,5 +8,15 @@ on top of torch and touches no CUDA; backends (triton, compilers) load at their 
 from quantlab_kernels.gemm_fp8_block.op import gemm_fp8_block
 from quantlab_kernels.gemm_fp8_row.op import gemm_fp8_row
 from quantlab_kernels.quantize_fp8.op import quantize_fp8_block, quantize_fp8_group, quantize_fp8_token
+from quantlab_kernels.rmsnorm_quantize.op import rmsnorm_quantize
+from quantlab_kernels.swiglu_quantize.op import swiglu_quantize
 
-__all__ = ["gemm_fp8_block", "gemm_fp8_row", "quantize_fp8_block", "quantize_fp8_group", "quantize_fp8_token"]
+__all__ = [
+    "gemm_fp8_block",
+    "gemm_fp8_row",
+    "quantize_fp8_block",
+    "quantize_fp8_group",
+    "quantize_fp8_token",
+    "rmsnorm_quantize",
+    "swiglu_quantize",
+]

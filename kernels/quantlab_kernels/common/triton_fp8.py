@@ -35,3 +35,30 @@ def decode_e4m3(code):
     # The bits of e4m3 inside a float16 stand for the value times 2**-8, subnormals included.
     value = (((wide & 0x80) << 8) | ((wide & 0x7F) << 7)).to(tl.float16, bitcast=True) * 256.0
     return tl.where((wide & 0x7F) == 0x7F, float("nan"), value).to(tl.float16)
+
+
+@triton.jit
+def largest_magnitude(values, axis: tl.constexpr):
+    """Largest magnitude along an axis. As integers, magnitudes order like the floats and NaN is above all of them."""
+    bits = values.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    return tl.max(bits, axis=axis).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def scale_of(amax, POWER2: tl.constexpr):
+    """`qtensor.scale_of` for E4M3."""
+    smallest = tl.full(amax.shape, 1.1754943508222875e-38, tl.float32)
+    scale = tl.maximum(tl.math.div_rn(amax, tl.full(amax.shape, 448.0, tl.float32)), smallest, tl.PropagateNan.ALL)
+    if POWER2:
+        bits = scale.to(tl.int32, bitcast=True)
+        rounded = ((bits + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
+        scale = tl.where(bits < 0x7F800000, rounded, scale)
+    return tl.where(amax == 0.0, 1.0, scale)
+
+
+@triton.jit
+def store_codes(pointers, values, mask, NATIVE: tl.constexpr):
+    if NATIVE:
+        tl.store(pointers, saturate_e4m3(values).to(tl.float8e4nv), mask=mask)
+    else:
+        tl.store(pointers, encode_e4m3(values), mask=mask)

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quantlab_kernels.common.triton_fp8 import encode_e4m3, saturate_e4m3
+from quantlab_kernels.common.triton_fp8 import largest_magnitude, scale_of, store_codes
 from quantlab_kernels.quantize_fp8.configs import Config, choose
 
 if TYPE_CHECKING:
@@ -54,33 +54,6 @@ def launch(problem: Problem, x: Tensor, given: Tensor | None, codes: Tensor, sca
 
 
 @triton.jit
-def _amax(values, axis: tl.constexpr):
-    """Largest magnitude along an axis. As integers, magnitudes order like the floats and NaN is above all of them."""
-    bits = values.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    return tl.max(bits, axis=axis).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _scale_of(amax, POWER2: tl.constexpr):
-    """`qtensor.scale_of` for E4M3."""
-    smallest = tl.full(amax.shape, 1.1754943508222875e-38, tl.float32)
-    scale = tl.maximum(tl.math.div_rn(amax, tl.full(amax.shape, 448.0, tl.float32)), smallest, tl.PropagateNan.ALL)
-    if POWER2:
-        bits = scale.to(tl.int32, bitcast=True)
-        rounded = ((bits + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
-        scale = tl.where(bits < 0x7F800000, rounded, scale)
-    return tl.where(amax == 0.0, 1.0, scale)
-
-
-@triton.jit
-def _store_codes(pointers, values, mask, NATIVE: tl.constexpr):
-    if NATIVE:
-        tl.store(pointers, saturate_e4m3(values).to(tl.float8e4nv), mask=mask)
-    else:
-        tl.store(pointers, encode_e4m3(values), mask=mask)
-
-
-@triton.jit
 def _group_kernel(
     x_ptr, given_ptr, codes_ptr, scale_ptr, m, k, x_row, x_column, given_row, given_column, scale_row, scale_column,
     GIVEN: tl.constexpr, POWER2: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr, NATIVE: tl.constexpr,
@@ -101,10 +74,10 @@ def _group_kernel(
             given_ptr + row[:, None] * given_row + group[None, :] * given_column, mask=scale_mask, other=1.0
         )
     else:
-        scale = _scale_of(_amax(x, 2), POWER2)
+        scale = scale_of(largest_magnitude(x, 2), POWER2)
     quotient = tl.math.div_rn(x, tl.broadcast_to(scale[:, :, None], (ROWS, GROUPS, 128)))
     quotient = tl.reshape(quotient, (ROWS, GROUPS * 128))
-    _store_codes(codes_ptr + wide_row[:, None] * k + column[None, :], quotient, mask, NATIVE)
+    store_codes(codes_ptr + wide_row[:, None] * k + column[None, :], quotient, mask, NATIVE)
     tl.store(scale_ptr + row[:, None] * scale_row + group[None, :].to(tl.int64) * scale_column, scale, mask=scale_mask)
 
 
@@ -126,9 +99,9 @@ def _block_kernel(
     if GIVEN:
         scale = tl.load(given_ptr + block_row * given_row + block_column * given_column + tl.arange(0, 1))
     else:
-        scale = _scale_of(_amax(_amax(x, 1)[None, :], 1), POWER2)
+        scale = scale_of(largest_magnitude(largest_magnitude(x, 1)[None, :], 1), POWER2)
     quotient = tl.math.div_rn(x, tl.broadcast_to(scale[:, None], (128, 128)))
-    _store_codes(codes_ptr + wide_row[:, None] * k + column[None, :], quotient, mask, NATIVE)
+    store_codes(codes_ptr + wide_row[:, None] * k + column[None, :], quotient, mask, NATIVE)
     tl.store(scale_ptr + at, scale)
 
 
@@ -143,19 +116,19 @@ def _token_kernel(
     wide_row = row.to(tl.int64)[:, None]
     mask = (row[:, None] < m) & (column[None, :] < k)
     x = tl.load(x_ptr + wide_row * x_row + column[None, :] * x_column, mask=mask, other=0.0).to(tl.float32)
-    amax = _amax(x, 1)
+    amax = largest_magnitude(x, 1)
     if LONG:
         for start in range(COLUMNS, k, COLUMNS):
             at = start + column[None, :]
             piece = tl.load(x_ptr + wide_row * x_row + at * x_column, mask=(row[:, None] < m) & (at < k), other=0.0)
-            amax = tl.maximum(amax, _amax(piece.to(tl.float32), 1), tl.PropagateNan.ALL)
-    scale = _scale_of(amax, False)
+            amax = tl.maximum(amax, largest_magnitude(piece.to(tl.float32), 1), tl.PropagateNan.ALL)
+    scale = scale_of(amax, False)
     tl.store(scale_ptr + row, scale, mask=row < m)
     divisor = tl.broadcast_to(scale[:, None], (ROWS, COLUMNS))
-    _store_codes(codes_ptr + wide_row * k + column[None, :], tl.math.div_rn(x, divisor), mask, NATIVE)
+    store_codes(codes_ptr + wide_row * k + column[None, :], tl.math.div_rn(x, divisor), mask, NATIVE)
     if LONG:
         for start in range(COLUMNS, k, COLUMNS):
             at = start + column[None, :]
             mask = (row[:, None] < m) & (at < k)
             piece = tl.load(x_ptr + wide_row * x_row + at * x_column, mask=mask, other=0.0).to(tl.float32)
-            _store_codes(codes_ptr + wide_row * k + at, tl.math.div_rn(piece, divisor), mask, NATIVE)
+            store_codes(codes_ptr + wide_row * k + at, tl.math.div_rn(piece, divisor), mask, NATIVE)

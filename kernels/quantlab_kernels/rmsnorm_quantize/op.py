@@ -1,0 +1,83 @@
+"""The op: checks (which are also its fake), the CPU way, and dispatch to a GPU backend."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quantlab_kernels.common.backends import Backends
+from quantlab_kernels.common.gemm import empty_group_scale
+from quantlab_kernels.common.hardware import gpu_of
+from quantlab_kernels.common.ops import define
+from quantlab_kernels.rmsnorm_quantize import reference
+
+BACKENDS = Backends("rmsnorm_quantize", ("triton", "eager"), last_resort="eager")
+_INPUTS = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """m rows of k columns of `dtype`."""
+
+    m: int
+    k: int
+    dtype: torch.dtype = torch.bfloat16
+    sm: int = 90
+
+    @property
+    def bytes(self) -> int:
+        """Least traffic: the input read once, the result, codes and scales written once."""
+        return self.m * (2 * self.k * self.dtype.itemsize + self.k + 4 * -(-self.k // 128))
+
+
+def rmsnorm_quantize(x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+    """``out = x / sqrt(mean(x^2) + eps) * (offset + weight)``, and its codes and scales, in one pass.
+
+    x       [M, K]  bfloat16, float16 or float32, any strides
+    weight  [K]  any float dtype
+    offset  1.0 for norms that store their weight less one (Gemma)
+
+    Returns out [M, K] in x's dtype, computed in float32 and rounded once; codes [M, K] float8_e4m3fn and scale
+    [M, ceil(K/128)] float32, equal to `quantize_fp8_group(out)`. Raises RuntimeError for other dtypes and shapes.
+    """
+    return _OP(x, weight, eps, offset)
+
+
+def check(x: Tensor, weight: Tensor) -> None:
+    """Refuse what no backend takes. Shapes may be symbolic."""
+    torch._check(x.dtype in _INPUTS, lambda: f"rmsnorm_quantize: got {x.dtype}, needs bfloat16, float16 or float32")
+    torch._check(
+        x.dim() == 2 and tuple(weight.shape) == (x.shape[1],) and weight.dtype.is_floating_point,
+        lambda: f"rmsnorm_quantize: x {tuple(x.shape)}, weight {weight.dtype} {tuple(weight.shape)}; needs [M, K], [K]",
+    )
+
+
+def _fake(x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor, Tensor]:
+    check(x, weight)
+    m, k = x.shape
+    codes = x.new_empty((m, k), dtype=torch.float8_e4m3fn)
+    return x.new_empty((m, k)), codes, empty_group_scale(x, m, (k + 127) // 128)
+
+
+def _cpu(x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor, Tensor]:
+    check(x, weight)
+    return reference.rmsnorm(x, weight, eps, offset)
+
+
+def _cuda(x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor, Tensor]:
+    out, codes, scale = _fake(x, weight, eps, offset)
+    if out.numel() == 0:
+        return out, codes, scale.fill_(1.0)
+    problem = Problem(*x.shape, x.dtype, gpu_of(x).sm)
+    backend = BACKENDS.select(problem)
+    with torch.cuda.device(x.device):
+        backend.launch(problem, x, weight.contiguous(), eps, offset, out, codes, scale, backend.config(problem))
+    return out, codes, scale
+
+
+_OP = define(
+    "rmsnorm_quantize(Tensor x, Tensor weight, float eps, float offset) -> (Tensor, Tensor, Tensor)",
+    fake=_fake, cpu=_cpu, cuda=_cuda,
+)  # fmt: skip

@@ -1,0 +1,79 @@
+"""One pass: a program keeps its whole row in registers, from the sum of squares to the codes."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from quantlab_kernels.common.triton_fp8 import largest_magnitude, scale_of, store_codes
+
+if TYPE_CHECKING:
+    from quantlab_kernels.rmsnorm_quantize.op import Problem
+
+LONGEST_ROW = 16384  # columns; 32 warps hold 16 values a thread, beyond that registers spill
+
+
+@dataclass(frozen=True)
+class Config:
+    """columns: the row's length rounded up to a power of two; num_warps share it."""
+
+    columns: int
+    num_warps: int
+
+
+def supports(problem: Problem) -> str | None:
+    """Everything from sm_80 on, rows that fit into registers."""
+    if problem.sm < 80:
+        return f"needs sm_80 or newer, the GPU is sm_{problem.sm}"
+    if problem.k > LONGEST_ROW:
+        return f"K = {problem.k} does not fit into the registers of one program, at most {LONGEST_ROW}"
+    return None
+
+
+@functools.cache
+def config(problem: Problem) -> Config:
+    """16 values a thread where there are rows enough to fill the chip; 8 for few rows, whose latency counts."""
+    columns = max(128, triton.next_power_of_2(problem.k))
+    per_thread = 8 if problem.m <= 256 else 16
+    return Config(columns, min(32, max(1, columns // (32 * per_thread))))
+
+
+def launch(
+    problem: Problem, x: Tensor, weight: Tensor, eps: float, offset: float,
+    out: Tensor, codes: Tensor, scale: Tensor, config: Config,
+) -> None:  # fmt: skip
+    """Fill out [M, K], codes [M, K] and scale [M, ceil(K/128)]; x may have any strides."""
+    native = problem.sm >= 89
+    _kernel[(problem.m,)](
+        x, weight, out, codes if native else codes.view(torch.uint8), scale, problem.k, *x.stride(), *scale.stride(),
+        eps, offset, config.columns, native, num_warps=config.num_warps,
+    )  # fmt: skip
+
+
+@triton.jit
+def _kernel(
+    x_ptr, weight_ptr, out_ptr, codes_ptr, scale_ptr, k, x_row, x_column, scale_row, scale_column, eps, offset,
+    COLUMNS: tl.constexpr, NATIVE: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, COLUMNS)
+    mask = column < k
+    x = tl.load(x_ptr + row * x_row + column * x_column, mask=mask, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + column, mask=mask, other=0.0).to(tl.float32)
+    # Correctly rounded square root and division: `rsqrt` is off by a unit now and then, on every element of a row.
+    factor = tl.math.div_rn(1.0, tl.math.sqrt_rn(tl.sum(x * x) / k + eps))
+    rounded = (x * factor * (weight + offset)).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + row * k + column, rounded, mask=mask)
+    out = tl.where(mask, rounded.to(tl.float32), 0.0)
+    grouped = tl.reshape(out, (COLUMNS // 128, 128))
+    scale = scale_of(largest_magnitude(grouped, 1), False)
+    quotient = tl.math.div_rn(grouped, tl.broadcast_to(scale[:, None], (COLUMNS // 128, 128)))
+    store_codes(codes_ptr + row * k + column, tl.reshape(quotient, (COLUMNS,)), mask, NATIVE)
+    group = tl.arange(0, COLUMNS // 128)
+    tl.store(scale_ptr + row * scale_row + group.to(tl.int64) * scale_column, scale, mask=group * 128 < k)
