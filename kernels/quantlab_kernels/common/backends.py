@@ -3,12 +3,13 @@
 A backend is a module of the room with
 
     supports(problem) -> str | None     None when it can run the problem and should, else the reason why not
+    able(problem)     -> str | None     optional, the same without what is only a matter of speed
     config(problem)   -> object         the tuned or default configuration (a pure function; None if it has none)
     launch(*tensors, out, config)       writes `out`; allocates nothing the caller sees, never synchronizes
 
 The room lists its backends best first and the first that supports the problem wins: an order that can be read replaces
-priorities. A backend that is slower than the next one for a problem says so in its reason. The environment variable
-``QUANTLAB_<ROOM>_BACKEND`` forces one by name, and the call fails if that one cannot run.
+priorities. A backend that is slower than a later one for a problem says so in its reason. The environment variable
+``QUANTLAB_<ROOM>_BACKEND`` forces one by name, and the call fails if that one is not able.
 """
 
 from __future__ import annotations
@@ -62,10 +63,11 @@ class Backends:
             raise ValueError(f"{self.room}: no backend {name!r}, it has {', '.join(self.names)}")
         return importlib.import_module(f"quantlab_kernels.{self.room}.{name}")
 
-    def reason(self, name: str, problem: Hashable) -> str | None:
-        """Why the backend cannot run the problem, or None; for one that does not import, the module it lacks."""
+    def reason(self, name: str, problem: Hashable, *, question: str = "supports") -> str | None:
+        """Why the backend does not take the problem, or None; for one that does not import, the module it lacks."""
         try:
-            return self.module(name).supports(problem)
+            module = self.module(name)
+            return getattr(module, question, module.supports)(problem)
         except ModuleNotFoundError as error:
             return Mendable(f"{error.name} is not installed")
 
@@ -81,12 +83,14 @@ class Backends:
         """Every backend with its reason, in order, for `quantlab explain`."""
         reasons = {name: self.reason(name, problem) for name in self.names}
         forced = os.environ.get(self.variable)
+        if forced:
+            reasons[forced] = self.reason(forced, problem, question="able")
         able = [name for name, reason in reasons.items() if reason is None]
         chosen = forced if forced in able else None if forced else next(iter(able), None)
         return [Verdict(name, reason, name == chosen) for name, reason in reasons.items()]
 
     def _forced(self, name: str, problem: Hashable) -> ModuleType:
-        reason = self.reason(name, problem)
+        reason = self.reason(name, problem, question="able")
         if reason is not None:
             raise RuntimeError(f"{self.variable}={name} cannot run {problem}: {reason}")
         return self.module(name)

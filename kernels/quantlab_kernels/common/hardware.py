@@ -61,6 +61,11 @@ def gpu(index: int = 0) -> Gpu:
     return Gpu(properties.name, sm, properties.multi_processor_count, smem, properties.L2_cache_size)
 
 
+def present_sm() -> int:
+    """Compute capability of the first GPU; 90 where there is none, so that problems can still be posed."""
+    return gpu().sm if torch.cuda.is_available() else 90
+
+
 def gpu_of(tensor: torch.Tensor) -> Gpu:
     """The GPU that holds the tensor."""
     return gpu(tensor.device.index or 0)

@@ -41,13 +41,13 @@ def launch(
         a, a_scale, b, b_scale, target if fused_bias is None else fused_bias, target, m, n, k,
         a_scale.stride(0), a_scale.stride(1) if blocked else 0, b_scale.stride(0), BLOCKED=blocked,
         HAS_BIAS=fused_bias is not None, SWAP=config.swap,
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, GROUP_M=config.group_m, SPLIT_K=split, NATIVE=native,
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, GROUP_M=config.group_m, NATIVE=native,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     if split > 1:
         block = 1024
         _sum_kernel[(triton.cdiv(m * n, block),)](
-            target, out if bias is None else bias, out, m * n, n, HAS_BIAS=bias is not None, SPLIT_K=split, BLOCK=block
+            target, out if bias is None else bias, out, m * n, n, split, HAS_BIAS=bias is not None, BLOCK=block
         )
 
 
@@ -65,7 +65,7 @@ def _tile_of(pid, m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: t
 def _gemm_kernel(
     a_ptr, a_scale_ptr, b_ptr, b_scale_ptr, bias_ptr, out_ptr, m, n, k, a_scale_row, a_scale_group, b_scale_row,
     BLOCKED: tl.constexpr, HAS_BIAS: tl.constexpr, SWAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    GROUP_M: tl.constexpr, SPLIT_K: tl.constexpr, NATIVE: tl.constexpr,
+    GROUP_M: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     """One BLOCK_M x BLOCK_N tile of the result, or of the partial sum number ``program_id(1)`` of it."""
     tile_m, tile_n = _tile_of(tl.program_id(0), m, n, BLOCK_M, BLOCK_N, GROUP_M)
@@ -73,7 +73,7 @@ def _gemm_kernel(
     column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     a_row, b_row = row % m, column % n
     inner = tl.arange(0, 128)
-    steps = tl.cdiv(k // 128, SPLIT_K)
+    steps = tl.cdiv(k // 128, tl.num_programs(1))
     first = tl.program_id(1) * steps
     last = tl.minimum(first + steps, k // 128)
     a_ptrs = a_ptr + a_row.to(tl.int64)[:, None] * k + first * 128 + inner[None, :]
@@ -129,15 +129,13 @@ def _gemm_kernel(
 
 
 @triton.jit
-def _sum_kernel(
-    partial_ptr, bias_ptr, out_ptr, size, n, HAS_BIAS: tl.constexpr, SPLIT_K: tl.constexpr, BLOCK: tl.constexpr
-):
-    """out = sum of the SPLIT_K partial sums, in their order, + bias."""
+def _sum_kernel(partial_ptr, bias_ptr, out_ptr, size, n, split, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr):
+    """out = sum of the `split` partial sums, in their order, + bias."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < size
     total = tl.load(partial_ptr + at, mask=mask, other=0.0)
     part = at
-    for _ in tl.static_range(1, SPLIT_K):
+    for _ in range(1, split):
         part += size
         total += tl.load(partial_ptr + part, mask=mask, other=0.0)
     if HAS_BIAS:

@@ -1,0 +1,107 @@
+"""quantize_fp8 on a GPU: codes and scales equal the definition bit for bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from quantlab_kernels import quantize_fp8_block, quantize_fp8_group, quantize_fp8_token
+from quantlab_kernels.common.operands import KINDS, operand
+from quantlab_kernels.quantize_fp8 import op, reference
+from quantlab_kernels.quantize_fp8.configs import candidates
+
+pytestmark = pytest.mark.gpu(sm=80)
+
+SHAPES = [(1, 4096), (3, 128), (37, 300), (128, 7168), (1000, 1536), (5, 40000), (2, 1)]
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def same(found, expected) -> bool:
+    """Equal bits; of NaN, that both are."""
+    codes, scale = found
+    equal = codes.view(torch.uint8) == expected[0].view(torch.uint8)
+    both_nan = codes.float().isnan() & expected[0].float().isnan()
+    scales = (scale == expected[1]) | (scale.isnan() & expected[1].isnan())
+    return bool((equal | both_nan).all()) and bool(scales.all()) and scale.stride() == expected[1].stride()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_equal_to_the_definition(dtype: torch.dtype, kind: str):
+    for rows, columns in SHAPES:
+        x = operand(kind, rows, columns, device="cuda").to(dtype)
+        for power2 in (False, True):
+            assert same(quantize_fp8_group(x, power2=power2), reference.group(x, None, power2)), (rows, columns)
+            assert same(quantize_fp8_block(x, power2=power2), reference.block(x, None, power2)), (rows, columns)
+        assert same(quantize_fp8_token(x), reference.token(x)), (rows, columns)
+
+
+def test_every_float16_value_with_every_kind_of_scale():
+    """All 65536 float16 patterns, NaN and Inf among them, divided by awkward scales: division must round correctly."""
+    x = torch.arange(65536, dtype=torch.int32, device="cuda").to(torch.uint16).view(torch.float16).view(512, 128)
+    for factor in (1.0, 1 / 3, 0.0123, 3e-39, 7e4, 3.4e38, 2.0**-126, float("inf")):
+        scale = torch.full((512, 1), factor, device="cuda")
+        assert same(quantize_fp8_group(x, scale=scale), reference.group(x, scale, False)), factor
+    assert same(quantize_fp8_group(x), reference.group(x, None, False))
+    assert same(quantize_fp8_token(x), reference.token(x))
+    assert same(quantize_fp8_block(x), reference.block(x, None, True))
+
+
+def test_given_scales_saturate():
+    x = operand("outliers", 65, 512, device="cuda")
+    scale = torch.rand(65, 4, device="cuda") / 100
+    for given in (scale, scale[0], scale.t().contiguous().t()):
+        found = quantize_fp8_group(x, scale=given)
+        assert same(found, reference.group(x, given, False))
+        assert found[0].float().abs().max() == 448
+    assert same(quantize_fp8_block(x, scale=scale[:1]), reference.block(x, scale[:1], True))
+
+
+def test_strided_input():
+    x = operand("rows", 300, 257, device="cuda").to(torch.bfloat16)
+    for view in (x.t(), x[::2], x[:, 3:200], x[:, ::2]):
+        assert same(quantize_fp8_group(view), reference.group(view.contiguous(), None, False))
+        assert same(quantize_fp8_token(view), reference.token(view.contiguous()))
+        assert same(quantize_fp8_block(view), reference.block(view.contiguous(), None, True))
+
+
+@pytest.mark.parametrize("granularity", ["group", "token", "block"])
+def test_every_configuration_writes_every_element_and_nothing_else(granularity: str):
+    x = operand("outliers", 130, 1100, device="cuda").to(torch.bfloat16)
+    problem = op.Problem(granularity, 130, 1100, sm=op.gpu_of(x).sm)
+    expected = reference.token(x) if granularity == "token" else getattr(reference, granularity)(x, None, False)
+    backend = op.BACKENDS.module("triton")
+    configs = list(candidates(problem))
+    assert configs
+    for config in configs:
+        codes, scale = op._empty(granularity, x)
+        border = torch.full((codes.numel() + 2048,), 0x55, dtype=torch.uint8, device="cuda")
+        codes = border[1024:-1024].view(torch.float8_e4m3fn).view(codes.shape)
+        scale.fill_(torch.nan)
+        backend.launch(problem, x, None, codes, scale, config)
+        assert same((codes, scale), expected), config
+        assert (torch.cat([border[:1024], border[-1024:]]) == 0x55).all(), config
+
+
+def test_the_op_is_captured_in_a_graph():
+    x = operand("normal", 64, 512, device="cuda").to(torch.bfloat16)
+    expected = quantize_fp8_group(x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = quantize_fp8_group(x)
+    found[0].view(torch.uint8).fill_(0x55)
+    graph.replay()
+    assert same(found, expected)
+
+
+def test_software_cast_of_old_gpus_equals_the_hardware():
+    """The integer path for GPUs before sm_89, compiled here."""
+    x = operand("outliers", 64, 512, device="cuda")
+    x[3, 5] = float("nan")
+    backend = op.BACKENDS.module("triton")
+    for granularity in ("group", "token", "block"):
+        problem = op.Problem(granularity, 64, 512, torch.float32, sm=80)
+        codes, scale = op._empty(granularity, x)
+        backend.launch(problem, x, None, codes, scale, backend.config(problem))
+        expected = reference.token(x) if granularity == "token" else getattr(reference, granularity)(x, None, False)
+        assert same((codes, scale), expected)
