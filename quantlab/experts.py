@@ -74,7 +74,10 @@ class Fp8Experts(MovesWithoutCasting):
         An index of E (another rank's expert) contributes nothing.
         """
         if torch.is_grad_enabled() and hidden_states.requires_grad:
-            hidden_states = _NoGradient.apply(hidden_states)
+            return _NoGradient.apply(hidden_states, top_k_index, top_k_weights, self)
+        return self._forward(hidden_states, top_k_index, top_k_weights)
+
+    def _forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         tokens, choices = top_k_index.shape
         order = torch.argsort(top_k_index.reshape(-1), stable=True)
         experts = torch.arange(self.num_experts, device=order.device)
@@ -123,14 +126,12 @@ class Fp8RowExperts(Fp8Experts):
 
 class _NoGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.view_as(x)
+    def forward(ctx: Any, hidden: Tensor, index: Tensor, weights: Tensor, experts: Fp8Experts) -> Tensor:
+        return experts._forward(hidden, index, weights)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        raise NotImplementedError(
-            "FP8 experts have no gradient; freeze what comes before them, or load with dequantize=True to train"
-        )
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise NotImplementedError("FP8 experts have no gradient; load the checkpoint with dequantize=True to train it")
 
 
 def unsupported(module: nn.Module) -> str | None:

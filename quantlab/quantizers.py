@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from copy import deepcopy
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from transformers.core_model_loading import MergeModulelist, SplitModulelist, We
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils import is_compressed_tensors_available, logging
 from transformers.utils import quantization_config as stock
 from transformers.utils.quantization_config import QuantizationMethod
@@ -139,6 +141,7 @@ class KeepsQuantized(HfQuantizer):
         for path, module in modules.items():
             if module in swaps:
                 model.set_submodule(path, swaps[module])
+        self.dtypes = {name: t.dtype for name, t in chain(model.named_parameters(), model.named_buffers())}
         self.converted = {p for target in targets.values() for p in target.patterns}
         self.folder = Path(files[0]).parent
         self.paths = {name.removesuffix(".weight"): t.parameter.rpartition(".")[0] for name, t in targets.items()}
@@ -183,8 +186,18 @@ class KeepsQuantized(HfQuantizer):
                     if module._quantized(name):
                         parameter.requires_grad_(False)  # the loader sets it on every floating-point tensor
                 module.finish_loading()
+        self._cast_the_rest(model)
         self._static_activations(model)
         return model
+
+    def _cast_the_rest(self, model: Any) -> None:
+        """Give what is not quantized the dtype that the model was built with: transformers 5.17 keeps the one on disk
+        wherever it renames a tensor."""
+        float32 = [*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())]
+        for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+            wanted = self.dtypes.get(name, tensor.dtype)
+            if tensor.dtype != wanted and should_convert_module(name.rpartition(".")[0], float32):
+                tensor.data = tensor.data.to(wanted)
 
     def _static_activations(self, model: Any) -> None:
         """Calibrated activation scales, where the side file says that they are meant to be used."""
