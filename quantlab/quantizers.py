@@ -28,6 +28,7 @@ from transformers.utils.quantization_config import QuantizationMethod
 
 from quantlab.architecture import load_targets
 from quantlab.experts import Fp8BlockExperts, Fp8Experts, Fp8RowExperts, unsupported
+from quantlab.fusion import fuse
 from quantlab.linear import Fp8BlockLinear, Fp8Linear, Fp8RowLinear
 
 logger = logging.get_logger(__name__)
@@ -188,6 +189,7 @@ class KeepsQuantized(HfQuantizer):
                 module.finish_loading()
         self._cast_the_rest(model)
         self._static_activations(model)
+        fuse(model)
         return model
 
     def _cast_the_rest(self, model: Any) -> None:

@@ -60,10 +60,9 @@ def gated_mlp(forward: object) -> GatedMlp | None:
     match _only_value(tree):
         case ast.Call(func=down, args=[ast.BinOp(op=ast.Mult(), left=left, right=right)], keywords=[]):
             for gated, plain in ((left, right), (right, left)):
-                names = (_activated(gated, argument), _called_on(plain, argument), _self_attribute(down))
-                if all(names):
-                    (act, gate), up, down_name = names
-                    return GatedMlp(gate, up, down_name, act)
+                activated, up, name = _activated(gated, argument), _called_on(plain, argument), _self_attribute(down)
+                if activated and up and name:
+                    return GatedMlp(gate=activated[1], up=up, down=name, act=activated[0])
     return None
 
 

@@ -28,7 +28,7 @@ def demo(
 
 
 def _run(source: str, scheme: str, prompt: str, output: Path) -> None:
-    import quantlab
+    from quantlab import hf
     from quantlab.evaluate import evaluate
     from quantlab.pipeline import quantize
     from quantlab.scheme import Recipe
@@ -43,7 +43,7 @@ def _run(source: str, scheme: str, prompt: str, output: Path) -> None:
     for title, header, rows in evaluation.tables():
         print_table(title, header, rows)
         print()
-    generate = quantlab.pipeline("text-generation", str(output))
+    generate = hf.pipeline("text-generation", str(output))
     for answer in generate(prompt, max_new_tokens=40, do_sample=False):
         print(f"{source} as {scheme} continues:\n  {answer['generated_text']}")
 

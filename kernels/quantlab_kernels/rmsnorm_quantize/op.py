@@ -70,7 +70,7 @@ def _cuda(x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor,
     out, codes, scale = _fake(x, weight, eps, offset)
     if out.numel() == 0:
         return out, codes, scale.fill_(1.0)
-    problem = Problem(*x.shape, x.dtype, gpu_of(x).sm)
+    problem = Problem(x.shape[0], x.shape[1], x.dtype, gpu_of(x).sm)
     backend = BACKENDS.select(problem)
     with torch.cuda.device(x.device):
         backend.launch(problem, x, weight.contiguous(), eps, offset, out, codes, scale, backend.config(problem))

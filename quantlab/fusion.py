@@ -1,0 +1,286 @@
+"""Layers that read the same tensor become one GEMM; gated MLPs and norms quantize what they produce as they go.
+
+Nothing about a model's class is replaced: a module that takes part gets another `forward` of its own, weights of joined
+layers become views of one buffer under their old names, so that state dicts and checkpoints stay as they are. What may
+be joined is read from the source of each `forward` (`source_patterns`), not from a list of models.
+
+Which norm feeds quantized layers is learnt in the first forward outside `torch.compile`: a joined layer that is handed
+the very tensor a norm returned says so, and from then on that norm quantizes its output in the same kernel.
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantlab.linear import Fp8BlockLinear, Fp8Linear
+from quantlab.source_patterns import gated_mlp, shared_inputs
+from quantlab_kernels import rmsnorm_quantize, swiglu_quantize
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """How many groups of layers were joined, gated MLPs and norms prepared."""
+
+    joined: int = 0
+    mlps: int = 0
+    norms: int = 0
+
+
+def fuse(model: nn.Module) -> Fusion:
+    """Join what can be joined, in place. ``QUANTLAB_FUSE=0`` in the environment leaves every layer by itself.
+
+    Outputs change within the rounding of one FP8 quantization: a fused producer does not round to 16 bits in between.
+    Layers on different devices, without data, with static activation scales, or of different layouts are left alone.
+    """
+    if os.environ.get("QUANTLAB_FUSE") == "0":
+        return Fusion()
+    mailbox = Mailbox()
+    joined = mlps = norms = 0
+    for module in list(model.modules()):
+        groups = _groups(module)
+        joined += len(groups)
+        joins = [Join([getattr(module, name) for name in names], mailbox) for names in groups]
+        mlps += _fuse_mlp(module, dict(zip(groups, joins, strict=True)))
+    if joined:
+        norms = sum(_fuse_norm(module, mailbox) for module in model.modules())
+    return Fusion(joined, mlps, norms)
+
+
+def _groups(module: nn.Module) -> list[tuple[str, ...]]:
+    """Names of children that can be joined, one tuple per group."""
+    layers = {name: child for name, child in module.named_children() if isinstance(child, Fp8Linear)}
+    if len(layers) < 2:
+        return []
+    groups = shared_inputs(type(module).forward, frozenset(layers))
+    return [names for names in groups if _joinable([layers[name] for name in names])]
+
+
+def _joinable(layers: list[Fp8Linear]) -> bool:
+    first = layers[0]
+    alike = len({_signature(layer) for layer in layers}) == 1
+    whole_blocks = not isinstance(first, Fp8BlockLinear) or all(layer.out_features % 128 == 0 for layer in layers[:-1])
+    return alike and whole_blocks and all(map(_plain, layers)) and getattr(first, "activation_scale", None) is None
+
+
+def _plain(layer: Fp8Linear) -> bool:
+    """Has data of its own and nobody's hooks: not offloaded, not sharded, not joined already."""
+    return type(layer.weight) is nn.Parameter and not layer.weight.is_meta and "forward" not in vars(layer)
+
+
+def _signature(layer: Fp8Linear) -> tuple[Any, ...]:
+    bias = None if layer.bias is None else layer.bias.dtype
+    static = getattr(layer, "activation_scale", None) is not None
+    return type(layer), layer.in_features, layer.weight.device, _scale_dtype(layer), bias, static
+
+
+def _scale_dtype(layer: Fp8Linear) -> torch.dtype:
+    return layer.get_parameter(layer.scale_name).dtype
+
+
+@dataclass(frozen=True)
+class Note:
+    """The last output of a norm: a weak reference to it, and its codes and scale where the norm made them."""
+
+    output: weakref.ref[Tensor]
+    norm: FusedNorm
+    quantized: tuple[Tensor, Tensor] | None
+
+
+class Mailbox:
+    """Hands codes from a norm to the layer that reads its output. One note at a time, taken at most once."""
+
+    def __init__(self) -> None:
+        self.note: Note | None = None
+
+    def take(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Codes and scale of x if a norm left them; tells a norm that made x without them to make them next time."""
+        note = self.note
+        if note is None or note.output() is not x:
+            return None
+        self.note = None
+        note.norm.quantizes = True
+        return note.quantized
+
+
+@dataclass(frozen=True)
+class Pending:
+    """Results of a join that not every layer has fetched yet. Immutable: threads may share a model."""
+
+    source: Tensor
+    parts: tuple[Tensor, ...]
+    taken: frozenset[int]
+
+
+class Join:
+    """Linear layers over one input as one GEMM. Each layer's own `forward` fetches its share of the result.
+
+    The first layer that is called computes all; a call with another tensor, or a second one by the same layer,
+    computes anew. Where the layers were moved to another device the buffer is made again.
+    """
+
+    def __init__(self, layers: list[Fp8Linear], mailbox: Mailbox) -> None:
+        self.layers = layers
+        self.sizes = [layer.out_features for layer in layers]
+        self.mailbox = mailbox
+        self._pending: Pending | None = None
+        self._connect()
+        for index, layer in enumerate(layers):
+            layer.forward = Share(self, index)  # type: ignore[method-assign]
+
+    def _connect(self) -> None:
+        """Make the buffer that all weights are views of. For a moment it takes the memory of these layers once more."""
+        first = self.layers[0]
+        with torch.device("meta"):
+            whole = type(first)(
+                first.in_features,
+                sum(self.sizes),
+                first.bias is not None,
+                scale_name=first.scale_name,
+                scale_dtype=_scale_dtype(first),
+            )
+        for name in [name for name, _ in whole.named_parameters()]:
+            parts = [layer.get_parameter(name) for layer in self.layers]
+            data = _concatenate([part.data for part in parts])
+            setattr(whole, name, nn.Parameter(data, requires_grad=False))
+            for part, view in zip(parts, data.split([len(p) for p in parts]), strict=True):
+                part.data = view
+        self.whole = whole
+
+    def fetch(self, index: int, x: Tensor) -> Tensor:
+        """The share of layer `index` in the result for x."""
+        pending = self._pending
+        if pending is None or pending.source is not x or index in pending.taken:
+            pending = Pending(x, self.compute(x).split(self.sizes, dim=-1), frozenset())
+        taken = pending.taken | {index}
+        done = len(taken) == len(self.layers)
+        self._pending = None if done else Pending(x, pending.parts, taken)
+        return pending.parts[index]
+
+    def connected(self) -> bool:
+        """Whether the buffer still is where the layers are; it is made again, except while tracing."""
+        devices = {layer.weight.device for layer in self.layers}
+        if devices == {self.whole.weight.device}:
+            return True
+        if torch.compiler.is_compiling() or len(devices) > 1 or self.layers[0].weight.is_meta:
+            return False
+        self._connect()
+        return True
+
+    def compute(self, x: Tensor) -> Tensor:
+        """[..., sum of N] for x [..., K]."""
+        whole = self.whole
+        grouped = isinstance(whole, Fp8BlockLinear)  # what a norm leaves are codes in groups of 128
+        codes = self.mailbox.take(x) if grouped and not torch.compiler.is_compiling() else None
+        if codes is None:
+            codes = whole.quantize_input(x.reshape(-1, whole.in_features))
+        return whole.matmul(*codes, x.dtype).reshape(*x.shape[:-1], whole.out_features)
+
+
+class Share:
+    """The `forward` of one joined layer. An object and not a closure, so that a copy of the model is a whole copy."""
+
+    def __init__(self, join: Join, index: int) -> None:
+        self.join, self.index = join, index
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() or not self.join.connected():
+            layer = self.join.layers[self.index]
+            return type(layer).forward(layer, x)
+        return self.join.fetch(self.index, x)
+
+
+def _concatenate(parts: list[Tensor]) -> Tensor:
+    """torch.cat over rows, of FP8 tensors too, which it refuses on some devices."""
+    dtype = parts[0].dtype
+    return (
+        torch.cat([p.contiguous().view(torch.uint8).reshape(len(p), -1) for p in parts])
+        .view(dtype)
+        .reshape(-1, *parts[0].shape[1:])
+    )
+
+
+def _fuse_mlp(module: nn.Module, joins: dict[tuple[str, ...], Join]) -> bool:
+    """Give ``down(silu(gate(x)) * up(x))`` a forward that quantizes the product without writing it in 16 bits."""
+    mlp = gated_mlp(type(module).forward)
+    join = joins.get((mlp.gate, mlp.up)) if mlp else None
+    if mlp is None or join is None or "forward" in vars(module):
+        return False
+    down, act = getattr(module, mlp.down), getattr(module, mlp.act)
+    if not isinstance(down, Fp8BlockLinear) or down.activation_scale is not None or not _is_silu(act):
+        return False
+    module.forward = FusedMlp(module.forward, join, down)
+    return True
+
+
+class FusedMlp:
+    """The `forward` of a gated MLP: the product of its halves goes from registers into codes."""
+
+    def __init__(self, own: Callable[[Tensor], Tensor], join: Join, down: Fp8BlockLinear) -> None:
+        self.own, self.join, self.down = own, join, down
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() or not self.join.connected():
+            return self.own(x)
+        gate_up = self.join.compute(x)
+        codes, scale = swiglu_quantize(gate_up.reshape(-1, gate_up.shape[-1]))
+        return self.down.matmul(codes, scale, x.dtype).reshape(*x.shape[:-1], self.down.out_features)
+
+
+def _is_silu(act: Any) -> bool:
+    return isinstance(act, nn.SiLU) or type(act).__name__ == "SiLUActivation"
+
+
+class FusedNorm:
+    """The `forward` of an RMSNorm that, once a joined layer has asked for it, also quantizes what it returns."""
+
+    def __init__(self, norm: nn.Module, eps: float, offset: float, mailbox: Mailbox) -> None:
+        self.norm, self.eps, self.offset, self.mailbox = norm, eps, offset, mailbox
+        self.own = norm.forward
+        self.quantizes = False
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling() or torch.is_grad_enabled():
+            return self.own(x)
+        quantized = None
+        if self.quantizes:
+            flat = x.reshape(-1, x.shape[-1])
+            out, codes, scale = rmsnorm_quantize(flat, self.norm.get_parameter("weight"), self.eps, offset=self.offset)
+            out, quantized = out.reshape(x.shape), (codes, scale)
+        else:
+            out = self.own(x)
+        self.mailbox.note = Note(weakref.ref(out), self, quantized)
+        return out
+
+
+def _fuse_norm(module: nn.Module, mailbox: Mailbox) -> bool:
+    weight = getattr(module, "weight", None)
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if "RMSNorm" not in type(module).__name__ or "forward" in vars(module) or eps is None:
+        return False
+    if not isinstance(weight, Tensor) or weight.ndim != 1 or weight.is_meta or len(list(module.parameters())) != 1:
+        return False
+    offset = _norm_offset(module, weight, float(eps))
+    if offset is None:
+        return False
+    module.forward = FusedNorm(module, float(eps), offset, mailbox)
+    return True
+
+
+def _norm_offset(module: nn.Module, weight: Tensor, eps: float) -> float | None:
+    """0 for ``weight * x / rms(x)``, 1 for ``(1 + weight) * x / rms(x)``, None for anything else: found by trying."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4, weight.shape[0], generator=generator).to(weight.device, weight.dtype)
+    with torch.no_grad():
+        found = module(x).float()
+        plain = torch.nn.functional.rms_norm(x.float(), weight.shape, eps=eps)
+        for offset in (0.0, 1.0):
+            if torch.allclose(found, plain * (offset + weight.float()), rtol=2e-2, atol=1e-3):
+                return offset
+    return None

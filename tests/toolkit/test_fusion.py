@@ -1,0 +1,212 @@
+"""Joined layers give what the layers by themselves give, under every way of calling them, and change no checkpoint."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, WhisperConfig, WhisperModel
+
+from quantlab.fusion import Fusion, Join, Mailbox, fuse
+from quantlab.linear import Fp8BlockLinear, Fp8Linear, Fp8RowLinear
+from quantlab_kernels import quantize_fp8_block
+from quantlab_kernels.quantize_fp8.reference import token
+
+SIZES = {
+    "hidden_size": 256, "intermediate_size": 384, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 300, "max_position_embeddings": 64,
+}  # fmt: skip
+
+
+def quantized(model: torch.nn.Module, kind: type[Fp8Linear] = Fp8BlockLinear) -> torch.nn.Module:
+    """The model with every linear layer but the head in FP8."""
+    for path, module in list(model.named_modules()):
+        if not isinstance(module, torch.nn.Linear) or path == "lm_head":
+            continue
+        layer = kind(module.in_features, module.out_features, module.bias is not None, dtype=module.weight.dtype)
+        codes, scale = quantize_fp8_block(module.weight.data) if kind is Fp8BlockLinear else token(module.weight.data)
+        layer.weight.data, layer.get_parameter(layer.scale_name).data = codes, scale
+        if module.bias is not None:
+            layer.bias.data = torch.randn_like(module.bias)
+        model.set_submodule(path, layer)
+    return model.eval()
+
+
+@pytest.fixture
+def llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return quantized(LlamaForCausalLM(LlamaConfig(**SIZES)))
+
+
+TOKENS = torch.arange(3, 15).reshape(2, 6)
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(TOKENS).logits
+
+
+def test_everything_is_found(llama):
+    assert fuse(llama) == Fusion(joined=4, mlps=2, norms=5)
+    assert fuse(llama) == Fusion(), "a second call finds nothing left to do"
+
+
+def test_joined_layers_equal_the_layers_bit_for_bit():
+    torch.manual_seed(1)
+    layers = [Fp8BlockLinear(256, n, bias=n != 0) for n in (128, 384, 200)]
+    for layer in layers:
+        codes, scale = quantize_fp8_block(torch.randn(layer.out_features, 256))
+        layer.weight.data, layer.weight_scale_inv.data = codes, scale
+        layer.bias.data = torch.randn(layer.out_features)
+    x = torch.randn(3, 5, 256)
+    with torch.no_grad():
+        expected = [layer(x) for layer in layers]
+        join = Join(layers, Mailbox())
+        for order in ((0, 1, 2), (2, 0, 1)):
+            got = {index: layers[index](x) for index in order}
+            assert all(torch.equal(got[index], expected[index]) for index in order)
+        assert join._pending is None, "what was fetched is not kept"
+
+
+def test_a_changed_tensor_is_computed_anew(llama):
+    attention = llama.model.layers[0].self_attn
+    fuse(llama)
+    x = torch.randn(1, 2, 256)
+    with torch.no_grad():
+        before = attention.q_proj(x)
+        x.mul_(2)  # the same tensor object with other contents, and k and v never asked for the first ones
+        assert not torch.equal(attention.q_proj(x), before)
+
+
+@pytest.mark.parametrize("kind", [Fp8BlockLinear, Fp8RowLinear])
+def test_logits_stay_within_the_rounding_of_the_activations(kind: type[Fp8Linear]):
+    torch.manual_seed(0)
+    model = quantized(LlamaForCausalLM(LlamaConfig(**SIZES)), kind)
+    plain = logits(model)
+    found = fuse(model)
+    assert found.joined == 4
+    for _ in range(3):  # norms learn in the first forward
+        assert (logits(model) - plain).norm() < 0.02 * plain.norm()
+
+
+def test_norms_learn_that_they_feed_quantized_layers(llama):
+    fuse(llama)
+    layer = llama.model.layers[0]
+    logits(llama)
+    assert layer.input_layernorm.forward.quantizes
+    assert layer.post_attention_layernorm.forward.quantizes
+    assert not llama.model.norm.forward.quantizes, "the head is not quantized"
+
+
+def test_bias_and_tied_directions():
+    torch.manual_seed(0)
+    model = quantized(Qwen2ForCausalLM(Qwen2Config(**SIZES)))
+    plain = logits(model)
+    assert fuse(model).joined == 4
+    assert (logits(model) - plain).norm() < 0.02 * plain.norm()
+
+
+def test_cross_attention_keeps_its_query_apart():
+    torch.manual_seed(0)
+    config = WhisperConfig(
+        d_model=128, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
+        encoder_ffn_dim=128, decoder_ffn_dim=128, vocab_size=64, num_mel_bins=8, max_source_positions=8,
+        max_target_positions=8, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
+    )  # fmt: skip
+    model = quantized(WhisperModel(config))
+    features, tokens = torch.randn(1, 8, 16), torch.tensor([[1, 5, 6]])
+    with torch.no_grad():
+        plain = model(input_features=features, decoder_input_ids=tokens).last_hidden_state
+        fuse(model)
+        joined = model(input_features=features, decoder_input_ids=tokens).last_hidden_state
+    assert (joined - plain).norm() < 1e-4 * plain.norm()
+
+
+def test_state_dict_and_copies_stay_as_they_are(llama):
+    before = {name: tensor.clone() for name, tensor in llama.state_dict().items()}
+    fuse(llama)
+    logits(llama)
+    after = llama.state_dict()
+    assert list(before) == list(after)
+    for name in before:
+        assert torch.equal(before[name].view(torch.uint8), after[name].contiguous().view(torch.uint8)), name
+
+
+def test_a_copy_is_a_whole_copy(llama):
+    fuse(llama)
+    expected = logits(llama)
+    twin = copy.deepcopy(llama)
+    assert torch.equal(logits(twin), expected)
+    for parameter in twin.parameters():
+        parameter.data.zero_()
+    assert not logits(twin).any()
+    assert torch.equal(logits(llama), expected)
+
+
+def test_save_and_reload(llama, tmp_path: Path):
+    fuse(llama)
+    llama.save_pretrained(tmp_path)
+    from safetensors.torch import load_file
+
+    saved = load_file(tmp_path / "model.safetensors")
+    for name, tensor in llama.state_dict().items():
+        assert torch.equal(saved[name].view(torch.uint8), tensor.contiguous().view(torch.uint8)), name
+
+
+def test_a_model_that_was_moved_is_joined_again(llama):
+    fuse(llama)
+    weights = {name: tensor.clone() for name, tensor in llama.state_dict().items()}
+    expected = logits(llama)
+    llama.to("meta").to_empty(device="cpu")
+    llama.load_state_dict(weights)
+    llama.model.rotary_emb.inv_freq.copy_(
+        llama.model.rotary_emb.original_inv_freq.copy_(1e4 ** -(torch.arange(32) / 32))
+    )
+    assert (logits(llama) - expected).norm() < 0.02 * expected.norm()
+
+
+def test_loading_other_weights_into_a_joined_model(llama):
+    torch.manual_seed(5)
+    other = quantized(LlamaForCausalLM(LlamaConfig(**SIZES)))
+    fuse(llama)
+    llama.load_state_dict(other.state_dict())
+    expected = logits(other)
+    assert (logits(llama) - expected).norm() < 0.02 * expected.norm()
+
+
+def test_compiles_without_a_break(llama):
+    fuse(llama)
+    eager = logits(llama)
+    compiled = torch.compile(llama, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        assert (compiled(TOKENS).logits - eager).norm() < 0.02 * eager.norm()
+
+
+def test_gradients_take_the_layers_by_themselves(llama):
+    fuse(llama)
+    embedded = torch.randn(1, 4, 256, requires_grad=True)
+    llama(inputs_embeds=embedded).logits.sum().backward()
+    assert embedded.grad is not None
+    assert bool(embedded.grad.abs().sum() > 0)
+
+
+def test_the_environment_turns_it_off(llama, monkeypatch):
+    monkeypatch.setenv("QUANTLAB_FUSE", "0")
+    assert fuse(llama) == Fusion()
+
+
+@pytest.mark.gpu(sm=80)
+def test_on_the_gpu_moved_and_compiled(llama):
+    fuse(llama)
+    expected = logits(llama)
+    model = llama.to("cuda")
+    with torch.no_grad():
+        for _ in range(2):
+            got = model(TOKENS.cuda()).logits.cpu()
+            assert (got - expected).norm() < 0.02 * expected.norm()
+        compiled = torch.compile(model, fullgraph=True, mode="reduce-overhead")
+        for _ in range(3):
+            got = compiled(TOKENS.cuda()).logits.cpu()
+            assert (got - expected).norm() < 0.02 * expected.norm()
