@@ -10,7 +10,9 @@ A checkpoint is a folder in the Hugging Face layout: `config.json`, safetensors 
                       X.weight_scale      F32 [N, 1] (channel) or               one config group for all Linear, ignore
                                           [ceil(N/128), ceil(K/128)] (block)
 
-Despite its name `weight_scale_inv` multiplies. What is ours alone lies in the sub-folder `quantlab/`, where no loader
+Despite its name `weight_scale_inv` multiplies. Scales are powers of two (blocks) or bfloat16 values (rows) in F32:
+vLLM requantizes to the former at load, and compressed-tensors in transformers casts to the model's dtype; so every
+reader computes with the very same weights. What is ours alone lies in the sub-folder `quantlab/`, where no loader
 looks for weights: `manifest.json`, `recipe.toml`, `summary.json`, `eval*.json`, `activation_scales.safetensors`.
 """
 
@@ -370,7 +372,7 @@ def stored_in(config: dict[str, Any]) -> Stored | None:
     if method == "fp8" and found.get("weight_block_size"):
         rows, columns = found["weight_block_size"]
         skip = found.get("modules_to_not_convert") or found.get("ignored_layers") or []
-        weight = TensorSpec(E4M3, (rows, columns), scale="power2")
+        weight = TensorSpec(E4M3, (rows, columns))
         return Stored("fp8", weight, TensorSpec(E4M3, (1, columns), dynamic=True), tuple(skip))
     groups = found.get("config_groups")
     if method == "compressed-tensors" and isinstance(groups, dict) and len(groups) == 1:

@@ -149,6 +149,25 @@ class Quantize:
 
 
 @dataclass(frozen=True)
+class Widen:
+    """A scale under another name, in F32 whatever it was in. Scales are small: one piece."""
+
+    info: TensorInfo
+    name: str
+
+    @property
+    def slots(self) -> tuple[TensorSlot, ...]:
+        return (TensorSlot(self.name, "F32", self.info.shape),)
+
+    def pieces(self) -> Iterator[tuple[int, Piece]]:
+        yield self.info.nbytes, self._run
+
+    def _run(self, lane: Lane, write: Write) -> None:
+        scale = lane.reader.read(self.info).to(torch.float32)
+        write(self.name, 0, scale.view(-1).view(torch.uint8))
+
+
+@dataclass(frozen=True)
 class Dequantize:
     """Codes and scales back into a weight of `dtype`."""
 
@@ -166,11 +185,14 @@ class Dequantize:
         yield from bands(self.info, self.stored.weight, self._run)
 
     def _run(self, begin: int, end: int, lane: Lane, write: Write) -> None:
-        block = max(self.stored.weight.block[0], 1)
-        scale = lane.reader.read(self.scale, (begin // block, -(-end // block))).to(lane.device)
+        spec = self.stored.weight
+        block = spec.block[0]
+        rows = None if block == -1 else (begin // block, -(-end // block))
+        scale = lane.reader.read(self.scale, rows).to(lane.device, torch.float32)
         codes = lane.read_rows(self.info, begin, end)
         with lane.clock("quantize"):
-            values = QuantizedTensor(codes, scale.to(torch.float32), self.stored.weight).dequantize(self.dtype)
+            scale = scale.view(spec.scale_shape(tuple(codes.shape)))
+            values = QuantizedTensor(codes, scale, spec).dequantize(self.dtype)
             data = lane.fetch(values, "values")
             lane.wait()
         with lane.clock("write"):

@@ -23,12 +23,13 @@ from typing import Any
 
 from torch import Tensor
 
-from quantlab.checkpoint import MANIFEST, OURS
+from quantlab.checkpoint import MANIFEST, OURS, Source
 from quantlab.errors import PreflightError, QuantlabError, UsageError
 from quantlab.shards import ShardLayout
 
 JOURNAL = f"{OURS}/journal.jsonl"
 HASH_CHUNK = 1 << 22
+FORMAT_VERSION = 1  # raised whenever the same plan gives other bytes than before
 SPARE_BYTES = 32_000_000  # side files, headers, folders
 
 
@@ -82,6 +83,14 @@ def existing_parent(folder: Path) -> Path:
     while not parent.exists():
         parent = parent.parent
     return parent
+
+
+def fingerprint(source: Source, what: Any) -> str:
+    """Equal for runs that write the same bytes, so that one may continue the other. `what` is plain data."""
+    files = {info.shard for info in source.tensors.values()}
+    stamps = sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files)
+    facts = [FORMAT_VERSION, str(source.folder.resolve()), stamps, source.config, what]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def _partial(folder: Path) -> Path:

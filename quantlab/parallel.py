@@ -28,7 +28,7 @@ def _fits(size: int, quantized: list[Decision], config: dict[str, Any]) -> bool:
         return False
     if kv_heads and kv_heads % size and size % kv_heads:
         return False
-    shapes = {(kinds.leaf_of(d.module), d.info.shape, d.scheme.alignment) for d in quantized if d.scheme}
+    shapes = {(kinds.leaf_of(m), part.shape, d.scheme.alignment) for d in quantized if d.scheme for m, part in d.parts}
     return all(_layer_fits(size, leaf, shape, alignment, kv_heads) for leaf, shape, alignment in shapes)
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from quantlab import checkpoint, preflight
 from quantlab.checkpoint import Source
 from quantlab.errors import VerificationError
-from quantlab.output import Output, check_space, check_writable, output_folder
+from quantlab.output import Output, check_space, check_writable, fingerprint, output_folder
 from quantlab.preflight import Plan
 from quantlab.scheme import Recipe
 from quantlab.summary import Summary
@@ -65,7 +65,7 @@ def quantize(
     made = plan(model, recipe, revision=revision, trust_remote_code=trust_remote_code)
     check_space(folder, made.bytes_after)
 
-    with Output.open(folder, made.fingerprint(), overwrite=overwrite) as out:
+    with Output.open(folder, fingerprint(made.source, made.to_dict()), overwrite=overwrite) as out:
         resumed = out.finished_shards
         found = None
         if recipe.calibration is not None:

@@ -6,15 +6,14 @@ quantization tools. Decisions are values; `stream` carries them out and adds non
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from quantlab import kinds
+from quantlab import fused_experts, kinds
 from quantlab.checkpoint import (
+    WEIGHT,
     Source,
     Stored,
     config_of_quantization,
@@ -30,7 +29,6 @@ from quantlab.shards import TensorInfo
 if TYPE_CHECKING:
     from quantlab.architecture import Architecture
 
-__version__ = "0.1.0"  # part of the fingerprint: runs of different versions do not continue each other
 ENGINE_ALIGNMENT = 16  # FP8 GEMMs of cuBLASLt and CUTLASS take N and K in multiples of this
 UNEXPLAINED_LIMIT = 0.01
 
@@ -51,6 +49,7 @@ class Decision:
     module  path of its module by the checkpoint's names
     kind    of `architecture.KINDS`
     scheme  None: copied byte for byte, and then `reason` says why; "" is no known reason
+    parts   (module, weight [N, K]) that are quantized in its place: itself, or the matrices of fused experts
     """
 
     tensor: str
@@ -59,9 +58,10 @@ class Decision:
     scheme: Scheme | None
     reason: str
     info: TensorInfo
+    parts: tuple[tuple[str, TensorInfo], ...] = ()
 
     def left(self, reason: str) -> Decision:
-        return replace(self, scheme=None, reason=reason)
+        return replace(self, scheme=None, reason=reason, parts=())
 
 
 @dataclass(frozen=True)
@@ -93,13 +93,6 @@ class Plan:
         scheme = self.quantized[0].scheme
         assert scheme is not None
         return Stored.of(scheme, self.skip_modules)
-
-    def fingerprint(self) -> str:
-        """Equal for runs that write the same bytes: an interrupted run may be continued by one of the same."""
-        files = {info.shard for info in self.source.tensors.values()}
-        stamps = sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files)
-        what = [__version__, str(self.source.folder.resolve()), stamps, self.to_dict(), self.source.config]
-        return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
     def by_reason(self) -> dict[str, tuple[int, int]]:
         """What happens -> (tensors, bytes in the source), the largest first."""
@@ -149,9 +142,9 @@ def plan(source: Source, recipe: Recipe, *, trust_remote_code: bool = False) -> 
     that matches nothing.
     """
     _refuse_quantized(source)
-    architecture = _architecture(source, trust_remote_code)
     model = kinds.Model.of(source.config)
-    decisions = [_decide(info, recipe, model, architecture) for info in source.tensors.values()]
+    architecture = _architecture(source, trust_remote_code)
+    decisions = [_decide(info, source, recipe, model, architecture) for info in source.tensors.values()]
     _check_patterns(recipe.rules, decisions)
     decisions = _drop_together(decisions)
     _check_coverage(decisions, source)
@@ -174,7 +167,7 @@ def _refuse_quantized(source: Source) -> None:
     if found is not None:
         raise PreflightError(f"{source.model}: is already quantized ({describe_quantization(found)}); {advice}")
     for info in source.tensors.values():
-        low_precision = info.dtype.startswith(("F8", "F4", "F6")) or (
+        low_precision = info.dtype.startswith(("F8", "F4", "F6_")) or (
             info.dtype in ("I8", "U8", "I32") and len(info.shape) == 2 and info.name.endswith(("weight", "_packed"))
         )
         if low_precision and info.elements > 1:
@@ -185,14 +178,17 @@ def _architecture(source: Source, trust_remote_code: bool) -> Architecture | Non
     """What transformers knows, unless its names are not those of this checkpoint."""
     from quantlab.architecture import architecture
 
-    found = architecture(source.folder, source.tensors, trust_remote_code=trust_remote_code)
+    names = [*source.tensors, *fused_experts.probes(source.tensors)]
+    found = architecture(source.folder, names, trust_remote_code=trust_remote_code)
     if found is None:
         return None
-    covered = sum(source.tensors[name].nbytes for name in found.kinds)
+    covered = sum(info.nbytes for name, info in source.tensors.items() if name in found.kinds)
     return found if covered > source.weight_bytes / 2 else None
 
 
-def _decide(info: TensorInfo, recipe: Recipe, model: kinds.Model, architecture: Architecture | None) -> Decision:
+def _decide(
+    info: TensorInfo, source: Source, recipe: Recipe, model: kinds.Model, architecture: Architecture | None
+) -> Decision:
     """The decision about one tensor as if it were alone."""
     module = module_of(info.name)
     known = architecture.kinds.get(info.name) if architecture else None
@@ -209,8 +205,9 @@ def _decide(info: TensorInfo, recipe: Recipe, model: kinds.Model, architecture: 
     scheme = scheme_named(rule.scheme if rule else recipe.scheme)
     if scheme is None:
         return decision.left(f"recipe: {rule.match if rule else 'scheme none'}")
-    misfit = _misfit(info, scheme)
-    return decision.left(misfit) if misfit else replace(decision, scheme=scheme)
+    parts = ((module, info),) if len(info.shape) == 2 else fused_experts.matrices(info, source.tensors)
+    misfit = _misfit(decision, parts, scheme, architecture)
+    return decision.left(misfit) if misfit else replace(decision, scheme=scheme, parts=parts)
 
 
 def _other(info: TensorInfo, module: str, model: kinds.Model, known: str | None) -> str:
@@ -227,12 +224,20 @@ def _other(info: TensorInfo, module: str, model: kinds.Model, known: str | None)
     return "parameter that is no linear layer's" if known else ""
 
 
-def _misfit(info: TensorInfo, scheme: Scheme) -> str | None:
+def _misfit(
+    decision: Decision,
+    parts: tuple[tuple[str, TensorInfo], ...],
+    scheme: Scheme,
+    architecture: Architecture | None,
+) -> str | None:
     """Why this weight cannot have this scheme."""
-    if len(info.shape) != 2:
-        return "experts fused into one 3-D tensor: the format stores one matrix per expert"
+    if len(decision.info.shape) != 2:
+        home = architecture.modules.get(decision.tensor) if architecture else None
+        known = architecture.modules if architecture else {}
+        if not parts or home is None or any(known.get(module + WEIGHT) != home for module, _ in parts):
+            return "experts fused in one 3-D tensor: the format has one matrix per expert, the model's loader does not"
     wanted = [max(ENGINE_ALIGNMENT, step) for step in scheme.alignment]
-    if any(size % step for size, step in zip(info.shape, wanted, strict=True)):
+    if any(size % step for _, part in parts for size, step in zip(part.shape, wanted, strict=True)):
         return f"shape: N and K are not multiples of {wanted[0]} and {wanted[1]}"
     return None
 
@@ -254,7 +259,7 @@ def _drop_together(decisions: list[Decision]) -> list[Decision]:
     """Layers that engines fuse have one scheme: where one member stays in 16 bits, all do."""
     groups: dict[tuple[str, ...] | str, list[Decision]] = defaultdict(list)
     for decision in decisions:
-        if decision.kind in ("linear", "expert") and len(decision.info.shape) == 2:
+        if decision.kind in ("linear", "expert") and len(decision.info.shape) in (2, 3):
             groups[kinds.experts_of(decision.module) or kinds.fused_group(decision.module)].append(decision)
     dropped: dict[str, Decision] = {}
     for members in groups.values():
@@ -269,8 +274,9 @@ def _drop_together(decisions: list[Decision]) -> list[Decision]:
 def _check_coverage(decisions: list[Decision], source: Source) -> None:
     quantized = [d for d in decisions if d.scheme]
     if not quantized:
-        counts = Counter(d.reason for d in decisions if d.kind in ("linear", "expert"))
-        why = f"all linear layers stay, mainly: {counts.most_common(1)[0][0]}" if counts else "it has no linear layer"
+        layers = [d for d in decisions if len(d.info.shape) == 2 and d.kind in ("linear", "expert", "other")]
+        reasons = Counter(d.reason or "no known reason" for d in layers)
+        why = f"all layers stay, most of them: {reasons.most_common(1)[0][0]}" if layers else "it has no linear layer"
         raise PreflightError(f"{source.model}: nothing can be quantized; {why}")
     unexplained = [d for d in decisions if not d.scheme and not d.reason]
     lost, done = (sum(d.info.elements for d in group) for group in (unexplained, quantized))
@@ -307,7 +313,8 @@ def _may_be_linear(decision: Decision) -> bool:
 def _bytes_after(decision: Decision) -> int:
     if decision.scheme is None:
         return decision.info.nbytes
-    return sum(slot.nbytes for slot in slots(decision.module, decision.info.shape, Stored.of(decision.scheme)))
+    stored = Stored.of(decision.scheme)
+    return sum(slot.nbytes for module, part in decision.parts for slot in slots(module, part.shape, stored))
 
 
 def _warnings(decisions: list[Decision], source: Source) -> Iterable[str]:

@@ -66,7 +66,7 @@ SCHEMES: dict[str, Scheme] = {
         ),
         Scheme(
             "fp8-dynamic",
-            weight=TensorSpec(E4M3, (1, -1)),
+            weight=TensorSpec(E4M3, (1, -1), scale="bfloat16"),
             input=TensorSpec(E4M3, (1, -1), dynamic=True),
             layout="float-quantized",
             about="E4M3 weights with a scale per row, E4M3 activations with a scale per token",

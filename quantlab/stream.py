@@ -55,8 +55,8 @@ def _jobs(plan: Plan, scales: Scales | None) -> Iterator[Job]:
     for decision in plan.decisions:
         if decision.scheme is None:
             yield Copy(decision.info, decision.tensor)
-        else:
-            yield Quantize(decision.info, decision.module, stored, partial(scales, decision) if scales else None)
+        for module, part in decision.parts:
+            yield Quantize(part, module, stored, partial(scales, decision) if scales else None)
 
 
 @dataclass

@@ -1,10 +1,147 @@
-"""Is a checkpoint what its config says it is?"""
+"""Is a checkpoint what it says it is, and will others load it? Works on foreign FP8 checkpoints too.
+
+Hashes against our manifest, names, shapes and dtypes against the config, scales finite and positive, codes finite, and
+the rules of the loaders. A finding is one line; nothing is ever changed.
+"""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantlab.checkpoint import MANIFEST, Source, stored_in
+from quantlab.errors import PreflightError, VerificationError
+from quantlab.loaders import RULES, View
+from quantlab.output import hash_file
+
+NAN_CODE = 0x7F  # the one magnitude of E4M3 that is no number
+SHOWN = 20
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at, and what was found wrong."""
+
+    name: str
+    problems: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Verification:
+    """problems: one line each. notes: what does no harm but may surprise."""
+
+    folder: str
+    checks: tuple[Check, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        return tuple(problem for check in self.checks for problem in check.problems)
+
+    def rows(self) -> list[tuple[str, str]]:
+        """(check, result) for people."""
+        rows = []
+        for check in self.checks:
+            shown = check.problems[:SHOWN]
+            more = [f"... and {len(check.problems) - SHOWN} more"] if len(check.problems) > SHOWN else []
+            rows += [(check.name, "ok")] if not shown else [(check.name, line) for line in (*shown, *more)]
+        return rows + [("note", note) for note in self.notes]
+
+    def to_dict(self) -> dict[str, Any]:
+        checks = [{"name": check.name, "problems": list(check.problems)} for check in self.checks]
+        return {"folder": self.folder, "ok": not self.problems, "checks": checks, "notes": list(self.notes)}
+
+
+def verify(folder: str | Path) -> Verification:
+    """Check everything about a quantized checkpoint; reads all of it.
+
+    Raises UsageError or PreflightError for what is no checkpoint at all, VerificationError for one that is not
+    quantized.
+    """
+    folder = Path(folder)
+    view = _view(folder)
+    checks = [*_manifest(folder), Check("codes are numbers", tuple(_nan_codes(view))), *_structure(view)]
+    return Verification(str(folder), tuple(checks), tuple(_notes(view)))
 
 
 def verify_weights(folder: Path) -> list[str]:
-    """One line for each thing that is wrong with the weights in a folder."""
-    return []
+    """What is wrong with the names, shapes and scales of a folder, by all rules; for a run that just wrote it."""
+    return [problem for check in _structure(_view(folder)) for problem in check.problems]
+
+
+def _view(folder: Path) -> View:
+    from quantlab.architecture import architecture
+
+    source = Source.open(folder)
+    stored = stored_in(source.config)
+    if stored is None:
+        raise VerificationError(f"{folder}: is not quantized (its config.json has no quantization_config)")
+    return View(source, stored, architecture(folder, source.tensors))
+
+
+def _structure(view: View) -> list[Check]:
+    checks = [Check("scales are positive and finite", tuple(_bad_scales(view)))]
+    if not view.quantized:
+        checks.append(Check("something is quantized", (f"{view.source.folder}: holds no FP8 weight",)))
+    return checks + [Check(f"{rule.reader}: {rule.says}", tuple(rule.broken(view))) for rule in RULES]
+
+
+def _manifest(folder: Path) -> Iterator[Check]:
+    path = folder / MANIFEST
+    if not path.is_file():
+        return
+    try:
+        files = {entry["name"]: entry for entry in json.loads(path.read_text(encoding="utf-8"))["files"]}
+    except (ValueError, KeyError, TypeError):
+        raise PreflightError(f"{path}: is not a manifest") from None
+    problems = []
+    for name, entry in files.items():
+        file = folder / name
+        if not file.is_file():
+            problems.append(f"{name}: is missing")
+        elif file.stat().st_size != entry["bytes"]:
+            problems.append(f"{name}: has {file.stat().st_size:,} bytes, the manifest says {entry['bytes']:,}")
+        elif hash_file(file) != entry["sha256"]:
+            problems.append(f"{name}: is not the file that was written (SHA-256 differs)")
+    for file in sorted(folder.glob("*.safetensors")):
+        if file.name not in files:
+            problems.append(f"{file.name}: is not in the manifest")
+    yield Check("files are those of the manifest", tuple(problems))
+
+
+def _bad_scales(view: View) -> Iterator[str]:
+    for module, values in _scale_values(view):
+        bad = int((~(torch.isfinite(values) & (values > 0))).sum())
+        if bad:
+            yield f"{module}: {bad:,} of {values.numel():,} scales are not positive and finite"
+
+
+def _scale_values(view: View) -> Iterator[tuple[str, Tensor]]:
+    for module, info in view.scales.items():
+        if info.dtype in ("F32", "BF16", "F16"):
+            yield module, view.source.read(info.name).to(torch.float32)
+
+
+def _nan_codes(view: View) -> Iterator[str]:
+    for module, info in view.quantized.items():
+        codes = view.source.read(info.name).view(torch.uint8)
+        bad = int(((codes & 0x7F) == NAN_CODE).sum())
+        if bad:
+            yield f"{module}: {bad:,} codes are NaN"
+
+
+def _notes(view: View) -> Iterator[str]:
+    if view.stored.weight.block[0] <= 1:
+        return
+    other = [module for module, values in _scale_values(view) if bool((torch.frexp(values)[0] != 0.5).any())]
+    if other:
+        yield (
+            f"{len(other)} layers (first: {other[0]}) have scales that are no powers of two: "
+            "vLLM requantizes them at load, which costs accuracy"
+        )

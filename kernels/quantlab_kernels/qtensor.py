@@ -14,7 +14,7 @@ from torch import Tensor
 
 from quantlab_kernels.formats import Format
 
-ScaleKind = Literal["float32", "power2"]
+ScaleKind = Literal["float32", "bfloat16", "power2"]
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,9 @@ class TensorSpec:
                row, (1, 128) per group, (128, 128) per block. Ragged edges make smaller blocks.
     symmetric  no zero point
     dynamic    scales are computed from the data at run time (activations) and are not stored
-    scale      "float32": ``amax / format.max``; "power2": that, rounded up to a power of two (still held as float32)
+    scale      "float32": ``amax / format.max``; "bfloat16": that, rounded to bfloat16, because some readers of
+               checkpoints keep scales in the model's dtype; "power2": rounded up to a power of two. All are held as
+               float32
     """
 
     format: Format
@@ -102,6 +104,8 @@ def scale_of(amax: Tensor, spec: TensorSpec) -> Tensor:
         mantissa, exponent = torch.frexp(scale)  # scale = mantissa * 2**exponent, 0.5 <= mantissa < 1
         power2 = torch.ldexp(torch.ones_like(scale), exponent - (mantissa == 0.5).to(exponent.dtype))
         scale = torch.where(scale.isfinite(), power2, scale)
+    elif spec.scale == "bfloat16":
+        scale = scale.to(torch.bfloat16).to(torch.float32)
     return torch.where(amax == 0, torch.ones_like(scale), scale)
 
 

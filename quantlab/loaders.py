@@ -1,0 +1,211 @@
+"""The rules of those who load quantized checkpoints, as a table: who, what, where it is written, and the test of it.
+
+The engines are not needed to check them, and a checkpoint that breaks one does not fail here but on the server, often
+without a message. Rules were read in transformers 5.17 and 5.23, vLLM 0.33 and SGLang 0.5.23.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from quantlab import kinds
+from quantlab.checkpoint import WEIGHT, Source, Stored, module_of
+from quantlab.shards import TensorInfo
+
+if TYPE_CHECKING:
+    from quantlab.architecture import Architecture
+
+
+@dataclass(frozen=True)
+class View:
+    """A quantized checkpoint, as the rules look at it."""
+
+    source: Source
+    stored: Stored
+    architecture: Architecture | None = None
+
+    @cached_property
+    def quantized(self) -> dict[str, TensorInfo]:
+        """module -> weight in FP8."""
+        found = self.source.tensors.items()
+        return {module_of(n): t for n, t in found if n.endswith(WEIGHT) and t.dtype == "F8_E4M3" and len(t.shape) == 2}
+
+    @cached_property
+    def scales(self) -> dict[str, TensorInfo]:
+        """module -> scale of its weight."""
+        suffix = self.stored.scale_suffix
+        return {n.removesuffix(suffix): t for n, t in self.source.tensors.items() if n.endswith(suffix)}
+
+    @cached_property
+    def plain(self) -> dict[str, str]:
+        """module -> kind, of the linear layers that are not quantized."""
+        model = kinds.Model.of(self.source.config)
+        known = self.architecture.kinds if self.architecture else {}
+        found = {}
+        for name, info in self.source.tensors.items():
+            kind = known.get(name) or kinds.kind_of(info, model)
+            if info.dtype in kinds.FLOATS and kind in ("linear", "expert", "head", "router"):
+                found[module_of(name)] = kind
+        return found
+
+    def scheme_of(self, module: str) -> str | None:
+        """ "quantized", "plain", or None for a module that has no weight here."""
+        return "quantized" if module in self.quantized else "plain" if module + WEIGHT in self.source.tensors else None
+
+
+@dataclass(frozen=True)
+class LoaderRule:
+    reader: str
+    says: str
+    where: str
+    broken: Callable[[View], Iterator[str]]
+
+
+def _weights_have_scales(view: View) -> Iterator[str]:
+    for module, weight in view.quantized.items():
+        scale = view.scales.get(module)
+        wanted = view.stored.weight.scale_shape(weight.shape)
+        if scale is None:
+            yield f"{module}: FP8 weight without {view.stored.scale_suffix[1:]}"
+        elif scale.shape != wanted and not (view.stored.weight.block == (-1, -1) and scale.elements == 1):
+            yield f"{module}: scale has shape {list(scale.shape)}, needs {list(wanted)}"
+        elif scale.dtype not in kinds.FLOATS or (view.stored.layout == "fp8" and scale.dtype != "F32"):
+            yield f"{module}: scale is {scale.dtype}, needs F32"
+
+
+def _scales_have_weights(view: View) -> Iterator[str]:
+    for module in view.scales:
+        if module not in view.quantized:
+            found = view.source.tensors.get(module + WEIGHT)
+            yield f"{module}: has a scale, but its weight is {found.dtype if found else 'missing'}"
+
+
+def _skips_no_quantized(view: View) -> Iterator[str]:
+    """5.17 takes a listed name as the beginning of a path, whatever follows; 5.23 up to a dot; both also as its end."""
+    prefix = re.compile("|".join(f"(?:{name.removeprefix('re:')})" for name in view.stored.skip) or "(?!)")
+    suffixes = tuple(view.stored.skip)
+    for module in view.quantized:
+        if prefix.match(module) or module.endswith(suffixes or ("\0",)):
+            yield f"{module}: is quantized, but the skip list matches it"
+
+
+def _skips_all_plain(view: View) -> Iterator[str]:
+    listed = re.compile("|".join(f"(?:{name.removeprefix('re:')})" for name in view.stored.skip) or "(?!)")
+    modules = dict.fromkeys(view.plain)
+    if view.architecture:
+        path_of = view.architecture.modules
+        modules = dict.fromkeys(path_of[m + WEIGHT] for m in view.plain if m + WEIGHT in path_of)
+        quantized = {path_of.get(module + WEIGHT) for module in view.quantized}
+        modules |= dict.fromkeys(sorted(view.architecture.linear_modules - quantized))
+        modules = dict.fromkeys(m for m in modules if m in view.architecture.linear_modules)
+    for module in modules:
+        if not listed.match(module) and not module.endswith(tuple(view.stored.skip) or ("\0",)):
+            yield f"{module}: is a 16-bit linear layer, but the skip list does not name it"
+
+
+def _whole_blocks(view: View) -> Iterator[str]:
+    """Its `dequantize=True` takes the size of the shape over the grid of scales as the size of a block."""
+    for module, scale in view.scales.items():
+        weight = view.quantized.get(module)
+        if weight and any(s and size % s for size, s in zip(weight.shape, scale.shape, strict=False)):
+            yield f"{module}: {list(weight.shape)} is not divisible by its grid of scales {list(scale.shape)}"
+
+
+def _exact_names(view: View) -> Iterator[str]:
+    if any(name.startswith("re:") for name in view.stored.skip):
+        return
+    for module, kind in view.plain.items():
+        if kind in ("linear", "expert") and module not in view.stored.skip:
+            yield f"{module}: is a 16-bit layer, but not in the skip list under its full name"
+
+
+def _fused_agree(view: View) -> Iterator[str]:
+    for group, members in _fused(view):
+        if len({view.scheme_of(member) for member in members}) > 1:
+            yield f"{group}: fused into one layer, but only some members are quantized"
+
+
+def _merged_whole_blocks(view: View, *, but_last: bool) -> Iterator[str]:
+    rows = view.stored.weight.block[0]
+    for group, members in _fused(view):
+        for member in members[: len(members) - but_last]:
+            weight = view.quantized.get(member)
+            if weight and rows > 1 and weight.shape[0] % rows:
+                yield f"{group}: {kinds.leaf_of(member)} has {weight.shape[0]} rows, not a multiple of {rows}"
+
+
+def _fused(view: View) -> Iterator[tuple[str, list[str]]]:
+    """Fused groups of layers with more than one member here, and lists of experts."""
+    groups: dict[tuple[str, ...], None] = {}
+    experts: dict[str, list[str]] = defaultdict(list)
+    for module in (*view.quantized, *(m for m, kind in view.plain.items() if kind in ("linear", "expert"))):
+        path = kinds.experts_of(module)
+        if path:
+            experts[path].append(module)
+        groups.setdefault(kinds.fused_group(module))
+    for group in groups:
+        members = [member for member in group if view.scheme_of(member)]
+        if len(members) > 1:
+            yield "+".join((members[0], *map(kinds.leaf_of, members[1:]))), members
+    for path, members in experts.items():
+        yield path, sorted(members)
+
+
+def _head_is_plain(view: View) -> Iterator[str]:
+    for module in view.quantized:
+        if kinds.leaf_of(module) in ("lm_head", "embed_tokens"):
+            yield f"{module}: is quantized; the engine knows no quantized head or embedding"
+
+
+RULES = (
+    LoaderRule("all", "every FP8 weight has its scale", "checkpoint.py", _weights_have_scales),
+    LoaderRule("all", "every scale has its FP8 weight", "checkpoint.py", _scales_have_weights),
+    LoaderRule(
+        "transformers",
+        "the skip list matches no quantized layer",
+        "quantizers/quantizers_utils.py: should_convert_module",
+        _skips_no_quantized,
+    ),
+    LoaderRule(
+        "transformers",
+        "the skip list matches every 16-bit nn.Linear",
+        "quantizers/quantizers_utils.py: should_convert_module",
+        _skips_all_plain,
+    ),
+    LoaderRule(
+        "transformers",
+        "shapes are multiples of the grid of scales",
+        "integrations/finegrained_fp8.py: Fp8Dequantize",
+        _whole_blocks,
+    ),
+    LoaderRule(
+        "vLLM",
+        "16-bit layers are listed under their full names",
+        "quantization/utils/quant_utils.py: is_layer_skipped",
+        _exact_names,
+    ),
+    LoaderRule(
+        "vLLM",
+        "layers that it fuses have one scheme",
+        "quantization/utils/quant_utils.py: is_layer_skipped",
+        _fused_agree,
+    ),
+    LoaderRule(
+        "vLLM",
+        "members of a fused layer, but the last, hold whole blocks",
+        "quantization/utils/fp8_utils.py: validate_fp8_block_shape",
+        lambda view: _merged_whole_blocks(view, but_last=True),
+    ),
+    LoaderRule("vLLM", "the output head is not quantized", "quantization/fp8.py: get_quant_method", _head_is_plain),
+    LoaderRule(
+        "SGLang",
+        "every member of a fused layer holds whole blocks",
+        "quantization/fp8.py: create_weights",
+        lambda view: _merged_whole_blocks(view, but_last=False),
+    ),
+)
