@@ -21,7 +21,6 @@ from transformers.core_model_loading import MergeModulelist, SplitModulelist, We
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
-from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils import is_compressed_tensors_available, logging
 from transformers.utils import quantization_config as stock
 from transformers.utils.quantization_config import QuantizationMethod
@@ -198,7 +197,7 @@ class KeepsQuantized(HfQuantizer):
         float32 = [*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())]
         for name, tensor in chain(model.named_parameters(), model.named_buffers()):
             wanted = self.dtypes.get(name, tensor.dtype)
-            if tensor.dtype != wanted and should_convert_module(name.rpartition(".")[0], float32):
+            if tensor.dtype != wanted and not any(re.search(pattern, name) for pattern in float32):
                 tensor.data = tensor.data.to(wanted)
 
     def _static_activations(self, model: Any) -> None:

@@ -1,0 +1,172 @@
+"""Tiny random models of many architectures, their quantized checkpoints, and inputs that run them.
+
+All are made once a session. Extents are multiples of 128 where a scheme needs it and small where it does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A checkpoint of a tiny model: its class, the folder it was saved to, and what its forward takes."""
+
+    name: str
+    model_class: Any
+    folder: Path
+
+    def inputs(self, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+        generator = torch.Generator().manual_seed(1)
+        ids = torch.randint(3, 90, (2, 8), generator=generator)
+
+        def pixels(*shape: int) -> torch.Tensor:
+            return torch.randn(shape, generator=generator).to(dtype)
+
+        if self.name == "vit":
+            return {"pixel_values": pixels(2, 3, 32, 32)}
+        if self.name in ("rt_detr", "d_fine"):
+            return {"pixel_values": pixels(1, 3, 64, 64)}
+        if self.name == "whisper":
+            return {"input_features": pixels(2, 16, 64), "decoder_input_ids": ids}
+        if self.name == "t5":
+            return {"input_ids": ids, "decoder_input_ids": ids}
+        if self.name == "gemma3_vision":
+            ids[:, 1:5] = 100
+            return {"input_ids": ids, "pixel_values": pixels(2, 3, 32, 32), "token_type_ids": (ids == 100).long()}
+        return {"input_ids": ids}
+
+
+def text_config(**changes: Any) -> dict[str, Any]:
+    return {
+        "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 128, "max_position_embeddings": 64,
+        "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    } | changes  # fmt: skip
+
+
+def latent_config(**changes: Any) -> dict[str, Any]:
+    """DeepSeek: latent attention, one dense layer, one of routed and shared experts."""
+    return text_config(
+        num_key_value_heads=4, head_dim=32, kv_lora_rank=128, q_lora_rank=128, qk_nope_head_dim=64, qk_rope_head_dim=32,
+        v_head_dim=64, first_k_dense_replace=1, moe_intermediate_size=128, n_routed_experts=4, n_shared_experts=1,
+        num_experts_per_tok=2, n_group=1, topk_group=1,
+    ) | changes  # fmt: skip
+
+
+def detector_config(**changes: Any) -> dict[str, Any]:
+    return {
+        "d_model": 128, "encoder_hidden_dim": 128, "encoder_in_channels": [64, 128, 256], "encoder_ffn_dim": 256,
+        "decoder_ffn_dim": 256, "encoder_layers": 1, "decoder_layers": 2, "num_queries": 10, "num_labels": 4,
+        "encoder_attention_heads": 4, "decoder_attention_heads": 4, "anchor_image_size": None,
+        "decoder_in_channels": [128, 128, 128], "decoder_n_points": 4, "num_denoising": 0,
+    } | changes  # fmt: skip
+
+
+IMAGE = {
+    "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32,
+    "patch_size": 8,
+}  # fmt: skip
+RESNET = {
+    "embedding_size": 32, "hidden_sizes": [32, 64, 128, 256], "depths": [1, 1, 1, 1], "layer_type": "basic",
+    "out_features": ["stage2", "stage3", "stage4"],
+}  # fmt: skip
+HGNET = {
+    "hidden_sizes": [64, 128, 256, 256], "stem_channels": [3, 16, 16], "stage_in_channels": [16, 64, 128, 256],
+    "stage_mid_channels": [16, 32, 64, 128], "stage_out_channels": [64, 128, 256, 256],
+    "stage_num_blocks": [1, 1, 1, 1], "stage_numb_of_layers": [1, 1, 1, 1],
+    "out_features": ["stage2", "stage3", "stage4"],
+}  # fmt: skip
+
+
+def tiny_models() -> dict[str, Callable[[], tuple[Any, Any]]]:
+    """Name -> (model class, config)."""
+    import transformers as t
+
+    experts = {"num_experts": 4, "num_experts_per_tok": 2}
+    gemma = text_config(query_pre_attn_scalar=64, sliding_window=32)
+    whisper = {
+        "d_model": 128, "encoder_layers": 1, "decoder_layers": 2, "encoder_attention_heads": 2,
+        "decoder_attention_heads": 2, "encoder_ffn_dim": 256, "decoder_ffn_dim": 256, "vocab_size": 128,
+        "num_mel_bins": 16, "max_source_positions": 32, "max_target_positions": 32, "pad_token_id": 0,
+        "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1,
+        "suppress_tokens": None, "begin_suppress_tokens": None,
+    }  # fmt: skip
+    return {
+        "llama": lambda: (t.LlamaForCausalLM, t.LlamaConfig(**text_config())),
+        "qwen2": lambda: (t.Qwen2ForCausalLM, t.Qwen2Config(**text_config(), tie_word_embeddings=True)),
+        "qwen3": lambda: (t.Qwen3ForCausalLM, t.Qwen3Config(**text_config())),
+        "qwen3_moe": lambda: (
+            t.Qwen3MoeForCausalLM, t.Qwen3MoeConfig(**text_config(moe_intermediate_size=128, **experts))
+        ),
+        "mixtral": lambda: (
+            t.MixtralForCausalLM, t.MixtralConfig(**text_config(num_local_experts=4, num_experts_per_tok=2))
+        ),
+        "gemma3": lambda: (t.Gemma3ForCausalLM, t.Gemma3TextConfig(**gemma)),
+        "gemma3_vision": lambda: (
+            t.Gemma3ForConditionalGeneration,
+            t.Gemma3Config(text_config=gemma, vision_config=IMAGE, mm_tokens_per_image=4, image_token_index=100,
+                           boi_token_index=101, eoi_token_index=102),
+        ),
+        "phi3": lambda: (t.Phi3ForCausalLM, t.Phi3Config(**text_config(head_dim=32, num_key_value_heads=4))),
+        "deepseek_v2": lambda: (t.DeepseekV2ForCausalLM, t.DeepseekV2Config(**latent_config())),
+        "deepseek_v3": lambda: (t.DeepseekV3ForCausalLM, t.DeepseekV3Config(**latent_config())),
+        "bert": lambda: (t.BertForMaskedLM, t.BertConfig(**text_config())),
+        "whisper": lambda: (t.WhisperForConditionalGeneration, t.WhisperConfig(**whisper)),
+        "t5": lambda: (
+            t.T5ForConditionalGeneration,
+            t.T5Config(d_model=128, d_kv=64, d_ff=256, num_layers=2, num_heads=2, vocab_size=128,
+                       decoder_start_token_id=0),
+        ),
+        "vit": lambda: (t.ViTForImageClassification, t.ViTConfig(**IMAGE, num_labels=4)),
+        "rt_detr": lambda: (
+            t.RTDetrForObjectDetection,
+            t.RTDetrConfig(backbone_config=t.RTDetrResNetConfig(**RESNET), **detector_config()),
+        ),
+        "d_fine": lambda: (
+            t.DFineForObjectDetection,
+            t.DFineConfig(backbone_config=t.HGNetV2Config(**HGNET), **detector_config()),
+        ),
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Tiny]:
+    """The bfloat16 checkpoint of a tiny model by name, random weights from a fixed seed."""
+    models = tiny_models()
+
+    @cache
+    def make(name: str) -> Tiny:
+        model_class, config = models[name]()
+        torch.manual_seed(0)
+        model = model_class._from_config(config, dtype=torch.bfloat16)
+        for buffer_name, buffer in model.named_buffers():
+            if buffer_name.endswith("e_score_correction_bias"):
+                buffer.data = buffer.data.float()  # as published checkpoints have it
+        folder = tmp_path_factory.mktemp(name)
+        model.save_pretrained(folder)
+        return Tiny(name, model_class, folder)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def quantized(tiny: Callable[[str], Tiny], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Tiny]:
+    """The quantized checkpoint of a tiny model, by name and scheme."""
+    from quantlab.pipeline import quantize
+
+    @cache
+    def make(name: str, scheme: str) -> Tiny:
+        source = tiny(name)
+        folder = tmp_path_factory.mktemp(f"{name}-{scheme}") / "out"
+        quantize(source.folder, scheme, folder, device="cpu", workers=1)
+        return Tiny(name, source.model_class, folder)
+
+    return make
