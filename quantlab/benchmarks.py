@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import statistics
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,115 @@ SHAPES = {
     "llama-3.2-1b": Shape(2048, 8192, 16, 32, 8, 128256),
     "tiny": Shape(256, 512, 2, 4, 2, 512),
 }
+
+
+Table = tuple[str, tuple[str, ...], list[tuple[Any, ...]]]
+PREFILL_AND_DECODE = ("prefill 1x2048", "prefill 8x2048", "decode 1x128", "decode 16x2048")
+
+
+def kernel_room(room: str, dry_run: bool) -> Table:
+    """Time a kernel room on the present GPU, or list its cases after one call of its reference."""
+    from quantlab_kernels import bench
+
+    if room not in bench.ROOMS:
+        raise UsageError(f"unknown benchmark {room!r}; {did_you_mean(room, [*bench.ROOMS, *JOBS])}")
+    if dry_run:
+        return f"{room}: inputs build, the reference runs", ("case",), [(name,) for name in bench.dry_run(room)]
+    rows = []
+    try:
+        for row in bench.run(room):
+            share = "" if row.roofline is None else f"{row.roofline:.0%}"
+            ratios = ", ".join(f"{name} {ratio:.2f}x" for name, ratio in row.ratios().items())
+            figures = (f"{row.us:.1f}", f"{row.tflops:.0f}", f"{row.gb_per_s:.0f}", share)
+            rows.append((row.case, row.backend, *figures, ratios))
+    except RuntimeError as error:
+        raise UsageError(str(error)) from None
+    header = ("case", "backend", "us", "TFLOP/s", "GB/s", "of the roofline", "time of others over ours")
+    return room, header, rows
+
+
+def tune(room: str, shapes: list[tuple[int, int]]) -> Path:
+    """Search the best configurations of a room on the present GPU; returns the table that was written."""
+    from quantlab_kernels import tune as tuner
+
+    try:
+        return tuner.tune(room, shapes)
+    except (RuntimeError, ValueError) as error:
+        raise UsageError(str(error)) from None
+
+
+def conversion(shape: str, scheme: str, workdir: Path | None) -> Table:
+    """Make a random checkpoint of this shape, quantize it, and say what each stage took."""
+    from quantlab.pipeline import quantize
+
+    wanted = shape_named(shape)
+    with _folder(workdir) as folder:
+        source = _checkpoint(wanted, Path(folder) / shape)
+        output = Path(folder) / f"{shape}-{scheme}"
+        summary = quantize(source, scheme, output, overwrite=True)
+    rows: list[tuple[Any, ...]] = [
+        ("whole run, seconds", f"{summary.seconds:.1f}"),
+        ("source, GB", f"{summary.bytes_before / 1e9:.2f}"),
+        ("output, GB", f"{summary.bytes_after / 1e9:.2f}"),
+        ("device", summary.device),
+        *((f"{stage}, share of the workers' time", f"{share:.0%}") for stage, share in summary.shares().items()),
+        ("peak resident memory, GB", f"{_peak_memory_gb():.2f}"),
+    ]
+    return f"conversion of {shape} to {scheme}", ("what", "value"), rows
+
+
+def generation(shape: str, scheme: str, workdir: Path | None) -> Table:
+    """Prefill and decode of a random checkpoint in plain transformers, in bf16 and quantized, in one run."""
+    import torch
+
+    from quantlab.pipeline import quantize
+
+    if not torch.cuda.is_available():
+        raise UsageError("generation is timed on a GPU, and there is none here")
+    wanted = shape_named(shape)
+    with _folder(workdir) as folder:
+        source = _checkpoint(wanted, Path(folder) / shape)
+        output = Path(folder) / f"{shape}-{scheme}"
+        if not output.exists():
+            quantize(source, scheme, output)
+        times = {name: step_times(path) for name, path in (("bf16", source), (scheme, output))}
+    rows = []
+    for case in PREFILL_AND_DECODE:
+        plain, ours = times["bf16"][case], times[scheme][case]
+        per_run = _tokens(case)
+        rates = (f"{per_run / ms * 1e3:.0f}" for ms in (plain, ours))
+        rows.append((case, f"{plain:.2f}", f"{ours:.2f}", *rates, f"{plain / ours:.2f}x"))
+    header = ("case", "bf16 ms", f"{scheme} ms", "bf16 tokens/s", f"{scheme} tokens/s", "speed-up")
+    return f"{shape}, random weights, plain transformers on {torch.cuda.get_device_name()}", header, rows
+
+
+JOBS: dict[str, Callable[[str, str, Path | None], Table]] = {"conversion": conversion, "generation": generation}
+
+
+def _folder(workdir: Path | None) -> Any:
+    return tempfile.TemporaryDirectory(prefix="quantlab-bench-") if workdir is None else nullcontext(workdir)
+
+
+def _checkpoint(shape: Shape, folder: Path) -> Path:
+    """The random checkpoint, made if it is not there yet."""
+    import torch
+
+    if not (folder / "config.json").is_file():
+        make_checkpoint(shape, folder, device="cuda" if torch.cuda.is_available() else "cpu")
+    return folder
+
+
+def _peak_memory_gb() -> float:
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def _tokens(case: str) -> int:
+    """Tokens that one run of a case handles."""
+    kind, _, extent = case.partition(" ")
+    batch, length = map(int, extent.split("x"))
+    return batch * length if kind == "prefill" else batch
 
 
 def shape_named(name: str) -> Shape:
@@ -102,28 +213,27 @@ def _shards(shape: Shape, layers_per_shard: int = 4) -> Iterator[list[tuple[str,
     yield [("model.norm.weight", (hidden,)), ("lm_head.weight", (shape.vocab_size, hidden))]
 
 
-def generation(folder: str, cases: list[str]) -> list[dict[str, Any]]:
-    """Time a checkpoint in plain transformers on the present GPU.
+def step_times(folder: Path, cases: tuple[str, ...] = PREFILL_AND_DECODE) -> dict[str, float]:
+    """Milliseconds of each case on the present GPU, median of several runs.
 
-    A case is "prefill BxS" (one forward over B sequences of S tokens, logits of the last position, as in `generate`) or
-    "decode BxS" (one step after S tokens of context, static cache, the forward compiled as `generate` does).
-    Returns a row per case: tokens per second and milliseconds, median of several runs.
+    "prefill BxS" is one forward over B sequences of S tokens, logits of the last position, as in `generate`;
+    "decode BxS" one step of `generate` after S tokens of context with a static cache, whose forward it compiles.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
+    import quantlab  # noqa: F401  quantized layers stay quantized
+
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, device_map="cuda").eval()
-    rows = []
+    times = {}
     for case in cases:
         kind, _, extent = case.partition(" ")
         batch, length = map(int, extent.split("x"))
         tokens = torch.randint(3, model.config.vocab_size, (batch, length), device="cuda")
         with torch.inference_mode():
-            ms = _prefill_ms(model, tokens) if kind == "prefill" else _decode_ms(model, tokens)
-        per_run = batch * length if kind == "prefill" else batch
-        rows.append({"case": case, "ms": ms, "tokens_per_s": per_run / ms * 1e3})
+            times[case] = _prefill_ms(model, tokens) if kind == "prefill" else _decode_ms(model, tokens)
         torch.cuda.empty_cache()
-    return rows
+    return times
 
 
 def _prefill_ms(model: Any, tokens: Any, runs: int = 5) -> float:

@@ -13,7 +13,16 @@ from quantlab.scheme import SCHEMES, did_you_mean
 
 # Rooms that a layer of each scheme goes through: (room of the activation, granularity), room of the product.
 ROOMS = {"fp8-block": ("group", "gemm_fp8_block"), "fp8-dynamic": ("token", "gemm_fp8_row")}
-PACKAGES = ("quantlab-toolkit", "torch", "triton", "transformers", "safetensors", "accelerate", "compressed-tensors", "lm-eval")
+PACKAGES = (
+    "quantlab-toolkit",
+    "torch",
+    "triton",
+    "transformers",
+    "safetensors",
+    "accelerate",
+    "compressed-tensors",
+    "lm-eval",
+)
 
 
 def explain(m: int, n: int, k: int, scheme: str, sm: int | None) -> list[dict[str, Any]]:
@@ -34,7 +43,9 @@ def explain(m: int, n: int, k: int, scheme: str, sm: int | None) -> list[dict[st
         raise UsageError(f"unknown scheme {scheme!r}; {did_you_mean(scheme, SCHEMES)}")
     if sm is None:
         if not torch.cuda.is_available():
-            raise UsageError("there is no GPU here: layers run the CPU reference. Give --sm (90 for an H100 or H200) to ask for one")
+            raise UsageError(
+                "there is no GPU here: layers run the CPU reference. Give --sm (90 for an H100 or H200) to ask for one"
+            )
         major, minor = torch.cuda.get_device_capability()
         sm = 10 * major + minor
     granularity, room = ROOMS[scheme]
@@ -74,7 +85,11 @@ def _gpu() -> list[tuple[str, str]]:
     lines = []
     for index in range(torch.cuda.device_count()):
         p = torch.cuda.get_device_properties(index)
-        native = "FP8 in hardware" if (p.major, p.minor) >= (8, 9) else "no FP8 unit: weights stay FP8, products run in 16 bits"
+        native = (
+            "FP8 in hardware"
+            if (p.major, p.minor) >= (8, 9)
+            else "no FP8 unit: weights stay FP8, products run in 16 bits"
+        )
         lines.append((f"GPU {index}", f"{p.name}, sm_{p.major}{p.minor}, {p.total_memory / 1e9:.0f} GB; {native}"))
     return [*lines, ("CUDA", str(torch.version.cuda))]
 

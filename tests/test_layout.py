@@ -57,7 +57,11 @@ def test_import_does_not_touch_cuda(module: str):
 def paths_and_symbols(text: str) -> set[str]:
     """What stands in backticks and looks like a path or a Python symbol of ours."""
     quoted = re.findall(r"(?<!`)`([^`\n]+)`(?!`)", re.sub(r"```.*?```", "", text, flags=re.S))
-    paths = {q for q in quoted if re.fullmatch(r"[\w.-]+(/[\w.-]+)*/?", q) and ("/" in q or q.endswith((".py", ".cu", ".cuh", ".md", ".toml")))}
+    paths = {
+        q
+        for q in quoted
+        if re.fullmatch(r"[\w.-]+(/[\w.-]+)*/?", q) and ("/" in q or q.endswith((".py", ".cu", ".cuh", ".md", ".toml")))
+    }
     symbols = {q for q in quoted if re.fullmatch(r"quantlab(_kernels|_calib)?(\.\w+)+(\(\))?", q)}
     return paths | symbols
 
@@ -65,7 +69,9 @@ def paths_and_symbols(text: str) -> set[str]:
 def exists(name: str, document: Path) -> bool:
     if re.fullmatch(r"quantlab(_kernels|_calib)?(\.\w+)+(\(\))?", name) and not name.endswith((".py", ".md")):
         return resolves(name.removesuffix("()"))
-    return any((base / name).exists() for base in (document.parent, ROOT, *PACKAGES.values(), ROOT / "kernels", ROOT / "calib"))
+    return any(
+        (base / name).exists() for base in (document.parent, ROOT, *PACKAGES.values(), ROOT / "kernels", ROOT / "calib")
+    )
 
 
 def resolves(dotted: str) -> bool:
@@ -84,7 +90,9 @@ def resolves(dotted: str) -> bool:
 
 
 # Files that a run makes in the user's folders, and tensors and files of other people's formats.
-NOT_OURS = re.compile(r"^(OUT|DIR|results|tuned)(/|$)|safetensors|config\.json|^MODEL|quantlab/(manifest|summary|eval|recipe|activation)|\.partial")
+NOT_OURS = re.compile(
+    r"^(OUT|DIR|results|tuned)(/|$)|safetensors|config\.json|^MODEL|quantlab/(manifest|summary|eval|recipe|activation)|\.partial"
+)
 
 
 @pytest.mark.parametrize("document", READMES, ids=lambda p: str(p.relative_to(ROOT)))

@@ -22,15 +22,24 @@ RecipeFile = Annotated[Path | None, Option("--recipe", help="A TOML recipe inste
 Ignore = Annotated[list[str], Option("--ignore", help="Leave modules alone: a glob, or re:REGEX. Repeatable.")]
 Calib = Annotated[
     str | None,
-    Option("--calib", metavar="DATA", help="Calibrate on: bundled, a text or JSONL file, or a datasets name.", show_default=False),
+    Option(
+        "--calib",
+        metavar="DATA",
+        help="Calibrate on: bundled, a text or JSONL file, or a datasets name.",
+        show_default=False,
+    ),
 ]
 Samples = Annotated[int, Option("--calib-samples", help="Sequences of calibration data.")]
 Length = Annotated[int, Option("--calib-length", help="Tokens per sequence.")]
 Seed = Annotated[int, Option("--seed", help="Of the choice of calibration sequences.")]
 Activations = Annotated[str, Option("--activations", help="Activation scales: dynamic, or static (needs --calib).")]
-Output = Annotated[Path | None, Option("-o", "--output", help="Folder to make [MODEL's name plus the scheme].", show_default=False)]
+Output = Annotated[
+    Path | None, Option("-o", "--output", help="Folder to make [MODEL's name plus the scheme].", show_default=False)
+]
 Device = Annotated[str, Option("--device", help="auto, cpu, cuda or cuda:N.")]
-Workers = Annotated[int | None, Option("--workers", min=1, help="Tensors in flight at once [by cores].", show_default=False)]
+Workers = Annotated[
+    int | None, Option("--workers", min=1, help="Tensors in flight at once [by cores].", show_default=False)
+]
 Revision = Annotated[str | None, Option("--revision", help="Branch, tag or commit on the hub.", show_default=False)]
 RemoteCode = Annotated[bool, Option("--trust-remote-code", help="Run the Python files that come with the model.")]
 Overwrite = Annotated[bool, Option("--overwrite", help="Replace an output that exists.")]

@@ -15,7 +15,9 @@ EMBEDDED = Path(__file__).parents[2] / "examples" / "tiny-llama"
 
 
 def demo(
-    model: Annotated[str | None, Argument(metavar="[MODEL]", help="Another model than the embedded one.", show_default=False)] = None,
+    model: Annotated[
+        str | None, Argument(metavar="[MODEL]", help="Another model than the embedded one.", show_default=False)
+    ] = None,
     scheme: Annotated[str, Option("--scheme", help="fp8-block or fp8-dynamic.")] = "fp8-block",
     prompt: Annotated[str, Option("--prompt", help="What the model continues.")] = "The river is",
 ) -> None:

@@ -18,7 +18,9 @@ def explain(
     n: Annotated[int, Argument(metavar="N", min=1, help="Output features.", show_default=False)],
     k: Annotated[int, Argument(metavar="K", min=1, help="Input features.", show_default=False)],
     scheme: Annotated[str, Option("--scheme", help="fp8-block or fp8-dynamic.")] = "fp8-block",
-    sm: Annotated[int | None, Option("--sm", help="Compute capability, 90 for 9.0 [of this GPU].", show_default=False)] = None,
+    sm: Annotated[
+        int | None, Option("--sm", help="Compute capability, 90 for 9.0 [of this GPU].", show_default=False)
+    ] = None,
     format: OutputFormat = Format.human,
 ) -> None:
     """Show which kernel would run a layer, and why the others would not."""
@@ -28,7 +30,9 @@ def explain(
     if format is Format.json:
         print_json(verdicts)
         return
-    rows = [(v["room"], v["backend"], "runs it" if v["chosen"] else v["reason"] or "could, comes later") for v in verdicts]
+    rows = [
+        (v["room"], v["backend"], "runs it" if v["chosen"] else v["reason"] or "could, comes later") for v in verdicts
+    ]
     print_table(f"{scheme}, M = {m}, N = {n}, K = {k}", ("room", "backend", "verdict"), rows)
 
 
@@ -44,11 +48,18 @@ def doctor(format: OutputFormat = Format.human) -> None:
 
 
 def bench(
-    room: Annotated[str, Argument(metavar="ROOM", help="A kernel room, 'conversion' or 'generation'.", show_default=False)],
+    room: Annotated[
+        str, Argument(metavar="ROOM", help="A kernel room, 'conversion' or 'generation'.", show_default=False)
+    ],
     shape: Annotated[str, Option("--shape", help="Model shape of conversion and generation.")] = "llama-3.1-8b",
     scheme: Annotated[str, Option("--scheme", help="Scheme of conversion and generation.")] = "fp8-block",
-    workdir: Annotated[Path | None, Option("--workdir", help="Where the random checkpoint goes [a temporary folder].", show_default=False)] = None,
-    dry_run: Annotated[bool, Option("--dry-run", help="Build the inputs and call the reference once; works on a CPU.")] = False,
+    workdir: Annotated[
+        Path | None,
+        Option("--workdir", help="Where the random checkpoint goes [a temporary folder].", show_default=False),
+    ] = None,
+    dry_run: Annotated[
+        bool, Option("--dry-run", help="Build the inputs and call the reference once; works on a CPU.")
+    ] = False,
     format: OutputFormat = Format.human,
 ) -> None:
     """Time kernels beside the roofline and the peers, or a whole job on a random checkpoint of a real shape."""
@@ -66,7 +77,9 @@ def bench(
 
 def tune(
     room: Annotated[str, Argument(metavar="ROOM", help="A kernel room with a tuning table.", show_default=False)],
-    shape: Annotated[list[str], Option("--shape", help="NxK of one layer [the room's list]. Repeatable.", show_default=False)] = [],  # noqa: B006
+    shape: Annotated[
+        list[str], Option("--shape", help="NxK of one layer [the room's list]. Repeatable.", show_default=False)
+    ] = [],  # noqa: B006
 ) -> None:
     """Search the fastest configuration of each shape on this GPU and write it into the room's table."""
     from quantlab import benchmarks

@@ -1,8 +1,9 @@
-"""What commands show: a progress line, tables, and JSON for machines. Results go to stdout, everything else to stderr."""
+"""What commands show: progress, tables, JSON for machines. Results go to stdout, everything else to stderr."""
 
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -30,14 +31,19 @@ def print_json(data: Any) -> None:
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """A table on stdout; columns after the first are numbers and align right. Plain text when piped."""
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for index, name in enumerate(header):
-        table.add_column(name, justify="left" if index == 0 else "right", overflow="fold")
+    """A table on stdout, columns of numbers aligned right. Lines are not broken when piped."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=any(header))
+    columns = list(zip(*rows, strict=True)) if rows else [()] * len(header)
+    for name, column in zip(header, columns, strict=True):
+        numbers = all(re.match(r"[-+]?[\d.]+( ?[%kMGT]?B?x?)?$", str(value)) for value in column)
+        table.add_column(name, justify="right" if numbers else "left", overflow="fold")
     for row in rows:
         table.add_row(*map(str, row))
     console = Console(highlight=False)
-    Console(highlight=False, width=None if console.is_terminal else 160).print(table)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=1000)
+    console.print(title, style="bold", markup=False)
+    console.print(table)
 
 
 def size(n_bytes: float) -> str:
@@ -66,7 +72,12 @@ def _bar() -> Iterator[Progress]:
     from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as RichProgress
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TimeRemainingColumn(),
+    )
     with RichProgress(*columns, console=STDERR, transient=True) as bar:
         task = bar.add_task("", total=None)
         yield lambda label, done, total: bar.update(task, description=label, completed=done, total=total)
@@ -82,7 +93,8 @@ def _line_per_label() -> Progress:
             return
         last = label
         elapsed = time.monotonic() - start
-        eta = f", {elapsed * (total - done) / done:.0f} s left" if 0 < done < total else ""
+        told = elapsed > 1 and total and 0.01 < done / total < 1  # before that the estimate is noise
+        eta = f", {elapsed * (total - done) / done:.0f} s left" if told else ""
         share = f"{100 * done / total:3.0f} %" if total else ""
         print(f"{share} {label}{eta}", file=sys.stderr, flush=True)
 

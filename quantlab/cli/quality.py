@@ -12,16 +12,31 @@ from quantlab.cli.output import Format, print_json, print_table, progress
 
 def eval(
     model: Annotated[str, Argument(metavar="MODEL", help="A quantized (or any) checkpoint.", show_default=False)],
-    baseline: Annotated[str | None, Option("--baseline", help="The model it was made from: gives KL and agreement.", show_default=False)] = None,
-    text: Annotated[list[Path], Option("--text", help="Text or JSONL file [the bundled text]. Repeatable.", show_default=False)] = [],  # noqa: B006
-    dataset: Annotated[list[str], Option("--dataset", help="A datasets name, NAME[:CONFIG[:SPLIT]]. Repeatable.", show_default=False)] = [],  # noqa: B006
-    tasks: Annotated[list[str], Option("--tasks", help="lm-eval tasks (extra 'eval'). Repeatable.", show_default=False)] = [],  # noqa: B006
-    windows: Annotated[int | None, Option("--windows", min=1, help="At most this many windows [all].", show_default=False)] = None,
+    baseline: Annotated[
+        str | None, Option("--baseline", help="The model it was made from: gives KL and agreement.", show_default=False)
+    ] = None,
+    text: Annotated[
+        list[Path], Option("--text", help="Text or JSONL file [the bundled text]. Repeatable.", show_default=False)
+    ] = [],  # noqa: B006
+    dataset: Annotated[
+        list[str], Option("--dataset", help="A datasets name, NAME[:CONFIG[:SPLIT]]. Repeatable.", show_default=False)
+    ] = [],  # noqa: B006
+    tasks: Annotated[
+        list[str], Option("--tasks", help="lm-eval tasks (extra 'eval'). Repeatable.", show_default=False)
+    ] = [],  # noqa: B006
+    windows: Annotated[
+        int | None, Option("--windows", min=1, help="At most this many windows [all].", show_default=False)
+    ] = None,
     length: Annotated[int, Option("--length", min=2, help="Tokens per window.")] = 1024,
     device_map: Annotated[str, Option("--device-map", help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[str, Option("--dtype", help="Of unquantized weights: auto, float32, bfloat16, float16.")] = "auto",
-    min_recovery: Annotated[float | None, Option("--min-recovery", min=0, max=1, help="Fail with exit code 4 below this.", show_default=False)] = None,
-    trust_remote_code: Annotated[bool, Option("--trust-remote-code", help="Run the Python files that come with the model.")] = False,
+    min_recovery: Annotated[
+        float | None,
+        Option("--min-recovery", min=0, max=1, help="Fail with exit code 4 below this.", show_default=False),
+    ] = None,
+    trust_remote_code: Annotated[
+        bool, Option("--trust-remote-code", help="Run the Python files that come with the model.")
+    ] = False,
     format: Annotated[Format, Option("--format", help="human or json.")] = Format.human,
 ) -> None:
     """Measure what quantization cost: perplexity, KL to the baseline, top-1 agreement, with standard errors."""

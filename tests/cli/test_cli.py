@@ -27,7 +27,18 @@ def fails(capsys, monkeypatch, *args: str) -> tuple[int, str]:
 
 def test_surface_is_frozen():
     commands = {c.name or c.callback.__name__: c for c in app.registered_commands}
-    assert sorted(commands) == ["bench", "convert", "demo", "doctor", "eval", "explain", "plan", "quantize", "tune", "verify"]
+    assert sorted(commands) == [
+        "bench",
+        "convert",
+        "demo",
+        "doctor",
+        "eval",
+        "explain",
+        "plan",
+        "quantize",
+        "tune",
+        "verify",
+    ]
 
 
 def test_help_names_every_scheme():
@@ -51,11 +62,15 @@ def test_help_is_instant():
 def test_unknown_scheme_has_a_suggestion(capsys, monkeypatch, tmp_path: Path):
     code, text = fails(capsys, monkeypatch, "quantize", str(tmp_path), "--scheme", "fp8-blok")
     assert code == 2
-    assert text == "quantlab: unknown scheme 'fp8-blok'; known: fp8-block, fp8-dynamic, none; did you mean 'fp8-block'?\n"
+    assert (
+        text == "quantlab: unknown scheme 'fp8-blok'; known: fp8-block, fp8-dynamic, none; did you mean 'fp8-block'?\n"
+    )
 
 
 def test_scheme_and_recipe_together(capsys, monkeypatch, tmp_path: Path):
-    code, text = fails(capsys, monkeypatch, "quantize", "m", "--scheme", "fp8-block", "--recipe", str(tmp_path / "r.toml"))
+    code, text = fails(
+        capsys, monkeypatch, "quantize", "m", "--scheme", "fp8-block", "--recipe", str(tmp_path / "r.toml")
+    )
     assert code == 2
     assert "give one of the two" in text
 
