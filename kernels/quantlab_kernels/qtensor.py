@@ -99,7 +99,9 @@ def quantize(x: Tensor, spec: TensorSpec, scale: Tensor | None = None) -> Quanti
 
 def scale_of(amax: Tensor, spec: TensorSpec) -> Tensor:
     """Scale from the absolute maximum, float32. Zero gives 1; values whose scale would be subnormal give 2**-126."""
-    scale = (amax.to(torch.float32) / spec.format.max).clamp_min(torch.finfo(torch.float32).tiny)
+    amax = amax.to(torch.float32)
+    # Divided by a tensor: by a number, CUDA multiplies with the reciprocal, and its scales would not equal the CPU's.
+    scale = (amax / torch.full_like(amax, spec.format.max)).clamp_min(torch.finfo(torch.float32).tiny)
     if spec.scale == "power2":
         mantissa, exponent = torch.frexp(scale)  # scale = mantissa * 2**exponent, 0.5 <= mantissa < 1
         power2 = torch.ldexp(torch.ones_like(scale), exponent - (mantissa == 0.5).to(exponent.dtype))
@@ -113,7 +115,7 @@ def _quantize_asymmetric(x: Tensor, spec: TensorSpec) -> QuantizedTensor:
     x = x.to(torch.float32)
     low = block_reduce(x, spec.block, "amin").clamp_max(0)
     high = block_reduce(x, spec.block, "amax").clamp_min(0)
-    levels = spec.format.max - spec.format.min
+    levels = torch.full_like(high, spec.format.max - spec.format.min)
     scale = ((high - low) / levels).clamp_min(torch.finfo(torch.float32).tiny)
     scale = torch.where(high == low, torch.ones_like(scale), scale)
     zero = (spec.format.min - low / scale).round().clamp(spec.format.min, spec.format.max).to(torch.int32)

@@ -25,7 +25,7 @@ from quantlab_kernels.common.gemm import GemmProblem, empty_group_scale
 from quantlab_kernels.common.hardware import gpu
 from quantlab_kernels.common.timing import measure, rotations
 
-ROOMS = ("gemm_fp8_block", "gemm_fp8_row", "quantize_fp8")
+ROOMS = ("gemm_fp8_block", "quantize_fp8")
 Task = tuple[str, Any, Any]  # room, problem, config
 
 

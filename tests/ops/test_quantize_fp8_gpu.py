@@ -16,13 +16,22 @@ SHAPES = [(1, 4096), (3, 128), (37, 300), (128, 7168), (1000, 1536), (5, 40000),
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
+def definition(granularity: str, x, given=None, power2=False):
+    """What the CPU makes of it: GPUs have to write the same bytes."""
+    given = None if given is None else given.cpu()
+    if granularity == "token":
+        return reference.token(x.cpu())
+    return getattr(reference, granularity)(x.cpu(), given, power2)
+
+
 def same(found, expected) -> bool:
-    """Equal bits; of NaN, that both are."""
-    codes, scale = found
+    """Equal bits and layout; of NaN, that both are."""
+    strides = found[1].stride() == expected[1].stride()
+    codes, scale = (t.cpu() for t in found)
     equal = codes.view(torch.uint8) == expected[0].view(torch.uint8)
     both_nan = codes.float().isnan() & expected[0].float().isnan()
     scales = (scale == expected[1]) | (scale.isnan() & expected[1].isnan())
-    return bool((equal | both_nan).all()) and bool(scales.all()) and scale.stride() == expected[1].stride()
+    return bool((equal | both_nan).all()) and bool(scales.all()) and strides
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -31,9 +40,9 @@ def test_equal_to_the_definition(dtype: torch.dtype, kind: str):
     for rows, columns in SHAPES:
         x = operand(kind, rows, columns, device="cuda").to(dtype)
         for power2 in (False, True):
-            assert same(quantize_fp8_group(x, power2=power2), reference.group(x, None, power2)), (rows, columns)
-            assert same(quantize_fp8_block(x, power2=power2), reference.block(x, None, power2)), (rows, columns)
-        assert same(quantize_fp8_token(x), reference.token(x)), (rows, columns)
+            assert same(quantize_fp8_group(x, power2=power2), definition("group", x, None, power2)), (rows, columns)
+            assert same(quantize_fp8_block(x, power2=power2), definition("block", x, None, power2)), (rows, columns)
+        assert same(quantize_fp8_token(x), definition("token", x)), (rows, columns)
 
 
 def test_every_float16_value_with_every_kind_of_scale():
@@ -41,10 +50,10 @@ def test_every_float16_value_with_every_kind_of_scale():
     x = torch.arange(65536, dtype=torch.int32, device="cuda").to(torch.uint16).view(torch.float16).view(512, 128)
     for factor in (1.0, 1 / 3, 0.0123, 3e-39, 7e4, 3.4e38, 2.0**-126, float("inf")):
         scale = torch.full((512, 1), factor, device="cuda")
-        assert same(quantize_fp8_group(x, scale=scale), reference.group(x, scale, False)), factor
-    assert same(quantize_fp8_group(x), reference.group(x, None, False))
-    assert same(quantize_fp8_token(x), reference.token(x))
-    assert same(quantize_fp8_block(x), reference.block(x, None, True))
+        assert same(quantize_fp8_group(x, scale=scale), definition("group", x, scale, False)), factor
+    assert same(quantize_fp8_group(x), definition("group", x, None, False))
+    assert same(quantize_fp8_token(x), definition("token", x))
+    assert same(quantize_fp8_block(x), definition("block", x, None, True))
 
 
 def test_given_scales_saturate():
@@ -52,24 +61,24 @@ def test_given_scales_saturate():
     scale = torch.rand(65, 4, device="cuda") / 100
     for given in (scale, scale[0], scale.t().contiguous().t()):
         found = quantize_fp8_group(x, scale=given)
-        assert same(found, reference.group(x, given, False))
+        assert same(found, definition("group", x, given, False))
         assert found[0].float().abs().max() == 448
-    assert same(quantize_fp8_block(x, scale=scale[:1]), reference.block(x, scale[:1], True))
+    assert same(quantize_fp8_block(x, scale=scale[:1]), definition("block", x, scale[:1], True))
 
 
 def test_strided_input():
     x = operand("rows", 300, 257, device="cuda").to(torch.bfloat16)
     for view in (x.t(), x[::2], x[:, 3:200], x[:, ::2]):
-        assert same(quantize_fp8_group(view), reference.group(view.contiguous(), None, False))
-        assert same(quantize_fp8_token(view), reference.token(view.contiguous()))
-        assert same(quantize_fp8_block(view), reference.block(view.contiguous(), None, True))
+        assert same(quantize_fp8_group(view), definition("group", view.contiguous(), None, False))
+        assert same(quantize_fp8_token(view), definition("token", view.contiguous()))
+        assert same(quantize_fp8_block(view), definition("block", view.contiguous(), None, True))
 
 
 @pytest.mark.parametrize("granularity", ["group", "token", "block"])
 def test_every_configuration_writes_every_element_and_nothing_else(granularity: str):
     x = operand("outliers", 130, 1100, device="cuda").to(torch.bfloat16)
     problem = op.Problem(granularity, 130, 1100, sm=op.gpu_of(x).sm)
-    expected = reference.token(x) if granularity == "token" else getattr(reference, granularity)(x, None, False)
+    expected = definition(granularity, x)
     backend = op.BACKENDS.module("triton")
     configs = list(candidates(problem))
     assert configs
@@ -103,5 +112,12 @@ def test_software_cast_of_old_gpus_equals_the_hardware():
         problem = op.Problem(granularity, 64, 512, torch.float32, sm=80)
         codes, scale = op._empty(granularity, x)
         backend.launch(problem, x, None, codes, scale, backend.config(problem))
-        expected = reference.token(x) if granularity == "token" else getattr(reference, granularity)(x, None, False)
+        expected = definition(granularity, x)
         assert same((codes, scale), expected)
+
+
+@pytest.mark.parametrize("granularity", ["group", "token", "block"])
+def test_the_definition_gives_the_same_bytes_on_gpu_and_cpu(granularity: str):
+    x = operand("rows", 300, 1000, device="cuda")
+    on_gpu = reference.token(x) if granularity == "token" else getattr(reference, granularity)(x, None, False)
+    assert same(on_gpu, definition(granularity, x))

@@ -30,8 +30,8 @@ def able(problem: GemmProblem) -> str | None:
         return Mendable(f"torch {torch.__version__} pads the scales wrongly; needs torch 2.10")
     if problem.m % 4:
         return f"needs M in multiples of 4, this is M = {problem.m}"
-    if problem.n % 16 or problem.k % 128:
-        return f"needs N in multiples of 16 and K of 128, this is N = {problem.n}, K = {problem.k}"
+    if problem.n % 128 or problem.k % 512:
+        return f"needs N in multiples of 128 and K of 512, this is N = {problem.n}, K = {problem.k}"
     if problem.out_dtype != torch.bfloat16 or problem.bias:
         return "writes bfloat16 without a bias"
     return None

@@ -1,8 +1,8 @@
 """One pass over x: every element is read once, its code and the scale of its group are written once.
 
 Each program takes a tile of whole groups, so the absolute maximum needs no second pass and no atomics. Division by the
-scale is correctly rounded; a multiplication by the reciprocal would now and then give the neighbouring code. Only rows
-too long for registers (more than `configs.LONGEST_ROW` columns, per token) are read twice, the second time from L2.
+scale rounds correctly; a multiplication by the reciprocal would now and then give the neighbouring code. Only rows too
+long for registers (more than `configs.LONGEST_ROW` columns, per token) are read twice, the second time from L2.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quantlab_kernels.common.triton_fp8 import largest_magnitude, scale_of, store_codes
+from quantlab_kernels.common.triton_fp8 import divide, largest_magnitude, scale_of, store_codes
 from quantlab_kernels.quantize_fp8.configs import Config, choose
 
 if TYPE_CHECKING:
@@ -74,8 +74,9 @@ def _group_kernel(
             given_ptr + row[:, None] * given_row + group[None, :] * given_column, mask=scale_mask, other=1.0
         )
     else:
-        scale = scale_of(largest_magnitude(x, 2), POWER2)
-    quotient = tl.math.div_rn(x, tl.broadcast_to(scale[:, :, None], (ROWS, GROUPS, 128)))
+        scale = scale_of(largest_magnitude(x, 2, NATIVE), POWER2)
+    # A given scale may be anything, so it takes the full division.
+    quotient = divide(x, scale[:, :, None], POWER2 and not GIVEN, NATIVE and not GIVEN)
     quotient = tl.reshape(quotient, (ROWS, GROUPS * 128))
     store_codes(codes_ptr + wide_row[:, None] * k + column[None, :], quotient, mask, NATIVE)
     tl.store(scale_ptr + row[:, None] * scale_row + group[None, :].to(tl.int64) * scale_column, scale, mask=scale_mask)
@@ -99,8 +100,8 @@ def _block_kernel(
     if GIVEN:
         scale = tl.load(given_ptr + block_row * given_row + block_column * given_column + tl.arange(0, 1))
     else:
-        scale = scale_of(largest_magnitude(largest_magnitude(x, 1)[None, :], 1), POWER2)
-    quotient = tl.math.div_rn(x, tl.broadcast_to(scale[:, None], (128, 128)))
+        scale = scale_of(largest_magnitude(largest_magnitude(x, 1, NATIVE)[None, :], 1, NATIVE), POWER2)
+    quotient = divide(x, scale[:, None], POWER2 and not GIVEN, NATIVE and not GIVEN)
     store_codes(codes_ptr + wide_row[:, None] * k + column[None, :], quotient, mask, NATIVE)
     tl.store(scale_ptr + at, scale)
 
@@ -116,19 +117,19 @@ def _token_kernel(
     wide_row = row.to(tl.int64)[:, None]
     mask = (row[:, None] < m) & (column[None, :] < k)
     x = tl.load(x_ptr + wide_row * x_row + column[None, :] * x_column, mask=mask, other=0.0).to(tl.float32)
-    amax = largest_magnitude(x, 1)
+    amax = largest_magnitude(x, 1, NATIVE)
     if LONG:
         for start in range(COLUMNS, k, COLUMNS):
             at = start + column[None, :]
             piece = tl.load(x_ptr + wide_row * x_row + at * x_column, mask=(row[:, None] < m) & (at < k), other=0.0)
-            amax = tl.maximum(amax, largest_magnitude(piece.to(tl.float32), 1), tl.PropagateNan.ALL)
+            amax = tl.maximum(amax, largest_magnitude(piece.to(tl.float32), 1, NATIVE), tl.PropagateNan.ALL)
     scale = scale_of(amax, False)
     tl.store(scale_ptr + row, scale, mask=row < m)
-    divisor = tl.broadcast_to(scale[:, None], (ROWS, COLUMNS))
-    store_codes(codes_ptr + wide_row * k + column[None, :], tl.math.div_rn(x, divisor), mask, NATIVE)
+    scale = scale[:, None]
+    store_codes(codes_ptr + wide_row * k + column[None, :], divide(x, scale, False, NATIVE), mask, NATIVE)
     if LONG:
         for start in range(COLUMNS, k, COLUMNS):
             at = start + column[None, :]
             mask = (row[:, None] < m) & (at < k)
             piece = tl.load(x_ptr + wide_row * x_row + at * x_column, mask=mask, other=0.0).to(tl.float32)
-            store_codes(codes_ptr + wide_row * k + at, tl.math.div_rn(piece, divisor), mask, NATIVE)
+            store_codes(codes_ptr + wide_row * k + at, divide(piece, scale, False, NATIVE), mask, NATIVE)
