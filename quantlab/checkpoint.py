@@ -78,6 +78,8 @@ class Source:
 
         Raises UsageError where there is no such model and PreflightError where it is damaged or in another format.
         """
+        if not isinstance(model, (str, Path)):
+            raise UsageError(f"model is a {type(model).__name__}; give the folder or the hub id it was loaded from")
         folder = _locate(str(model), revision)
         shards, index = _weight_files(folder)
         config = read_config(folder)
@@ -137,6 +139,8 @@ def _one_line(error: BaseException) -> str:
 def read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     if not path.is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise PreflightError(f"{folder}: is an adapter (LoRA); merge it into its model first, and give that")
         raise PreflightError(f"{folder}: has no {CONFIG}; needs a model folder in the Hugging Face layout")
     return _read_json(path)
 
@@ -179,7 +183,10 @@ def _why_no_weights(folder: Path) -> str:
         )
     if ".gguf" in suffixes:
         return "holds GGUF files, which are already quantized; give the original model in safetensors"
-    return "holds no safetensors file"
+    inner = sorted(
+        path.parent for pattern in ("*/*.safetensors", "snapshots/*/*.safetensors") for path in folder.glob(pattern)
+    )
+    return f"holds no safetensors file; did you mean {inner[-1]}?" if inner else "holds no safetensors file"
 
 
 def _read_index(path: Path) -> dict[str, str]:

@@ -17,7 +17,7 @@ from quantlab import checkpoint, stream
 from quantlab.checkpoint import ACTIVATION_SCALES, SUMMARY, WEIGHT, Source, Stored, module_of
 from quantlab.errors import UsageError, VerificationError
 from quantlab.jobs import Copy, Dequantize, Job, Widen
-from quantlab.output import Output, check_space, check_writable, fingerprint, output_folder
+from quantlab.output import Output, check_outside, check_space, check_writable, fingerprint, output_folder
 from quantlab.scheme import did_you_mean
 from quantlab.summary import Summary
 from quantlab.verify import verify_weights
@@ -56,6 +56,7 @@ def convert(
     where = stream.pick_device(device)
     bytes_after = sum(slot.nbytes for job in jobs for slot in job.slots)
     check_writable(destination, overwrite=overwrite)
+    check_outside(destination, source.folder)
     check_space(destination, bytes_after)
 
     with Output.open(destination, fingerprint(source, to), overwrite=overwrite) as out:
@@ -93,7 +94,7 @@ def _target(source: Source, stored: Stored, to: str) -> Stored | None:
         raise UsageError(f"{source.model}: is already in the format {to}")
     if layout == "fp8" and min(stored.weight.block) < 2:
         raise UsageError(
-            f"{source.model}: has one scale per row; the format fp8 holds blocks, compressed-tensors is right"
+            f"{source.model}: has a scale per row; the format fp8 holds blocks, so keep compressed-tensors"
         )
     return replace(stored, layout=layout)
 

@@ -23,8 +23,10 @@ from quantlab.errors import PreflightError
 from quantlab.shards import TAGS, ShardReader, TensorInfo, TensorSlot, as_dtype
 from quantlab_kernels.qtensor import QuantizedTensor, TensorSpec, quantize
 
-PIECE_ELEMENTS = 1 << 22
-COPY_BYTES = 1 << 23
+# On a CPU the float32 temporaries of a piece should stay in the cache: at four times this size it takes five times as
+# long per element, most of it page faults. On a GPU a piece should hide the cost of launching kernels.
+PIECE_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 22}
+COPY_BYTES = 1 << 22
 
 # Integer type of the same width, and the bits that are all set in Inf and NaN: a test that costs one pass.
 EXPONENT = {"BF16": (torch.int16, 0x7F80), "F16": (torch.int16, 0x7C00), "F32": (torch.int32, 0x7F800000)}
@@ -88,8 +90,8 @@ class Job(Protocol):
     @property
     def info(self) -> TensorInfo: ...
 
-    def pieces(self) -> Iterator[tuple[int, Piece]]:
-        """(bytes of the source that it handles, piece), in order."""
+    def pieces(self, elements: int) -> Iterator[tuple[int, Piece]]:
+        """(bytes of the source that it handles, piece), in order; a piece has about so many elements."""
         ...
 
 
@@ -104,7 +106,7 @@ class Copy:
     def slots(self) -> tuple[TensorSlot, ...]:
         return (TensorSlot(self.name, self.info.dtype, self.info.shape),)
 
-    def pieces(self) -> Iterator[tuple[int, Piece]]:
+    def pieces(self, elements: int) -> Iterator[tuple[int, Piece]]:
         for begin in range(0, self.info.nbytes, COPY_BYTES):
             end = min(begin + COPY_BYTES, self.info.nbytes)
             yield end - begin, partial(self._run, begin, end)
@@ -120,27 +122,27 @@ class Copy:
 class Quantize:
     """A weight [N, K] into codes and scales.
 
-    scales  None: from the weight alone. Else a function of the whole weight that returns its scales, or None
+    rounded  None: rounded to nearest. Else a function of a band of rows that returns it quantized, or None
     """
 
     info: TensorInfo
     module: str
     stored: Stored
-    scales: Callable[[Tensor], Tensor | None] | None = None
+    rounded: Callable[[Tensor], QuantizedTensor | None] | None = None
 
     @property
     def slots(self) -> tuple[TensorSlot, ...]:
         return slots(self.module, self.info.shape, self.stored)
 
-    def pieces(self) -> Iterator[tuple[int, Piece]]:
-        yield from bands(self.info, self.stored.weight, self._run, whole=self.scales is not None)
+    def pieces(self, elements: int) -> Iterator[tuple[int, Piece]]:
+        yield from bands(self.info, self.stored.weight, self._run, elements)
 
     def _run(self, begin: int, end: int, lane: Lane, write: Write) -> None:
         weight = lane.read_rows(self.info, begin, end)
         with lane.clock("quantize"):
             refuse_nonfinite(weight.view(-1), self.info, lane.reader)
-            scale = self.scales(weight) if self.scales else None
-            parts = list(encode(quantize(weight, self.stored.weight, scale), self.module, self.stored, begin))
+            quantized = self.rounded(weight) if self.rounded else None
+            parts = list(encode(quantized or quantize(weight, self.stored.weight), self.module, self.stored, begin))
             fetched = [(name, row, part, lane.fetch(part, str(i))) for i, (name, row, part) in enumerate(parts)]
             lane.wait()
         with lane.clock("write"):
@@ -159,7 +161,7 @@ class Widen:
     def slots(self) -> tuple[TensorSlot, ...]:
         return (TensorSlot(self.name, "F32", self.info.shape),)
 
-    def pieces(self) -> Iterator[tuple[int, Piece]]:
+    def pieces(self, elements: int) -> Iterator[tuple[int, Piece]]:
         yield self.info.nbytes, self._run
 
     def _run(self, lane: Lane, write: Write) -> None:
@@ -181,8 +183,8 @@ class Dequantize:
     def slots(self) -> tuple[TensorSlot, ...]:
         return (TensorSlot(self.module + WEIGHT, TAGS[self.dtype], self.info.shape),)
 
-    def pieces(self) -> Iterator[tuple[int, Piece]]:
-        yield from bands(self.info, self.stored.weight, self._run)
+    def pieces(self, elements: int) -> Iterator[tuple[int, Piece]]:
+        yield from bands(self.info, self.stored.weight, self._run, elements)
 
     def _run(self, begin: int, end: int, lane: Lane, write: Write) -> None:
         spec = self.stored.weight
@@ -200,12 +202,12 @@ class Dequantize:
 
 
 def bands(
-    info: TensorInfo, spec: TensorSpec, run: Callable[[int, int, Lane, Write], None], *, whole: bool = False
+    info: TensorInfo, spec: TensorSpec, run: Callable[[int, int, Lane, Write], None], elements: int
 ) -> Iterator[tuple[int, Piece]]:
-    """Cut a weight into bands of whole blocks of rows, of about PIECE_ELEMENTS."""
+    """Cut a weight into bands of whole blocks of rows, of about so many elements."""
     rows, columns = info.shape
     block = max(spec.block[0], 1)
-    step = rows if whole or spec.block[0] == -1 else max(PIECE_ELEMENTS // max(columns, 1) // block, 1) * block
+    step = rows if spec.block[0] == -1 else max(elements // max(columns, 1) // block, 1) * block
     for begin in range(0, rows, step):
         end = min(begin + step, rows)
         yield (end - begin) * (info.nbytes // rows), partial(run, begin, end)

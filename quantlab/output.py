@@ -58,6 +58,12 @@ def check_writable(folder: Path, *, overwrite: bool = False) -> None:
         raise PreflightError(f"{folder}: {parent} is not writable; choose another place with -o")
 
 
+def check_outside(folder: Path, model: Path) -> None:
+    """Refuse an output inside the model's own folder: the next run would carry it over as a part of the model."""
+    if model.resolve() in folder.absolute().resolve().parents:
+        raise UsageError(f"{folder}: lies in the model's own folder; choose another place with -o")
+
+
 def output_folder(model: str | Path, what: str, given: str | Path | None) -> Path:
     """The folder to make: as given, or the model's name and `what` in the current folder."""
     if given is not None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from quantlab import checkpoint, preflight
 from quantlab.checkpoint import Source
 from quantlab.errors import VerificationError
-from quantlab.output import Output, check_space, check_writable, fingerprint, output_folder
+from quantlab.output import Output, check_outside, check_space, check_writable, fingerprint, output_folder
 from quantlab.preflight import Plan
 from quantlab.scheme import Recipe
 from quantlab.summary import Summary
@@ -22,19 +22,19 @@ __all__ = ["Plan", "Recipe", "Summary", "plan", "quantize"]
 
 def plan(
     model: str | Path,
-    recipe: Recipe | str = "fp8-block",
+    recipe: Recipe | str | Path = "fp8-block",
     *,
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> Plan:
     """What `quantize` would do with every tensor, from the config and the headers alone."""
-    recipe = Recipe(recipe) if isinstance(recipe, str) else recipe
+    recipe = Recipe.of(recipe)
     return preflight.plan(Source.open(model, revision), recipe, trust_remote_code=trust_remote_code)
 
 
 def quantize(
     model: str | Path,
-    recipe: Recipe | str = "fp8-block",
+    recipe: Recipe | str | Path = "fp8-block",
     output: str | Path | None = None,
     *,
     device: str = "auto",
@@ -46,7 +46,7 @@ def quantize(
 ) -> Summary:
     """Quantize a model folder or hub id into a new folder, and say what was done.
 
-    recipe    a `Recipe`, or the name of a scheme
+    recipe    a `Recipe`, the name of a scheme, or a TOML file
     output    folder to make; by default the model's name plus the scheme, in the current folder
     device    "auto" (a GPU where there is one), "cpu", "cuda", "cuda:N"; the bytes written are the same
     progress  called with (label, bytes done, bytes in all)
@@ -58,11 +58,12 @@ def quantize(
     from quantlab.verify import verify_weights
 
     start = time.perf_counter()
-    recipe = Recipe(recipe) if isinstance(recipe, str) else recipe
+    recipe = Recipe.of(recipe)
     folder = output_folder(model, recipe.scheme, output)
     where = stream.pick_device(device)
     check_writable(folder, overwrite=overwrite)
     made = plan(model, recipe, revision=revision, trust_remote_code=trust_remote_code)
+    check_outside(folder, made.source.folder)
     check_space(folder, made.bytes_after)
 
     with Output.open(folder, fingerprint(made.source, made.to_dict()), overwrite=overwrite) as out:
@@ -72,8 +73,8 @@ def quantize(
             from quantlab import calibrated
 
             found = calibrated.run(made.source, made, recipe.calibration, where, progress)
-        scales = found.scales if found else None
-        stages = stream.convert(made, out, device=where, workers=workers, progress=progress, scales=scales)
+        rounded = found.rounded if found else None
+        stages = stream.convert(made, out, device=where, workers=workers, progress=progress, rounded=rounded)
         checkpoint.write_side_files(out, made.source, made.stored)
         out.write_text(checkpoint.RECIPE, recipe.to_toml())
         if found:

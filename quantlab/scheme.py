@@ -171,6 +171,15 @@ class Recipe:
         return scheme_named(self.scheme), "recipe"
 
     @classmethod
+    def of(cls, recipe: Recipe | str | Path) -> Recipe:
+        """A recipe as it is, by the name of one scheme, or out of a TOML file."""
+        if isinstance(recipe, Path) or (isinstance(recipe, str) and recipe.endswith(".toml")):
+            return cls.from_toml(Path(recipe))
+        if not isinstance(recipe, (Recipe, str)):
+            raise UsageError(f"recipe is a {type(recipe).__name__}; give a Recipe, the name of a scheme or a TOML file")
+        return cls(recipe) if isinstance(recipe, str) else recipe
+
+    @classmethod
     def from_toml(cls, path: Path) -> Recipe:
         """Read a recipe. Raises UsageError that names the file and the key for anything that does not fit."""
         try:

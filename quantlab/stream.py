@@ -21,15 +21,16 @@ from torch import Tensor
 
 from quantlab.checkpoint import INDEX, SINGLE, module_of
 from quantlab.errors import UsageError
-from quantlab.jobs import Copy, Job, Lane, Piece, Quantize
+from quantlab.jobs import PIECE_ELEMENTS, Copy, Job, Lane, Piece, Quantize
 from quantlab.output import Output, ShardWriter
 from quantlab.preflight import Decision, Plan
 from quantlab.shards import ShardReader, TensorSlot, layout
+from quantlab_kernels.qtensor import QuantizedTensor
 
 SHARD_BYTES = 2_000_000_000
 GPU_LANES = 8
 Progress = Callable[[str, int, int], None]
-Scales = Callable[[Decision, Tensor], Tensor | None]
+Rounded = Callable[[Decision, Tensor], QuantizedTensor | None]
 
 
 def convert(
@@ -39,24 +40,26 @@ def convert(
     device: torch.device,
     workers: int | None = None,
     progress: Progress | None = None,
-    scales: Scales | None = None,
+    rounded: Rounded | None = None,
 ) -> dict[str, float]:
     """Carry out the plan's decisions; shards that the output has finished before are not made again.
 
-    scales  (decision, weight [N, K]) -> scales to use instead of those of the weight alone, or None
+    rounded  (decision, rows of its weight) -> those rows quantized; None, or no such function, rounds to nearest
 
     Returns seconds spent reading, quantizing and writing, summed over the workers.
     """
-    return run(list(_jobs(plan, scales)), plan.source.reader, output, device=device, workers=workers, progress=progress)
+    return run(
+        list(_jobs(plan, rounded)), plan.source.reader, output, device=device, workers=workers, progress=progress
+    )
 
 
-def _jobs(plan: Plan, scales: Scales | None) -> Iterator[Job]:
+def _jobs(plan: Plan, rounded: Rounded | None) -> Iterator[Job]:
     stored = plan.stored
     for decision in plan.decisions:
         if decision.scheme is None:
             yield Copy(decision.info, decision.tensor)
         for module, part in decision.parts:
-            yield Quantize(part, module, stored, partial(scales, decision) if scales else None)
+            yield Quantize(part, module, stored, partial(rounded, decision) if rounded else None)
 
 
 @dataclass
@@ -70,9 +73,9 @@ class Shard:
     _left: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def begin(self, output: Output) -> list[tuple[str, int, Piece]]:
-        """Create the file; (tensor, bytes, piece) of all that is to be done."""
-        work = [(job.info.name, nbytes, piece) for job in self.jobs for nbytes, piece in job.pieces()]
+    def begin(self, output: Output, elements: int) -> list[tuple[str, int, Piece]]:
+        """Create the file; (tensor, bytes, piece) of all that is to be done, in pieces of about so many elements."""
+        work = [(job.info.name, nbytes, piece) for job in self.jobs for nbytes, piece in job.pieces(elements)]
         self.writer = output.shard(self.name, layout(self.slots, {"format": "pt"}))
         self._left = len(work)
         if not work:
@@ -155,6 +158,7 @@ class _Lanes:
 
     def __init__(self, reader: ShardReader, device: torch.device) -> None:
         self._reader, self._device = reader, device
+        self.piece_elements = PIECE_ELEMENTS[device.type]
         self._local = threading.local()
         self._all: list[Lane] = []
 
@@ -190,7 +194,7 @@ def _work(shards: list[Shard], lanes: _Lanes, output: Output, workers: int, prog
             if shard.name in output.finished:
                 meter.add(shard.jobs[-1].info.name, sum(job.info.nbytes for job in shard.jobs))
                 continue
-            for name, nbytes, piece in shard.begin(output):
+            for name, nbytes, piece in shard.begin(output, lanes.piece_elements):
                 while len(pending) >= 3 * workers:
                     _collect(pending, meter)
                 pending[pool.submit(lanes.run, piece, shard, output)] = (name, nbytes)

@@ -6,7 +6,14 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+
 Table = tuple[str, tuple[str, ...], list[tuple[Any, ...]]]
+
+
+def sizes(before: int, after: int, size: Callable[[float], str]) -> str:
+    """Both sizes and their ratio, for people."""
+    ratio = before / max(after, 1)
+    return f"{size(before)} -> {size(after)} ({f'{ratio:.2f}x smaller' if ratio > 1 else f'{1 / ratio:.2f}x as large'})"
 
 
 @dataclass(frozen=True)
@@ -54,7 +61,7 @@ class Summary:
         groups = [(what, n, size(nbytes)) for what, (n, nbytes) in self.groups.items()]
         rate = self.bytes_before / max(self.seconds, 1e-9)
         facts: list[tuple[Any, ...]] = [
-            ("weights", f"{size(self.bytes_before)} -> {size(self.bytes_after)} ({self.compression:.2f}x smaller)"),
+            ("weights", sizes(self.bytes_before, self.bytes_after, size)),
             ("time", f"{self.seconds:.1f} s on {self.device}, {size(rate)}/s"),
             ("of that", ", ".join(f"{stage} {100 * share:.0f} %" for stage, share in self.shares().items())),
         ]
