@@ -1,0 +1,94 @@
+"""rmsnorm_quantize against its float64 definition, element by element."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from quantlab_kernels import quantize_fp8_group, rmsnorm_quantize
+from quantlab_kernels.rmsnorm_quantize import reference
+
+SHAPES = [(1, 128), (3, 256), (17, 384), (5, 200), (64, 4096)]
+U_OUT = {torch.float32: 2.0**-21, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+
+
+def inputs(m: int, k: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Rows of very different magnitude, outliers, a zero row where there are rows enough."""
+    generator = torch.Generator().manual_seed(m * 1000 + k)
+    x = torch.randn(m, k, generator=generator) * torch.logspace(-3, 1, m).unsqueeze(1)
+    x[:, k // 3] *= 50
+    if m > 2:
+        x[1] = 0
+    return x.to(device, dtype)
+
+
+def check(x: torch.Tensor, weight: torch.Tensor, offset: float) -> None:
+    out, codes, scale = rmsnorm_quantize(x, weight, 1e-6, offset=offset)
+    exact = reference.norm(x, weight, 1e-6, offset)
+    bound = exact.abs() * (U_OUT[x.dtype] + 1e-6) + torch.finfo(x.dtype).smallest_normal
+    assert bool(((out.double() - exact).abs() <= bound).all())
+    expected_codes, expected_scale = quantize_fp8_group(out)
+    assert torch.equal(scale, expected_scale)
+    assert torch.equal(codes.view(torch.uint8), expected_codes.view(torch.uint8))
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("m", "k"), SHAPES)
+def test_on_the_cpu(m: int, k: int, dtype: torch.dtype, offset: float):
+    check(inputs(m, k, dtype, torch.device("cpu")), torch.linspace(-0.5, 1.5, k).to(dtype), offset)
+
+
+@pytest.mark.gpu(sm=80)
+@pytest.mark.parametrize("strided", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("m", "k"), [*SHAPES, (1000, 7168), (4, 16384), (2, 20000)])
+def test_on_the_gpu(m: int, k: int, dtype: torch.dtype, strided: bool):
+    wide = inputs(m, k + 64, dtype, torch.device("cuda"))
+    x = wide[:, :k] if strided else wide[:, :k].contiguous()
+    weight = torch.linspace(-0.5, 1.5, k).to("cuda", dtype)
+    for offset in (0.0, 1.0):
+        check(x, weight, offset)
+
+
+INTERPRETED = """
+import importlib, sys, torch
+sys.path[:0] = {paths!r}
+op = importlib.import_module("quantlab_kernels.rmsnorm_quantize.op")
+from quantlab_kernels.rmsnorm_quantize import triton
+import test_rmsnorm_quantize as tests
+def rmsnorm(x, weight, eps, *, offset):
+    outs = op._fake(x, weight, eps, offset)
+    problem = op.Problem(*x.shape, x.dtype, 80)
+    triton.launch(problem, x, weight, eps, offset, *outs, triton.config(problem))
+    return outs
+tests.rmsnorm_quantize = rmsnorm
+for m, k in [(1, 128), (3, 256), (5, 200), (9, 384)]:
+    for offset in (0.0, 1.0):
+        tests.check(tests.inputs(m, k, torch.float32, torch.device("cpu")), torch.linspace(-0.5, 1.5, k), offset)
+"""
+
+
+def test_triton_logic_in_the_interpreter():
+    pytest.importorskip("triton")
+    here = Path(__file__)
+    paths = [str(here.parent), *(str(here.parents[2] / p) for p in ("", "kernels", "calib"))]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    subprocess.run([sys.executable, "-c", INTERPRETED.format(paths=paths)], check=True, env=environment)
+
+
+def test_traces_and_refuses():
+    x, weight = torch.randn(3, 256, dtype=torch.bfloat16), torch.ones(256)
+    op = torch.ops.quantlab.rmsnorm_quantize.default
+    torch.library.opcheck(op, (x, weight, 1e-6, 0.0), test_utils="test_faketensor")
+    with pytest.raises(RuntimeError, match=r"weight torch.float32 \(255,\)"):
+        rmsnorm_quantize(x, weight[:255], 1e-6)
+
+
+def test_no_rows():
+    assert rmsnorm_quantize(torch.empty(0, 128), torch.ones(128), 1e-6)[2].shape == (0, 1)
