@@ -47,7 +47,7 @@ def test_on_the_cpu(m: int, k: int, dtype: torch.dtype, offset: float):
 @pytest.mark.gpu(sm=80)
 @pytest.mark.parametrize("strided", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(("m", "k"), [*SHAPES, (1000, 7168), (4, 16384), (2, 20000)])
+@pytest.mark.parametrize(("m", "k"), [*SHAPES, (1000, 7168), (4, 16384)])
 def test_on_the_gpu(m: int, k: int, dtype: torch.dtype, strided: bool):
     wide = inputs(m, k + 64, dtype, torch.device("cuda"))
     x = wide[:, :k] if strided else wide[:, :k].contiguous()
