@@ -25,6 +25,7 @@ from quantlab.errors import PreflightError, UsageError
 from quantlab.parallel import largest_tensor_parallel
 from quantlab.scheme import Recipe, Rule, Scheme, did_you_mean, scheme_named
 from quantlab.shards import TensorInfo
+from quantlab.summary import sizes
 
 if TYPE_CHECKING:
     from quantlab.architecture import Architecture
@@ -122,9 +123,8 @@ class Plan:
     def tables(self, size: Callable[[float], str]) -> list[tuple[str, tuple[str, ...], list[tuple[Any, ...]]]]:
         """(title, header, rows) for people; `size` prints bytes."""
         rows = [(what, n, size(nbytes)) for what, (n, nbytes) in self.by_reason().items()]
-        ratio = self.bytes_before / max(self.bytes_after, 1)
         facts: list[tuple[Any, ...]] = [
-            ("weights", f"{size(self.bytes_before)} -> {size(self.bytes_after)} ({ratio:.2f}x smaller)"),
+            ("weights", sizes(self.bytes_before, self.bytes_after, size)),
             ("largest tensor-parallel size", self.tensor_parallel),
             *(("warning", text) for text in self.warnings),
         ]
@@ -197,7 +197,12 @@ def _decide(
     if kinds.is_mtp(info.name, model):
         return decision.left("multi-token prediction: carried over as it is")
     if kind not in ("linear", "expert"):
-        return decision.left(REASONS.get(kind) or _other(info, module, model, known))
+        special = (
+            known is not None
+            and architecture is not None
+            and architecture.modules[info.name] in architecture.linear_modules
+        )
+        return decision.left(REASONS.get(kind) or _other(info, module, model, known, special))
     names = [module, *([architecture.modules[info.name]] if architecture and known else [])]
     rule = next((rule for rule in recipe.rules if any(rule.matches(name) for name in (*names, info.name))), None)
     if rule is None and kinds.in_tower(info.name, model):
@@ -210,8 +215,8 @@ def _decide(
     return decision.left(misfit) if misfit else replace(decision, scheme=scheme, parts=parts)
 
 
-def _other(info: TensorInfo, module: str, model: kinds.Model, known: str | None) -> str:
-    """Why a tensor that is no layer's weight stays; "" where nothing is known about it."""
+def _other(info: TensorInfo, module: str, model: kinds.Model, known: str | None, special: bool) -> str:
+    """Why a tensor that is no plain layer's weight stays; "" where nothing is known about it."""
     leaf = kinds.leaf_of(module)
     if leaf in kinds.USED_DIRECTLY:
         return "weight that its model uses directly, not through a linear layer"
@@ -220,7 +225,9 @@ def _other(info: TensorInfo, module: str, model: kinds.Model, known: str | None)
     if len(info.shape) < 2 or not info.elements:
         return "bias, scale or other vector"
     if info.dtype not in kinds.FLOATS:
-        return "not floating point"
+        return "not a 16 or 32 bit float"
+    if special:
+        return "linear layer that transformers rearranges, keeps in 32 bits or has a class of its own for"
     return "parameter that is no linear layer's" if known else ""
 
 
@@ -305,9 +312,11 @@ def _skip_modules(decisions: list[Decision], model: kinds.Model, architecture: A
 
 
 def _may_be_linear(decision: Decision) -> bool:
+    """A bare parameter is none: its module is a whole block, which would be skipped with all layers in it."""
     if decision.kind in ("embedding", "conv", "norm"):
         return False
-    return decision.kind in ("linear", "expert", "head", "router") or len(decision.info.shape) == 2
+    is_weight = len(decision.info.shape) == 2 and decision.tensor.endswith(WEIGHT)
+    return decision.kind in ("linear", "expert", "head", "router") or is_weight
 
 
 def _bytes_after(decision: Decision) -> int:

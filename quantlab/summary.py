@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-
 Table = tuple[str, tuple[str, ...], list[tuple[Any, ...]]]
 
 

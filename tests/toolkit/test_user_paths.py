@@ -1,0 +1,102 @@
+"""What users point the tool at: folders of odd layout, outputs in odd places, objects instead of names."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import quantlab
+from quantlab.errors import PreflightError, UsageError
+from quantlab.summary import sizes
+
+MODEL = Path(__file__).parents[2] / "examples" / "tiny-llama"
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(MODEL, tmp_path / "model"))
+
+
+def hub_cache(root: Path) -> Path:
+    """The layout of the hub's cache: snapshots of links into a folder of blobs."""
+    repository = root / "models--acme--tiny"
+    snapshot = repository / "snapshots" / ("a" * 40)
+    snapshot.mkdir(parents=True)
+    (repository / "blobs").mkdir()
+    for number, path in enumerate(sorted(MODEL.iterdir())):
+        shutil.copy(path, repository / "blobs" / str(number))
+        (snapshot / path.name).symlink_to(Path("..", "..", "blobs", str(number)))
+    return snapshot
+
+
+def test_links_and_names_beyond_ascii(tmp_path: Path):
+    outputs = [tmp_path / "größe 模型" / "a b", tmp_path / "plain"]
+    link = tmp_path / "link"
+    link.symlink_to(MODEL)
+    for source, output in zip((link, hub_cache(tmp_path)), outputs, strict=True):
+        quantlab.quantize(source, "fp8-block", output, device="cpu")
+        assert not quantlab.verify(output).problems
+        assert not any(path.is_symlink() for path in output.rglob("*"))
+    assert len({(output / "model.safetensors").read_bytes() for output in outputs}) == 1
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: hub_cache(path).parents[1], "holds no safetensors file; did you mean .*snapshots/a{40}[?]"),
+        (lambda path: path / "adapter", "is an adapter [(]LoRA[)]; merge it"),
+    ],
+    ids=["the root of a hub cache", "an adapter"],
+)
+def test_near_misses_are_told_what_to_give(make, message: str, tmp_path: Path):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    save_file({"lora_A.weight": torch.zeros(8, 8)}, tmp_path / "adapter" / "adapter_model.safetensors")
+    with pytest.raises(PreflightError, match=message):
+        quantlab.quantize(make(tmp_path), "fp8-block", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_inside_the_model_is_refused(model: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(model)
+    for output in (None, "sub", model / "deep" / "sub"):
+        with pytest.raises(UsageError, match="lies in the model's own folder; choose another place with -o"):
+            quantlab.quantize(".", "fp8-block", output)
+    assert sorted(path.name for path in model.iterdir()) == sorted(path.name for path in MODEL.iterdir())
+
+
+def test_objects_instead_of_names(tmp_path: Path):
+    with pytest.raises(UsageError, match="model is a Linear; give the folder or the hub id"):
+        quantlab.quantize(torch.nn.Linear(2, 2), "fp8-block", tmp_path / "out")  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="recipe is a dict; give a Recipe, the name of a scheme or a TOML file"):
+        quantlab.plan(MODEL, {"scheme": "fp8-block"})  # type: ignore[arg-type]
+
+
+def test_a_recipe_may_be_a_file(tmp_path: Path):
+    recipe = quantlab.Recipe("fp8-dynamic")
+    file = tmp_path / "recipe.toml"
+    file.write_text(recipe.to_toml(), encoding="utf-8")
+    assert quantlab.plan(MODEL, file).recipe == quantlab.plan(MODEL, str(file)).recipe == recipe
+    with pytest.raises(UsageError, match=r"nosuch\.toml: No such file"):
+        quantlab.plan(MODEL, Path("nosuch.toml"))
+
+
+def test_a_bare_parameter_does_not_skip_the_block_it_is_in(model: Path, tmp_path: Path):
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.queries"] = torch.zeros(8, 256, dtype=torch.bfloat16)
+    tensors["model.table"] = torch.zeros(128, 128, dtype=torch.float64)
+    save_file(tensors, model / "model.safetensors")
+    summary = quantlab.quantize(model, "fp8-block", tmp_path / "out")
+    assert summary.groups["quantized: fp8-block"][0] == 35
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["quantization_config"]["modules_to_not_convert"] == ["lm_head"]
+
+
+def test_sizes_say_which_way():
+    assert sizes(1000, 500, str) == "1000 -> 500 (2.00x smaller)"
+    assert sizes(500, 1000, str) == "500 -> 1000 (2.00x as large)"
