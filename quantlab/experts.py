@@ -89,7 +89,7 @@ class Fp8Experts(MovesWithoutCasting):
         out = self.grouped_matmul(*self.quantize_input(inner), "down_proj", counts, torch.float32)
         out = out * top_k_weights.reshape(-1, 1)[order]
         out = torch.empty_like(out).index_copy(0, order, out)  # back into token order; no atomics, so repeatable
-        return out.view(tokens, choices, -1).sum(1).to(hidden_states.dtype)
+        return out.view(tokens, choices, self.hidden_dim).sum(1).to(hidden_states.dtype)
 
     def _quantized(self, name: str) -> bool:
         return True
@@ -186,5 +186,9 @@ def _grouped_row(
 
 
 _ARGUMENTS = "(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, Tensor counts, ScalarType out_dtype) -> Tensor"
-_BLOCK = define("grouped_gemm_fp8_block" + _ARGUMENTS, fake=_grouped_fake, cpu=_grouped_block, cuda=_grouped_block)
-_ROW = define("grouped_gemm_fp8_row" + _ARGUMENTS, fake=_grouped_fake, cpu=_grouped_row, cuda=_grouped_row)
+# They read the counts on the host, which a CUDA graph cannot record.
+_TAGS = (torch.Tag.cudagraph_unsafe,)
+_BLOCK = define(
+    "grouped_gemm_fp8_block" + _ARGUMENTS, fake=_grouped_fake, cpu=_grouped_block, cuda=_grouped_block, tags=_TAGS
+)
+_ROW = define("grouped_gemm_fp8_row" + _ARGUMENTS, fake=_grouped_fake, cpu=_grouped_row, cuda=_grouped_row, tags=_TAGS)

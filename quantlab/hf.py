@@ -87,7 +87,9 @@ def load(path: str | Path, *, device_map: Any = None, dtype: Any = "auto", warmu
     model, info = getattr(transformers, name).from_pretrained(
         path, device_map=device_map, dtype=dtype, local_files_only=True, output_loading_info=True, **kwargs
     )
-    _require_complete(path, model, info)
+    if getattr(config, "quantization_config", None) is not None:
+        _require_ours(path, model)
+    _require_complete(path, info)
     if warmup:
         warm_up(model)
     return model
@@ -120,28 +122,24 @@ def warm_up(model: Any, tokens: tuple[int, ...] = (1, 16, 128)) -> None:
                 layer(torch.zeros(count, layer.in_features, dtype=model.dtype, device=layer.weight.device))
 
 
-def _require_complete(path: str | Path, model: Any, info: dict[str, Any]) -> None:
-    for problem, what in (
-        ("missing_keys", "not in the checkpoint, so it would start from random numbers"),
-        ("mismatched_keys", "of another shape in the checkpoint"),
-        ("error_msgs", "reported by the loader"),
-    ):
-        if info.get(problem):
-            first = sorted(map(str, info[problem]))[0]
-            raise VerificationError(
-                f"{path}: {len(info[problem])} {what}: {first}; check the folder with `quantlab verify`"
-            )
-    quantizer = getattr(model, "hf_quantizer", None)
-    reason = getattr(quantizer, "reason", "transformers took its own path") if quantizer is not None else None
+def _require_ours(path: str | Path, model: Any) -> None:
+    quantizer = getattr(model, "hf_quantizer", None)  # gone where transformers dequantized the model
+    reason = getattr(quantizer, "reason", "transformers took its own path, and said why in its log")
     if reason is not None:
-        raise VerificationError(
-            f"{path}: does not run on our layers ({reason}); transformers' from_pretrained loads it"
-        )
-    scales = [key for key in info.get("unexpected_keys", ()) if "_scale" in key.rpartition(".")[2]]
-    if scales:
-        raise VerificationError(
-            f"{path}: {len(scales)} scales have no quantized layer, the first is {sorted(scales)[0]}"
-        )
+        raise VerificationError(f"{path}: is not for our layers ({reason}); transformers' from_pretrained loads it")
+
+
+def _require_complete(path: str | Path, info: dict[str, Any]) -> None:
+    scales = {key for key in info.get("unexpected_keys", ()) if "_scale" in key.rpartition(".")[2]}
+    for names, problem in (
+        (info["missing_keys"], "parameters are not in the checkpoint and would start from random numbers"),
+        (info["mismatched_keys"], "parameters have another shape in the checkpoint"),
+        (info["error_msgs"], "errors of the loader"),
+        (scales, "scales have no quantized layer"),
+    ):
+        if names:
+            first = min(map(str, names))
+            raise VerificationError(f"{path}: {len(names)} {problem}: {first}; check the folder with `quantlab verify`")
 
 
 class _AfterImport(importlib.abc.MetaPathFinder):

@@ -170,3 +170,49 @@ def quantized(tiny: Callable[[str], Tiny], tmp_path_factory: pytest.TempPathFact
         return Tiny(name, source.model_class, folder)
 
     return make
+
+
+def decoder_weights(layers: int = 2, hidden: int = 256, inner: int = 384, vocabulary: int = 320) -> dict[str, Any]:
+    """The tensors of a small decoder under the names that most checkpoints use, bfloat16, from a fixed seed."""
+    generator = torch.Generator().manual_seed(7)
+    shapes = {
+        "self_attn.q_proj": (hidden, hidden), "self_attn.k_proj": (hidden, hidden), "self_attn.v_proj": (hidden, hidden),
+        "self_attn.o_proj": (hidden, hidden), "mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden),
+        "mlp.down_proj": (hidden, inner), "input_layernorm": (hidden,), "post_attention_layernorm": (hidden,),
+    }  # fmt: skip
+    all_shapes = {"model.embed_tokens": (vocabulary, hidden)}
+    for layer in range(layers):
+        all_shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in shapes.items()}
+    all_shapes |= {"model.norm": (hidden,), "lm_head": (vocabulary, hidden)}
+    return {
+        f"{name}.weight": torch.randn(shape, generator=generator).to(torch.bfloat16) for name, shape in all_shapes.items()
+    }
+
+
+@pytest.fixture
+def raw_checkpoint(tmp_path: Path) -> Callable[..., Path]:
+    """Write a checkpoint of an architecture that transformers does not know: raw_checkpoint(tensors, shards, **config)."""
+    import json
+
+    from safetensors.torch import save_file
+
+    def make(tensors: dict[str, Any] | None = None, shards: int = 1, name: str = "model", **config: Any) -> Path:
+        tensors = decoder_weights() if tensors is None else tensors
+        folder = tmp_path / name
+        folder.mkdir()
+        config = {"model_type": "unheard_of", "vocab_size": 320, "num_hidden_layers": 2, "num_attention_heads": 2} | config
+        (folder / "config.json").write_text(json.dumps(config))
+        (folder / "tokenizer.json").write_text('{"version": "1.0"}')
+        names = sorted(tensors)
+        parts = [names[i::shards] for i in range(shards)]
+        files = [f"model-{i + 1:05d}-of-{shards:05d}.safetensors" for i in range(shards)]
+        if shards == 1:
+            files = ["model.safetensors"]
+        else:
+            weight_map = {name: file for file, part in zip(files, parts, strict=True) for name in part}
+            (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+        for file, part in zip(files, parts, strict=True):
+            save_file({name: tensors[name].contiguous() for name in part}, folder / file, metadata={"format": "pt"})
+        return folder
+
+    return make

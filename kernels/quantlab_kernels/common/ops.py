@@ -14,7 +14,14 @@ import torch
 LIBRARY = torch.library.Library("quantlab", "DEF")
 
 
-def define(schema: str, *, fake: Callable[..., Any], cpu: Callable[..., Any], cuda: Callable[..., Any]) -> Any:
+def define(
+    schema: str,
+    *,
+    fake: Callable[..., Any],
+    cpu: Callable[..., Any],
+    cuda: Callable[..., Any],
+    tags: tuple[torch.Tag, ...] = (),
+) -> Any:
     """Register ``quantlab::<schema>`` and return the callable operator.
 
     schema  "name(Tensor x, int n) -> Tensor"
@@ -22,9 +29,10 @@ def define(schema: str, *, fake: Callable[..., Any], cpu: Callable[..., Any], cu
             same checks
     cpu     the reference implementation
     cuda    launches a kernel; never synchronizes
+    tags    in addition to the two that hold for all
     """
     name = schema.split("(", 1)[0]
-    LIBRARY.define(schema, tags=[torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order])
+    LIBRARY.define(schema, tags=[torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order, *tags])
     LIBRARY.impl(name, cpu, "CPU")
     LIBRARY.impl(name, cuda, "CUDA")
     torch.library.register_fake(f"quantlab::{name}", fake, lib=LIBRARY)

@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+
+from quantlab.architecture import architecture
+
+
+def names_in(folder: Path) -> list[str]:
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        return list(file.keys())
+
+
+def kinds_of(source) -> dict[str, str]:
+    return architecture(source.folder, names_in(source.folder)).kinds
+
+
+def test_a_decoder(tiny):
+    found = architecture(tiny("llama").folder, names_in(tiny("llama").folder))
+    assert found.class_name == "LlamaForCausalLM"
+    assert found.kinds["model.layers.0.self_attn.q_proj.weight"] == "linear"
+    assert found.modules["model.layers.0.self_attn.q_proj.weight"] == "model.layers.0.self_attn.q_proj"
+    assert found.kinds["model.embed_tokens.weight"] == "embedding"
+    assert found.kinds["model.norm.weight"] == "norm"
+    assert found.kinds["lm_head.weight"] == "head"
+    assert "lm_head" in found.linear_modules
+
+
+def test_a_head_that_is_tied_and_not_in_the_file_is_a_linear_module(tiny):
+    found = architecture(tiny("qwen2").folder, names_in(tiny("qwen2").folder))
+    assert "lm_head.weight" not in found.kinds
+    assert "lm_head" in found.linear_modules
+    assert found.kinds["model.layers.0.self_attn.q_proj.bias"] == "other"
+
+
+@pytest.mark.parametrize(
+    ("name", "expert", "router"),
+    [
+        ("qwen3_moe", "model.layers.0.mlp.experts.0.gate_proj.weight", "model.layers.0.mlp.gate.weight"),
+        (
+            "mixtral",
+            "model.layers.0.block_sparse_moe.experts.0.w1.weight",
+            "model.layers.0.block_sparse_moe.gate.weight",
+        ),
+        ("deepseek_v3", "model.layers.1.mlp.experts.3.down_proj.weight", "model.layers.1.mlp.gate.weight"),
+    ],
+)
+def test_experts_and_their_router(tiny, name: str, expert: str, router: str):
+    found = architecture(tiny(name).folder, names_in(tiny(name).folder))
+    assert found.kinds[expert] == "expert"
+    assert found.modules[expert].endswith(".mlp.experts")
+    assert found.kinds[router] == "router"
+
+
+def test_shared_experts_are_ordinary_layers(tiny):
+    assert kinds_of(tiny("deepseek_v3"))["model.layers.1.mlp.shared_experts.up_proj.weight"] == "linear"
+
+
+def test_renamed_tensors_are_found_under_both_names(tiny):
+    found = architecture(tiny("rt_detr").folder, names_in(tiny("rt_detr").folder))
+    assert (
+        found.modules["model.decoder.layers.0.self_attn.out_proj.weight"] == "model.decoder.layers.0.self_attn.o_proj"
+    )
+
+
+def test_heads_that_share_weights_are_heads(tiny):
+    kinds = kinds_of(tiny("d_fine"))
+    assert kinds["model.decoder.class_embed.0.weight"] == "head"
+    assert kinds["model.decoder.bbox_embed.1.layers.0.weight"] == "head"
+
+
+def test_a_layer_whose_weight_is_used_by_another_module_is_not_linear(tiny):
+    """`nn.MultiheadAttention` multiplies by its output projection's weight itself."""
+    kinds = kinds_of(tiny("gemma3_vision"))
+    (name,) = (n for n in kinds if n.endswith("head.attention.out_proj.weight"))
+    assert kinds[name] == "other"
+
+
+def test_layers_kept_in_32_bits_are_not_linear(tiny):
+    kinds = kinds_of(tiny("t5"))
+    assert kinds["encoder.block.0.layer.1.DenseReluDense.wo.weight"] == "other"
+    assert kinds["encoder.block.0.layer.1.DenseReluDense.wi.weight"] == "linear"
+
+
+def test_convolutions(tiny):
+    assert kinds_of(tiny("whisper"))["model.encoder.conv1.weight"] == "conv"
+
+
+def test_tensors_that_the_model_ignores_are_left_out(tiny):
+    folder = tiny("llama").folder
+    found = architecture(folder, [*names_in(folder), "mtp.layers.0.proj.weight"])
+    assert "mtp.layers.0.proj.weight" not in found.kinds
+    assert len(found.kinds) == len(names_in(folder))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model_type": "no-such-model"},
+        {"architectures": ["NoSuchClass"], "model_type": "llama"},
+        {"auto_map": {"AutoConfig": "configuration_x.XConfig"}, "model_type": "x"},
+        {},
+    ],
+)
+def test_what_transformers_does_not_know_is_none(config: dict, tmp_path: Path):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert architecture(tmp_path, ["a.weight"]) is None
+
+
+def test_no_config_is_none(tmp_path: Path):
+    assert architecture(tmp_path, []) is None
