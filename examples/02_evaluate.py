@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
             for title, header, rows in evaluation.tables():
                 print(f"\n{scheme}: {title}")
                 for row in (header, *rows):
-                    print("  " + "  ".join(f"{cell!s:<24}" for cell in row).rstrip())
+                    print("  " + "  ".join(f"{cell!s:<28}" for cell in row).rstrip())
     return 0
 
 
