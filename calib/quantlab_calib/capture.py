@@ -1,0 +1,270 @@
+"""Run a model on data block by block, one block's weights in memory, and observe what enters its linear layers.
+
+A transformer is embeddings, a list of equal blocks, and a head. The list is found by its shape; no name of a model is
+known here and nothing is traced. To run block i, the model's own `forward` is called with the blocks before it passing
+their input through and the stored hidden states put in at its place, and is left as soon as block i has answered. So
+every block gets exactly the masks, position embeddings and per-layer inputs that the model would give it, which a loop
+of our own over the blocks would have to imitate for each architecture; the price is the embedding, once per block.
+
+Models with no such list, or whose blocks pass on more than hidden states (encoder-decoders), are observed as a whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from quantlab_calib.observers import InputObserver
+
+Load = Callable[[str, bool], None]
+
+
+class CaptureError(Exception):
+    """The model does not run this way: what it said, one line."""
+
+
+@dataclass
+class Captured:
+    """One block that has seen all data, its weights still in memory.
+
+    path    of the block in the model; "" where the model was observed as a whole
+    module  the block
+    inputs  an observer for each linear layer that saw a token, by the name of its weight, such as
+            "model.layers.0.mlp.up_proj.weight"; "model.layers.0.mlp.experts.down_proj[3]" is expert 3 of a fused one
+    """
+
+    path: str
+    module: nn.Module
+    inputs: dict[str, InputObserver] = field(default_factory=dict)
+
+
+def find_blocks(model: nn.Module) -> str | None:
+    """Path of the list of repeated blocks that holds most of the parameters, or None where there is not exactly one.
+
+    Blocks are of one class and hold linear layers; lists inside blocks (experts) are not looked at.
+    """
+    found: dict[str, int] = {}
+    for path, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList) or not len(module) or any(path.startswith(f"{p}.") for p in found):
+            continue
+        if len({type(block) for block in module}) == 1 and any(isinstance(m, nn.Linear) for m in module.modules()):
+            found[path] = sum(p.numel() for p in module.parameters())
+    large = [path for path, size in found.items() if size * 4 >= max(found.values())]
+    return large[0] if len(large) == 1 else None
+
+
+@torch.no_grad()
+def capture(
+    model: nn.Module,
+    batches: Sequence[Tensor],
+    load: Load,
+    release: Callable[[str], None],
+    *,
+    device: torch.device,
+    blocks: str | None,
+) -> Iterator[Captured]:
+    """Yield each block of the list at path `blocks` after it has seen all `batches` (token ids, int64 [rows, length]).
+
+    model    its parameters may be on the meta device
+    load     load(path, recurse) fills the parameters under a module path, on `device`; called again, does nothing
+    release  release(path) gives their memory back
+    blocks   from `find_blocks`; None runs the model as a whole, with all its weights in memory
+    Raises CaptureError where the model does not run so.
+    """
+    model.eval()
+    if blocks is None:
+        load("", True)
+        captured = Captured("", model)
+        with observing(captured):
+            for batch in batches:
+                with _as_capture_error():
+                    model(**_inputs(model, batch.to(device)))
+        yield captured
+        release("")
+        return
+    hooks = load_when_called(model, blocks, load)
+    try:
+        yield from _block_by_block(model, batches, load, release, device, blocks)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        release("")
+
+
+def _block_by_block(
+    model: nn.Module,
+    batches: Sequence[Tensor],
+    load: Load,
+    release: Callable[[str], None],
+    device: torch.device,
+    path: str,
+) -> Iterator[Captured]:
+    walk = _Walk(model, [*model.get_submodule(path).children()], device)
+    hidden: list[Tensor | None] = [None] * len(batches)  # what enters the next block, per batch, on the CPU
+    for index, block in enumerate(walk.blocks):
+        name = f"{path}.{index}"
+        load(name, True)
+        captured = Captured(name, block)
+        with observing(captured):
+            for i, batch in enumerate(batches):
+                hidden[i] = walk.through(index, hidden[i], batch)
+        yield captured
+        release(name)
+
+
+class _AnsweredError(Exception):
+    """Leaves the model's forward once the block in question has answered."""
+
+
+class _Walk:
+    """Runs one block of a model at a time, inside the model's own forward."""
+
+    def __init__(self, model: nn.Module, blocks: list[nn.Module], device: torch.device) -> None:
+        self.model, self.blocks, self.device = model, blocks, device
+        self.returned = 0  # length of the tuple that a block returns; 0 for a plain tensor
+
+    def through(self, index: int, hidden: Tensor | None, batch: Tensor) -> Tensor:
+        """What block `index` makes of `hidden` (None: of what the model gives it), on the CPU.
+
+        Raises CaptureError for blocks that take or return something else than hidden states.
+        """
+        block = self.blocks[index]
+        forward = block.forward
+        answer: Any = None
+
+        def stand_in(*args: Any, **kwargs: Any) -> Any:
+            nonlocal answer
+            if hidden is not None:
+                args, kwargs = _with_hidden(args, kwargs, hidden.to(self.device))
+            answer = forward(*args, **kwargs)
+            raise _AnsweredError
+
+        with contextlib.ExitStack() as stack:
+            for earlier in self.blocks[:index]:
+                stack.enter_context(forward_replaced(earlier, self._pass))
+            stack.enter_context(forward_replaced(block, stand_in))
+            with _as_capture_error(), contextlib.suppress(_AnsweredError):
+                self.model(**_inputs(self.model, batch.to(self.device)))
+        self.returned = len(answer) if isinstance(answer, tuple) else 0
+        output = answer[0] if isinstance(answer, tuple) else answer
+        if not isinstance(output, Tensor):
+            raise CaptureError(f"{type(block).__name__} returns {type(output).__name__}, not hidden states")
+        return output.to("cpu")
+
+    def _pass(self, *args: Any, **kwargs: Any) -> Any:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        return (hidden, *[None] * (self.returned - 1)) if self.returned else hidden
+
+
+def _with_hidden(
+    args: tuple[Any, ...], kwargs: dict[str, Any], hidden: Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if args:
+        return (hidden, *args[1:]), kwargs
+    if "hidden_states" not in kwargs:
+        raise CaptureError(f"a block takes {', '.join(kwargs)}, no hidden states")
+    return args, {**kwargs, "hidden_states": hidden}
+
+
+@contextlib.contextmanager
+def _as_capture_error() -> Iterator[None]:
+    """Whatever a foreign forward raises for input that it does not understand; memory that ran out stays what it is."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, CaptureError, _AnsweredError):
+        raise
+    except Exception as error:
+        raise CaptureError(f"{type(error).__name__}: {' '.join(str(error).split())[:120]}") from error
+
+
+@contextlib.contextmanager
+def forward_replaced(module: nn.Module, function: Callable[..., Any]) -> Iterator[None]:
+    """For a while, `module` computes `function`; its attributes, which the model may read, stay."""
+    before = module.__dict__.get("forward")  # of the instance; most modules have only that of their class
+    module.forward = function
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before
+
+
+def _inputs(model: nn.Module, batch: Tensor) -> dict[str, Any]:
+    inputs: dict[str, Any] = {"input_ids": batch}
+    config = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        inputs["decoder_input_ids"] = batch
+    if getattr(config, "use_cache", None) is not None:
+        inputs["use_cache"] = False
+    return inputs
+
+
+def load_when_called(model: nn.Module, except_below: str, load: Load) -> list[Any]:
+    """Modules get their weights when they first run: what never runs is never loaded. Returns the hooks."""
+    hooks = []
+    for path, module in model.named_modules():
+        if (
+            path == except_below
+            or path.startswith(f"{except_below}.")
+            or not any(True for _ in module.parameters(recurse=False))
+        ):
+            continue
+        hooks.append(module.register_forward_pre_hook(lambda _module, _args, path=path: load(path, False)))
+    return hooks
+
+
+@contextlib.contextmanager
+def observing(captured: Captured) -> Iterator[None]:
+    """Observe the inputs of all linear layers of `captured.module` that run meanwhile; q, k and v share an observer.
+
+    Layers are known by their weights, at the one function that all of them call, and not by hooks on modules: experts
+    that live in one fused parameter have no modules, and their inputs exist only inside their forward.
+    """
+    with _LinearInputs(captured.inputs, _weights(captured)):
+        yield
+
+
+def _weights(captured: Captured) -> dict[int, tuple[str, int]]:
+    """Address of each weight, or of each expert's part of a fused one -> (its name, input channels)."""
+    addresses = {}
+    for path, module in captured.module.named_modules(prefix=captured.path):
+        for name, parameter in module.named_parameters(prefix=path, recurse=False):
+            if isinstance(module, nn.Linear) and parameter.ndim == 2:
+                addresses[parameter.data_ptr()] = (name, parameter.shape[1])
+            elif parameter.ndim == 3:
+                for expert, part in enumerate(parameter):
+                    addresses[part.data_ptr()] = (f"{name}[{expert}]", parameter.shape[2])
+    return addresses
+
+
+class _LinearInputs(TorchFunctionMode):
+    def __init__(self, inputs: dict[str, InputObserver], addresses: dict[int, tuple[str, int]]) -> None:
+        self._inputs, self._addresses = inputs, addresses
+        self._last: tuple[Any, InputObserver | None] = (None, None)
+        super().__init__()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is nn.functional.linear:
+            x, weight = [*args, *(kwargs[name] for name in ("input", "weight") if name in kwargs)][:2]
+            name, channels = self._addresses.get(weight.data_ptr(), ("", 0))
+            if channels and channels == x.shape[-1]:
+                self._observe(name, x)
+        return func(*args, **kwargs)
+
+    def _observe(self, name: str, x: Tensor) -> None:
+        """Layers that read one tensor (q, k and v; gate and up) share its observer."""
+        last, observer = self._last
+        if last is x and observer is not None and self._inputs.setdefault(name, observer) is observer:
+            return
+        observer = self._inputs.setdefault(name, InputObserver())
+        observer.update(x.reshape(-1, x.shape[-1]))
+        self._last = (x, observer)

@@ -1,0 +1,235 @@
+"""Calibration: data runs through the original model, and quantization uses what was seen of each layer's inputs.
+
+Of each quantized layer there remain the absolute maxima and energies of its input channels, and what `search.Feedback`
+needs to round its weight for the layer's output. The latter is megabytes per layer, so it lies in a temporary folder,
+a file per block, until `stream` comes to the layer.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from quantlab.architecture import load_targets
+from quantlab.checkpoint import ACTIVATION_SCALES, Source
+from quantlab.errors import PreflightError, UsageError
+from quantlab.lazy import LazyModel
+from quantlab.output import Output
+from quantlab.preflight import Decision, Plan
+from quantlab.scheme import Calibration
+from quantlab.shards import TensorSlot, layout
+from quantlab_calib import data
+from quantlab_calib.capture import Captured, CaptureError, capture, find_blocks
+from quantlab_calib.observers import GROUP, ChannelStatistics
+from quantlab_calib.search import Feedback
+from quantlab_kernels.formats import E4M3
+from quantlab_kernels.qtensor import QuantizedTensor, TensorSpec, scale_of
+
+BATCH_TOKENS = 4096
+FEWEST_TOKENS = GROUP  # with fewer tokens than a group has channels, a layer keeps plain rounding
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass
+class Statistics:
+    """What a calibration pass saw.
+
+    inputs   weight's name in the checkpoint -> statistics of the layer's input
+    notes    what the user should know: layers without data, the way the model was run
+    folder   holds the `Feedback` of each layer; `files` says in which file and under which name
+    """
+
+    plan: Plan
+    calibration: Calibration
+    tokens: int
+    inputs: dict[str, ChannelStatistics] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    files: dict[str, tuple[Path, str]] = field(default_factory=dict)
+    folder: Any = field(default_factory=lambda: tempfile.TemporaryDirectory(prefix="quantlab-calibration-"))
+
+    def rounded(self, decision: Decision, weight: Tensor) -> QuantizedTensor | None:
+        """A weight, or a band of its rows, quantized for the layer's output; None for a layer that saw too little."""
+        if decision.tensor not in self.files:
+            return None
+        path, name = self.files[decision.tensor]
+        with safe_open(path, "pt") as file:
+            feedback = Feedback(file.get_tensor(f"{name}.pass_on"), file.get_tensor(f"{name}.energy"))
+        return feedback.to(weight.device).quantize(weight, self.plan.stored.weight)
+
+    def activation_scales(self) -> dict[str, Tensor]:
+        """Module -> static scale of each group of 128 input channels, float32 [ceil(K / 128)]: absmax / 448."""
+        spec = TensorSpec(E4M3, (1, GROUP))
+        grouped = [d for d in self.plan.quantized if d.scheme and d.scheme.input and d.scheme.input.block == (1, GROUP)]
+        return {
+            d.module: scale_of(self.inputs[d.tensor].group_amax(), spec) for d in grouped if d.tensor in self.inputs
+        }
+
+    def save(self, out: Output) -> None:
+        """Write the static activation scales, where the recipe asks for them."""
+        scales = self.activation_scales()
+        if self.calibration.activations != "static" or not scales:
+            return
+        slots = [TensorSlot(name, "F32", tuple(scale.shape)) for name, scale in scales.items()]
+        (out.partial / ACTIVATION_SCALES).parent.mkdir(parents=True, exist_ok=True)
+        writer = out.shard(ACTIVATION_SCALES, layout(slots, {"format": "pt", "activations": "static"}))
+        for name, scale in scales.items():
+            writer.write(name, 0, scale.contiguous().view(torch.uint8))
+        out.finish(writer)
+
+    def summary(self) -> dict[str, Any]:
+        """For the closing summary: how much was seen, and the layers with the worst outliers."""
+        found: dict[str, Any] = {
+            "data": f"{self.calibration.data}: {self.tokens} tokens",
+            "layers": f"{len(self.files)} of {len(self.plan.quantized)} rounded for their output",
+            "activations": self.calibration.activations,
+        }
+        worst = sorted(self.inputs.items(), key=lambda item: -item[1].outlier_ratio())
+        for number, (tensor, seen) in enumerate(worst[:5], start=1):
+            ratio = f"{float(seen.amax.amax()):.3g}, {seen.outlier_ratio():.0f}x the median channel"
+            found[f"outlier {number}"] = f"input of {tensor.removesuffix('.weight')}: absmax {ratio}"
+        found |= {f"note {number}": note for number, note in enumerate(self.notes, start=1)}
+        return found
+
+
+def run(
+    source: Source,
+    plan: Plan,
+    calibration: Calibration,
+    device: torch.device,
+    progress: Progress | None = None,
+    *,
+    trust_remote_code: bool = False,
+) -> Statistics:
+    """Run the calibration data through the model, one block of it in memory.
+
+    Raises UsageError for data that does not serve and PreflightError for a model that cannot take it: one that
+    transformers cannot build, reads no text, or gives activations that are not finite.
+    """
+    if calibration.activations == "static" and getattr(plan.stored.input, "block", None) != (1, GROUP):
+        raise UsageError(
+            f"activations = 'static' needs scales per group of {GROUP}: use it with fp8-block, not {plan.recipe.scheme}"
+        )
+    # on a CPU float32 is faster than bfloat16, and at least as exact
+    dtype = torch.float32 if device.type == "cpu" else None
+    lazy = LazyModel(source, device, dtype, trust_remote_code=trust_remote_code)
+    if getattr(lazy.model, "main_input_name", "input_ids") != "input_ids":
+        raise PreflightError(
+            f"{source.model}: calibration runs text through a model, this one takes {lazy.model.main_input_name}; "
+            f"leave out --calib"
+        )
+    windows = _windows(source, lazy, calibration, trust_remote_code)
+    batches = windows.split(max(1, BATCH_TOKENS // calibration.length))
+    wanted = _wanted(lazy, plan)
+    reasons: list[str] = []
+    for blocks in dict.fromkeys((find_blocks(lazy.model), None)):  # as a whole where it does not go block by block
+        statistics = Statistics(plan, calibration, windows.numel(), notes=list(reasons))
+        try:
+            _observe(statistics, lazy, batches, blocks, wanted, progress)
+        except torch.OutOfMemoryError:
+            raise PreflightError(
+                f"{source.model}: calibration ran out of memory on {device}; use --device cpu"
+            ) from None
+        except CaptureError as error:
+            lazy.release("")
+            reasons.append(f"the model ran as a whole, not block by block ({error})")
+            continue
+        _note_unseen(statistics)
+        return statistics
+    raise PreflightError(f"{source.model}: does not run on text, leave out --calib: {reasons[-1]}")
+
+
+def _windows(source: Source, lazy: LazyModel, calibration: Calibration, trust_remote_code: bool) -> Tensor:
+    try:
+        tokenizer = data.load_tokenizer(source.folder, trust_remote_code=trust_remote_code)
+        windows = data.windows(
+            calibration.data,
+            tokenizer,
+            "calibration",
+            count=calibration.samples,
+            length=calibration.length,
+            seed=calibration.seed,
+            fewest=1 if calibration.data == "bundled" else None,
+        )
+    except data.DataError as error:
+        raise UsageError(str(error)) from None
+    size = lazy.model.get_input_embeddings().weight.shape[0]
+    if int(windows.max()) >= size:
+        raise UsageError(f"{source.model}: its tokenizer gives token {int(windows.max())}, the model has {size}")
+    return windows
+
+
+def _wanted(lazy: LazyModel, plan: Plan) -> dict[str, list[str]]:
+    """Name of a linear layer as `capture` gives it -> the quantized tensors of the checkpoint that read its input."""
+    wanted: dict[str, list[str]] = {}
+    parameters = dict(lazy.model.named_parameters(remove_duplicate=False))
+    for tensor, target in load_targets(lazy.model, [d.tensor for d in plan.quantized]).items():
+        name = target.parameter
+        expert = re.search(r"experts\.(\d+)\.", tensor)
+        if expert and name in parameters and parameters[name].ndim == 3:
+            name = f"{name}[{expert[1]}]"
+        wanted.setdefault(name, []).append(tensor)
+    return wanted
+
+
+def _observe(
+    statistics: Statistics,
+    lazy: LazyModel,
+    batches: Iterable[Tensor],
+    blocks: str | None,
+    wanted: dict[str, list[str]],
+    progress: Progress | None,
+) -> None:
+    total = len(lazy.model.get_submodule(blocks)) if blocks else 1
+    for number, block in enumerate(
+        capture(lazy.model, list(batches), lazy.load, lazy.release, device=lazy.device, blocks=blocks), start=1
+    ):
+        _keep(statistics, block, number, wanted)
+        if progress is not None:
+            progress(f"calibrating {block.path or 'the model'}", number, total)
+
+
+def _keep(statistics: Statistics, block: Captured, number: int, wanted: dict[str, list[str]]) -> None:
+    """Reduce what was seen of one block to statistics, and lay its feedback down in a file."""
+    path = Path(statistics.folder.name) / f"{number:05d}.safetensors"
+    parts: dict[str, Tensor] = {}
+    names: dict[int, str] = {}  # layers that share an observer share its feedback
+    for name, observer in block.inputs.items():
+        if name not in wanted:
+            continue
+        seen = ChannelStatistics.of(observer)
+        if not bool(seen.amax.isfinite().all()):
+            raise PreflightError(
+                f"{name}: its input is not finite on the calibration data; the model or its dtype is broken"
+            )
+        shared = names.setdefault(id(observer), name)
+        if shared == name and seen.tokens >= FEWEST_TOKENS:
+            feedback = Feedback.of(observer.moments()).to(torch.device("cpu"))
+            parts |= {f"{name}.pass_on": feedback.pass_on, f"{name}.energy": feedback.energy}
+        for tensor in wanted[name]:
+            statistics.inputs[tensor] = seen
+            if seen.tokens >= FEWEST_TOKENS:
+                statistics.files[tensor] = (path, shared)
+    if parts:
+        save_file(parts, path)
+
+
+def _note_unseen(statistics: Statistics) -> None:
+    tensors = [d.tensor for d in statistics.plan.quantized]
+    unseen = [tensor for tensor in tensors if tensor not in statistics.inputs]
+    few = [tensor for tensor in tensors if tensor in statistics.inputs and tensor not in statistics.files]
+    if unseen:
+        statistics.notes.append(f"{len(unseen)} layers saw no data and are rounded plainly: {unseen[0]}, ...")
+    if few:
+        least = min(statistics.inputs[tensor].tokens for tensor in few)
+        what = f"under {FEWEST_TOKENS} tokens (as few as {least})"
+        statistics.notes.append(f"{len(few)} layers saw {what} and are rounded plainly: {few[0]}, ...")

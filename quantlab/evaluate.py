@@ -1,0 +1,339 @@
+"""What quantization cost: perplexity, KL to the baseline, top-1 agreement, and lm-eval tasks.
+
+The baseline runs first, alone, and leaves its last hidden states (`baselines`); then the quantized model runs, and both
+get their logits slice by slice. So memory holds one model and the baseline's head, and a second evaluation against the
+same baseline does not run it at all. Two models side by side would need the memory of both.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantlab import baselines, hf, lm_tasks
+from quantlab.architecture import meta_model
+from quantlab.baselines import Baseline
+from quantlab.checkpoint import OURS, Source, config_of_quantization
+from quantlab.errors import UsageError, VerificationError
+from quantlab.scheme import did_you_mean
+from quantlab.scoring import Estimate, Logits, Scores, estimate, exponential, head_of, hidden_states, score_window
+from quantlab_calib import data
+
+MOST_WINDOWS = 256
+BATCH_TOKENS = 4096
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+Progress = Callable[[str, int, int], None]
+Table = tuple[str, tuple[str, ...], list[tuple[Any, ...]]]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Result of `evaluate`. Estimates carry standard errors; those against a baseline are None without one.
+
+    perplexity        exp of the mean negative log-likelihood per token
+    perplexity_ratio  perplexity / baseline's, with the error of the paired difference: far smaller than that of either
+    kl                mean KL(baseline || model) per token, nats
+    top1              share of tokens where both models find the same token the likeliest
+    recovery          baseline's perplexity / perplexity; with tasks the lower of that and the mean over tasks of
+                      score / baseline's score. 1 is no loss. None without a baseline
+    tasks             task -> {"score", "error", "baseline", "metric"}
+    windows           per window means of nll (and baseline_nll, kl, top1), for paired comparisons between runs
+    settings          all that decides the numbers: texts, windows, dtypes, devices, versions, hashes
+    """
+
+    model: str
+    baseline: str | None
+    perplexity: Estimate
+    baseline_perplexity: Estimate | None = None
+    perplexity_ratio: Estimate | None = None
+    kl: Estimate | None = None
+    top1: Estimate | None = None
+    recovery: float | None = None
+    tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
+    windows: dict[str, list[float]] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def tables(self) -> list[Table]:
+        """(title, header, rows) for people."""
+        named = {
+            "perplexity": self.perplexity,
+            "perplexity of the baseline": self.baseline_perplexity,
+            "perplexity / baseline's": self.perplexity_ratio,
+            "KL to the baseline (nats)": self.kl,
+            "top-1 agreement": self.top1,
+        }
+        rows: list[tuple[Any, ...]] = [
+            (name, f"{e.value:.5g}", "" if e.error is None else f"{e.error:.2g}") for name, e in named.items() if e
+        ]
+        if self.recovery is not None:
+            rows.append(("recovery", f"{self.recovery:.4f}", ""))
+        tables: list[Table] = [(f"{self.model}: {self._what()}", ("measure", "value", "standard error"), rows)]
+        if self.tasks:
+            header = ("task", "metric", "score", "standard error", "baseline")
+            tables.append(("tasks", header, [_task_row(name, task) for name, task in self.tasks.items()]))
+        return tables
+
+    def _what(self) -> str:
+        s = self.settings
+        return f"{s['windows']} windows of {s['length']} tokens, {s['dtype']} on {s['device']}"
+
+
+def _task_row(name: str, task: dict[str, Any]) -> tuple[Any, ...]:
+    cells = ("" if task[key] is None else f"{task[key]:.4f}" for key in ("score", "error", "baseline"))
+    return (name, task["metric"], *cells)
+
+
+def evaluate(
+    model: str | Path,
+    *,
+    baseline: str | Path | None = None,
+    text: str | Path | Sequence[str | Path] = (),
+    dataset: str | Sequence[str] = (),
+    tasks: Sequence[str] = (),
+    windows: int | None = None,
+    length: int = 1024,
+    device_map: str = "auto",
+    dtype: str = "auto",
+    min_recovery: float | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Measure a causal language model, against its baseline if there is one, and save the result in its folder.
+
+    text, dataset  local files and data set names, all taken together; by default the bundled text
+    tasks          names of lm-eval tasks (needs the extra "eval"), run on both models with the same settings
+    windows        how many, spread evenly over the text; None takes all, at most MOST_WINDOWS
+    length         tokens per window; each starts with the tokenizer's own first tokens (BOS where it has one), and all
+                   tokens but the first are scored
+    dtype          of what is not quantized, for both models; "auto" takes each checkpoint's
+    min_recovery   raises VerificationError, after saving, for a recovery below this
+
+    Raises UsageError for models, texts and tokenizers that do not fit, VerificationError for logits that are not
+    finite.
+    """
+    _check_arguments(baseline, text, dtype, length, min_recovery)
+    run = _Run(device_map, dtype, trust_remote_code, progress)
+    source = run.open(model)
+    reference = run.open(baseline) if baseline is not None else None
+    texts = [*_listed(text), *_listed(dataset)] or ["bundled"]
+    parts = run.tokens(source, reference, texts, windows, length)
+    tokens = torch.cat(parts)
+
+    kept = run.baseline(reference, tokens) if reference else None
+    loaded = run.load(source)
+    scores = run.score(loaded, tokens, kept)
+    results = lm_tasks.run(loaded, source.folder, tasks) if tasks else {}
+    settings = {
+        "texts": {text: len(part) for text, part in zip(texts, parts, strict=True)},
+        "windows": len(tokens),
+        "length": length,
+        "tokens_scored": len(tokens) * (length - 1),
+        "tokens_sha256": baselines.digest(tokens),
+        "dtype": _plain(loaded.dtype),
+        "baseline_dtype": _plain(kept.hidden.dtype) if kept else None,
+        "baseline_from_cache": kept.cached if kept else None,
+        "device": str(loaded.device),
+        "versions": _versions(),
+    }
+    del loaded
+    if tasks and reference:
+        results = lm_tasks.with_baseline(results, lm_tasks.run(run.load(reference), reference.folder, tasks))
+    evaluation = summarize(str(model), str(baseline) if baseline is not None else None, scores, results, settings)
+    _save(evaluation, source)
+    _gate(evaluation, min_recovery)
+    return evaluation
+
+
+def summarize(
+    model: str, baseline: str | None, scores: Scores, tasks: dict[str, dict[str, Any]], settings: dict[str, Any]
+) -> Evaluation:
+    """The numbers of an evaluation from the scores of its tokens."""
+    columns = {"nll": scores.nll, "baseline_nll": scores.baseline_nll, "kl": scores.kl, "top1": scores.agree}
+    per_window = {name: c.double().mean(dim=1).tolist() for name, c in columns.items() if c is not None}
+    ratio = None
+    if scores.baseline_nll is not None:
+        ratio = exponential(estimate(scores.nll - scores.baseline_nll))
+    recovery = 1 / ratio.value if ratio else None
+    relative = lm_tasks.recovery(tasks)
+    if recovery is not None and relative is not None:
+        recovery = min(recovery, relative)
+    return Evaluation(
+        model,
+        baseline,
+        exponential(estimate(scores.nll)),
+        None if scores.baseline_nll is None else exponential(estimate(scores.baseline_nll)),
+        ratio,
+        None if scores.kl is None else estimate(scores.kl),
+        None if scores.agree is None else estimate(scores.agree),
+        recovery,
+        tasks,
+        per_window,
+        settings,
+    )
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One evaluation's settings for loading, and its steps."""
+
+    device_map: str
+    dtype: str
+    trust_remote_code: bool
+    progress: Progress | None
+
+    def open(self, model: str | Path) -> Source:
+        """Find a model and make sure that it predicts tokens, before anything is loaded."""
+        source = Source.open(model)
+        empty = meta_model(source.folder, self.trust_remote_code)
+        if empty is None:
+            raise UsageError(f"{model}: transformers cannot build it; if it brings code: --trust-remote-code")
+        if not empty.can_generate() or getattr(empty.config, "is_encoder_decoder", False):
+            raise UsageError(
+                f"{model}: {type(empty).__name__} does not predict the next token: no perplexity, KL or top-1; "
+                f"compare its outputs with those of the original on your own data"
+            )
+        return source
+
+    def tokens(
+        self, source: Source, reference: Source | None, texts: list[str], count: int | None, length: int
+    ) -> list[Tensor]:
+        """Windows of token ids [windows, length] of each text, the same for both models."""
+        found = [self._windows(source, text, count, length, len(texts)) for text in texts]
+        vocabulary = _vocabulary(source)
+        if reference is not None:
+            both = f"{source.model} and {reference.model}"
+            needed = "the baseline is the model that the other was made from"
+            other = [self._windows(reference, text, count, length, len(texts)) for text in texts]
+            if not all(map(torch.equal, found, other)):
+                raise UsageError(f"{both} have different tokenizers; {needed}")
+            if vocabulary != _vocabulary(reference):
+                sizes = f"{vocabulary} and {_vocabulary(reference)} tokens"
+                raise UsageError(f"{both} have vocabularies of {sizes}; {needed}")
+        largest = max(int(part.max()) for part in found)
+        if vocabulary is not None and largest >= vocabulary:
+            raise UsageError(f"{source.model}: its tokenizer gives token {largest}, its vocabulary has {vocabulary}")
+        return found
+
+    def _windows(self, source: Source, text: str, count: int | None, length: int, texts: int) -> Tensor:
+        share = max(1, (count or MOST_WINDOWS) // texts)
+        fewest = 1 if count is None else share
+        try:
+            tokenizer = data.load_tokenizer(source.folder, trust_remote_code=self.trust_remote_code)
+            return data.windows(text, tokenizer, "evaluation", count=share, length=length, fewest=fewest)
+        except data.DataError as error:
+            raise UsageError(str(error)) from None
+
+    def load(self, source: Source) -> Any:
+        where = None if self.device_map == "auto" and not torch.cuda.is_available() else self.device_map
+        dtype = self.dtype if self.dtype == "auto" else DTYPES[self.dtype]
+        options = {"trust_remote_code": True} if self.trust_remote_code else {}
+        return hf.load(source.folder, device_map=where, dtype=dtype, **options).eval()
+
+    def baseline(self, source: Source, tokens: Tensor) -> Baseline:
+        """Run the baseline over all windows, or read what an earlier run left."""
+        if config_of_quantization(source.config) is not None:
+            raise UsageError(f"{source.model}: the baseline is itself quantized; give the original model")
+        on_gpu = torch.cuda.is_available() and self.device_map != "cpu"
+        settings = {"dtype": self.dtype, "gpu": torch.cuda.get_device_name() if on_gpu else None, **_versions()}
+        file = baselines.cache_file(source, tokens, settings)
+        hidden = baselines.read(file, tokens)
+        cached = hidden is not None
+        if hidden is None:
+            hidden = torch.cat([part[:, :-1].cpu() for _, part in self._hidden_states(self.load(source), tokens)])
+            baselines.write(file, hidden)
+        return Baseline(source, hidden, cached, self.trust_remote_code)
+
+    def score(self, model: Any, tokens: Tensor, kept: Baseline | None) -> Scores:
+        """Scores of all windows, against the baseline if there is one."""
+        base_head: Logits | None = None
+        rows: list[tuple[Tensor, ...]] = []
+        for batch, hidden in self._hidden_states(model, tokens):
+            if kept is not None and base_head is None:
+                base_head = kept.head(hidden.device)
+            for window, states in zip(batch, hidden, strict=True):
+                base_states = kept.hidden[len(rows)] if kept else None
+                rows.append(score_window(window, states, head_of(model), base_states, base_head))
+        return Scores(*(torch.stack(column) for column in zip(*rows, strict=True)))
+
+    def _hidden_states(self, model: Any, tokens: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches of windows [rows, length] and their last hidden states [rows, length, hidden]."""
+        done = 0
+        for batch in tokens.split(max(1, BATCH_TOKENS // tokens.shape[1])):
+            yield batch, hidden_states(model, batch.to(model.device))
+            done += len(batch)
+            if self.progress is not None:
+                self.progress(f"{Path(model.name_or_path).name}: {len(tokens)} windows", done, len(tokens))
+
+
+def _check_arguments(baseline: Any, text: Any, dtype: str, length: int, min_recovery: float | None) -> None:
+    """Raise UsageError for what can be seen without opening a model."""
+    for path in _listed(text):
+        if path != "bundled" and not Path(path).expanduser().is_file():
+            raise UsageError(f"no such file: {path}; give a text or JSONL file (data sets go by --dataset)")
+    if dtype not in ("auto", *DTYPES):
+        raise UsageError(f"dtype {dtype!r}; {did_you_mean(dtype, ['auto', *DTYPES])}")
+    if length < 2:
+        raise UsageError(f"windows of {length} tokens: needs 2 at least, the first is context only")
+    if min_recovery is not None and not 0 < min_recovery <= 1:
+        raise UsageError(f"min_recovery = {min_recovery}: needs a part between 0 and 1, such as 0.99")
+    if min_recovery is not None and baseline is None:
+        raise UsageError("min_recovery needs a baseline to compare with; give the model that this one was made from")
+
+
+def _listed(given: str | Path | Sequence[str | Path]) -> list[str]:
+    return [str(given)] if isinstance(given, str | Path) else [str(item) for item in given]
+
+
+def _plain(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _vocabulary(source: Source) -> int | None:
+    text = source.config.get("text_config") or {}
+    return source.config.get("vocab_size", text.get("vocab_size"))
+
+
+def _gate(evaluation: Evaluation, least: float | None) -> None:
+    if least is not None and evaluation.recovery is not None and evaluation.recovery < least:
+        raise VerificationError(
+            f"{evaluation.model}: recovery {evaluation.recovery:.4f} is below the required {least}; leave sensitive "
+            f"layers alone (--ignore), calibrate (--calib), or choose a scheme of more bits"
+        )
+
+
+def _save(evaluation: Evaluation, source: Source) -> None:
+    """Beside the checkpoint, where it is one of ours; folders of others are not written to."""
+    folder = source.folder / OURS
+    if folder.is_dir() and os.access(folder, os.W_OK):
+        temporary = folder / "eval.json.part"
+        temporary.write_text(json.dumps(evaluation.to_dict(), indent=2) + "\n", encoding="utf-8")
+        temporary.replace(folder / "eval.json")
+
+
+def _versions() -> dict[str, str]:
+    """Of everything that decides the numbers."""
+    import transformers
+
+    try:
+        ours = metadata.version("quantlab-toolkit")
+    except metadata.PackageNotFoundError:  # run from a source checkout
+        ours = "source"
+    return {
+        "quantlab": ours,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }

@@ -1,0 +1,154 @@
+"""Numbers that say how far one language model is from another, with standard errors that hold for correlated tokens.
+
+Everything is computed from the last hidden states, and logits only for a slice of tokens at a time: a full copy for a
+window of 1024 tokens and a vocabulary of 256 k would be 1 GB per model. So a baseline can be kept as its hidden states
+(tokens x hidden x 2 bytes: 12 MB where its logits would be 2 GB), and gives back its logits exactly.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantlab.errors import UsageError, VerificationError
+from quantlab_calib.capture import forward_replaced
+
+SLICE_ELEMENTS = 1 << 24  # of logits at a time: 64 MB in float32
+
+Logits = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean and its standard error; None where one window leaves no way to tell."""
+
+    value: float
+    error: float | None
+
+    def __str__(self) -> str:
+        return f"{self.value:.5g}" if self.error is None else f"{self.value:.5g} ± {self.error:.2g}"
+
+
+def estimate(per_token: Tensor) -> Estimate:
+    """Mean over all tokens of [windows, tokens] and its standard error, from the spread of the windows' means.
+
+    Tokens of one window are not independent: they share a topic and a context. Windows are taken as independent (they
+    lie apart and never overlap), so that the error is ``std(window means) / sqrt(windows)`` (batch means; Kish, Survey
+    Sampling, 1965, ch. 5). The usual ``std / sqrt(tokens)`` is too small by a factor of two and more on real text.
+    """
+    means = per_token.to(torch.float64).mean(dim=1)
+    count = means.numel()
+    error = float(means.std(correction=1)) / math.sqrt(count) if count > 1 else None
+    return Estimate(float(means.mean()), error)
+
+
+def exponential(e: Estimate) -> Estimate:
+    """exp of an estimate, its error to first order."""
+    value = math.exp(e.value)
+    return Estimate(value, None if e.error is None else value * e.error)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Per scored token, float32 [windows, tokens]: negative log-likelihood in nats of the model and of the baseline,
+    KL(baseline || model) in nats, and whether both find the same token the likeliest. The latter three without a
+    baseline are None."""
+
+    nll: Tensor
+    baseline_nll: Tensor | None = None
+    kl: Tensor | None = None
+    agree: Tensor | None = None
+
+
+class _BaseOutput(tuple[Tensor]):
+    """What a base model returns, for a head that wants its hidden states and asks for the rest in vain."""
+
+    @property
+    def last_hidden_state(self) -> Tensor:
+        return self[0]
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
+def base_of(model: Any) -> Any:
+    """The part of a causal model that ends in hidden states. Raises UsageError where it has none."""
+    base = getattr(model, "base_model", model)
+    if base is model:
+        raise UsageError(f"{type(model).__name__} has no base model whose hidden states could be scored")
+    return base
+
+
+@torch.no_grad()
+def hidden_states(model: Any, windows: Tensor) -> Tensor:
+    """Last hidden states [rows, tokens, hidden] of windows of token ids [rows, tokens]."""
+    return base_of(model)(input_ids=windows, use_cache=False, return_dict=True).last_hidden_state
+
+
+def head_of(model: Any) -> Logits:
+    """[tokens, hidden] -> logits [tokens, vocabulary] in the model's dtype, by the model's own code after its base.
+
+    The output layer alone would miss what some models do around it (soft caps, scales, transforms).
+    """
+    base = base_of(model)
+
+    def logits(hidden: Tensor) -> Tensor:
+        ids = torch.zeros(1, hidden.shape[0], dtype=torch.int64, device=hidden.device)
+        with forward_replaced(base, lambda *_args, **_kwargs: _BaseOutput((hidden[None],))):
+            return model(input_ids=ids, use_cache=False).logits[0]
+
+    return logits
+
+
+@torch.no_grad()
+def score_window(
+    window: Tensor, hidden: Tensor, head: Logits, base_hidden: Tensor | None, base_head: Logits | None
+) -> tuple[Tensor, ...]:
+    """nll, and with a baseline also its nll, KL and agreement, for all tokens of a window but the first: [tokens - 1].
+
+    window       token ids [tokens]
+    hidden       [tokens, hidden] of the model; base_hidden of the baseline
+    Raises VerificationError for logits that are not finite.
+    """
+    parts = []
+    start, count = 0, window.shape[0] - 1
+    step = 1  # the first slice tells the size of the vocabulary
+    while start < count:
+        stop = min(start + step, count)
+        targets = window[start + 1 : stop + 1].to(hidden.device)
+        log_q = _log_probabilities(head(hidden[start:stop]), "the model", start)
+        step = max(1, SLICE_ELEMENTS // log_q.shape[-1])
+        columns = [-log_q.gather(1, targets[:, None])[:, 0]]
+        if base_hidden is not None and base_head is not None:
+            log_p = _log_probabilities(base_head(base_hidden[start:stop].to(hidden.device)), "the baseline", start)
+            log_p = log_p.to(log_q.device)
+            columns.append(-log_p.gather(1, targets[:, None])[:, 0])
+            columns.append(_divergence(log_p, log_q))
+            columns.append((log_p.argmax(dim=1) == log_q.argmax(dim=1)).to(torch.float32))
+        parts.append(torch.stack(columns).cpu())
+        start = stop
+    return tuple(torch.cat(parts, dim=1))
+
+
+def _divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p || q) of each row. A token that both forbid with a logit of -inf adds nothing."""
+    terms = log_p.exp() * (log_p - log_q)
+    return terms.nan_to_num(nan=0.0, posinf=math.inf, neginf=-math.inf).sum(dim=1)
+
+
+def _log_probabilities(logits: Tensor, whose: str, start: int) -> Tensor:
+    logits = logits.to(torch.float32)
+    broken = (logits.isnan() | (logits == math.inf)).any(dim=1)
+    if bool(broken.any()):
+        token = start + int(broken.nonzero()[0, 0])
+        raise VerificationError(
+            f"logits of {whose} are not finite at token {token} of a window: broken weights or scales, or its dtype "
+            f"overflows; try `quantlab verify` and --dtype float32"
+        )
+    return torch.log_softmax(logits, dim=1)
