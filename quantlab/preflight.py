@@ -156,7 +156,7 @@ def plan(source: Source, recipe: Recipe, *, trust_remote_code: bool = False) -> 
         source.weight_bytes,
         sum(_bytes_after(decision) for decision in decisions),
         largest_tensor_parallel([d for d in decisions if d.scheme], source.config),
-        tuple(_warnings(decisions, source)),
+        tuple(_warnings(decisions, source, recipe)),
         architecture.class_name if architecture else None,
     )
 
@@ -196,15 +196,13 @@ def _decide(
     decision = Decision(info.name, module, kind, None, "", info)
     if kinds.is_mtp(info.name, model):
         return decision.left("multi-token prediction: carried over as it is")
+    path = architecture.modules[info.name] if architecture and known else ""
+    names = (info.name, module, path)
+    rule = next((rule for rule in recipe.rules if any(rule.matches(name) for name in names if name)), None)
     if kind not in ("linear", "expert"):
-        special = (
-            known is not None
-            and architecture is not None
-            and architecture.modules[info.name] in architecture.linear_modules
-        )
-        return decision.left(REASONS.get(kind) or _other(info, module, model, known, special))
-    names = [module, *([architecture.modules[info.name]] if architecture and known else [])]
-    rule = next((rule for rule in recipe.rules if any(rule.matches(name) for name in (*names, info.name))), None)
+        special = bool(path) and architecture is not None and path in architecture.linear_modules
+        reason = REASONS.get(kind) or _other(info, module, model, known, special)
+        return decision.left(reason or (f"recipe: {rule.match}" if rule and rule.scheme == "none" else ""))
     if rule is None and kinds.in_tower(info.name, model):
         return decision.left("vision or audio tower: the language model is quantized")
     scheme = scheme_named(rule.scheme if rule else recipe.scheme)
@@ -323,10 +321,10 @@ def _bytes_after(decision: Decision) -> int:
     if decision.scheme is None:
         return decision.info.nbytes
     stored = Stored.of(decision.scheme)
-    return sum(slot.nbytes for module, part in decision.parts for slot in slots(module, part.shape, stored))
+    return sum(slot.nbytes for module, part in decision.parts for slot in slots(module, part.shape, part.dtype, stored))
 
 
-def _warnings(decisions: list[Decision], source: Source) -> Iterable[str]:
+def _warnings(decisions: list[Decision], source: Source, recipe: Recipe) -> Iterable[str]:
     by_design = ("embedding", "output head", "recipe")
     other = [d for d in decisions if not d.scheme and len(d.info.shape) > 1 and not d.reason.startswith(by_design)]
     done, lost = sum(d.info.nbytes for d in decisions if d.scheme), sum(d.info.nbytes for d in other)
@@ -339,5 +337,10 @@ def _warnings(decisions: list[Decision], source: Source) -> Iterable[str]:
     fused = [d for d in decisions if d.reason.startswith("fused by engines")]
     if fused:
         yield f"{len(fused)} layers stay in 16 bits because engines fuse them with a layer that does"
+    for rule in recipe.rules:
+        asked = [d for d in decisions if d.kind in REASONS and d.scheme is None and rule.matches(d.module)]
+        exact = [d for d in asked if rule.scheme != "none" and "*" not in rule.match and len(d.info.shape) == 2]
+        if exact:
+            yield f"the recipe wants {exact[0].module} as {rule.scheme}, but it stays ({exact[0].reason})"
     if source.left_out:
         yield f"not carried over, weights in other formats: {', '.join(map(str, source.left_out[:5]))}"

@@ -162,7 +162,7 @@ def test_side_files_are_carried_over_byte_for_byte_and_other_weights_are_not(
 ) -> None:
     folder = raw_checkpoint()
     kept = {
-        "chat_template.jinja": b"{{ messages }}\r\n", "modeling_custom.py": b"x = 1\n", "preprocessor_config.json": b"{}",
+        "chat_template.jinja": b"{{ messages }}\r\n", "modeling_custom.py": b"x = 1\n", "processor.json": b"{}",
         "1_Pooling/config.json": b"{}", "2_Dense/model.safetensors": b"whatever", "mtp.safetensors": b"\0\1\2",
         "vocab.bin.txt": b"v",
     }  # fmt: skip

@@ -266,6 +266,12 @@ def test_fused_experts_are_taken_apart_where_the_loader_merges_them(tmp_path: Pa
     assert "model.layers.0.mlp.experts" not in made.skip_modules
 
 
+def test_what_engines_do_not_load_stays_even_if_asked_for(raw_checkpoint: Make) -> None:
+    made = plan(raw_checkpoint(), Recipe(rules=(Rule("lm_head", "fp8-block"),)))
+    assert "lm_head" in made.skip_modules
+    assert made.warnings[0].startswith("the recipe wants lm_head as fp8-block, but it stays (output head")
+
+
 def test_plan_prints_and_serializes(raw_checkpoint: Make) -> None:
     made = plan(raw_checkpoint())
     data = made.to_dict()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from quantlab.errors import PreflightError, QuantlabError
+from quantlab.errors import PreflightError
 from quantlab.output import ShardWriter
 from quantlab.shards import BITS, TAGS, ShardReader, TensorSlot, layout, read_header
 
@@ -110,15 +111,13 @@ def test_any_json_gives_a_header_or_one_line(header: Any, tail: bytes, tmp_path_
 
 
 def check_reads_or_refuses(path: Path) -> None:
-    try:
+    tensors = {}
+    with suppress(PreflightError):  # any other exception fails the test
         tensors, _ = read_header(path)
-    except QuantlabError as error:
-        assert "\n" not in str(error)
-        return
     with path.open("rb") as file:
         size = len(file.read())
     assert all(8 <= info.begin <= info.end <= size for info in tensors.values())
-    assert sum(info.nbytes for info in tensors.values()) < size
+    assert sum(info.nbytes for info in tensors.values()) <= size
 
 
 def some_tensors() -> dict[str, torch.Tensor]:
