@@ -7,10 +7,11 @@ A checkpoint is a folder in the Hugging Face layout: `config.json`, safetensors 
     fp8               X.weight            F8_E4M3 [N, K]                        quant_method fp8, weight_block_size
                       X.weight_scale_inv  F32 [ceil(N/128), ceil(K/128)]        [128, 128], modules_to_not_convert
     float-quantized   X.weight            F8_E4M3 [N, K]                        quant_method compressed-tensors,
-                      X.weight_scale      F32 [N, 1] (channel) or               one config group for all Linear, ignore
-                                          [ceil(N/128), ceil(K/128)] (block)
+                      X.weight_scale      BF16 [N, 1] (channel; F32 beside      one config group for all Linear, ignore
+                                          weights that were not BF16) or
+                                          F32 [ceil(N/128), ceil(K/128)] (block)
 
-Despite its name `weight_scale_inv` multiplies. Scales are powers of two (blocks) or bfloat16 values (rows) in F32:
+Despite its name `weight_scale_inv` multiplies. Scales are powers of two (blocks) or bfloat16 values (rows):
 vLLM requantizes to the former at load, and compressed-tensors in transformers casts to the model's dtype; so every
 reader computes with the very same weights. What is ours alone lies in the sub-folder `quantlab/`, where no loader
 looks for weights: `manifest.json`, `recipe.toml`, `summary.json`, `eval*.json`, `activation_scales.safetensors`.
@@ -29,7 +30,7 @@ from torch import Tensor
 
 from quantlab.errors import PreflightError, UsageError
 from quantlab.scheme import SCHEMES, Scheme
-from quantlab.shards import TAGS, ShardReader, TensorInfo, TensorSlot, read_header
+from quantlab.shards import TAGS, TORCH_DTYPES, ShardReader, TensorInfo, TensorSlot, read_header
 from quantlab_kernels.formats import E4M3
 from quantlab_kernels.qtensor import QuantizedTensor, TensorSpec
 
@@ -298,26 +299,35 @@ class Stored:
     def scale_suffix(self) -> str:
         return BLOCK_SCALE[self.layout]
 
+    def scale_dtype(self, source: str) -> str:
+        """Dtype tag of the scales of a weight that was `source`.
+
+        Scales of rows are bfloat16 values. Beside bfloat16 weights they are stored as such, because transformers 5.17
+        dequantizes to the dtype of the scale wherever it renames a tensor.
+        """
+        return "BF16" if self.weight.scale == "bfloat16" and source == "BF16" else "F32"
+
 
 def module_of(tensor: str) -> str:
     """The module that owns a tensor, by its name: everything before the last dot."""
     return tensor.rpartition(".")[0]
 
 
-def slots(module: str, shape: tuple[int, ...], stored: Stored) -> tuple[TensorSlot, ...]:
-    """The tensors that a quantized weight [N, K] becomes on disk."""
+def slots(module: str, shape: tuple[int, ...], source: str, stored: Stored) -> tuple[TensorSlot, ...]:
+    """The tensors that a quantized weight [N, K], whose dtype tag was `source`, becomes on disk."""
     return (
         TensorSlot(module + WEIGHT, TAGS[stored.weight.format.dtype], shape),
-        TensorSlot(module + stored.scale_suffix, "F32", stored.weight.scale_shape(shape)),
+        TensorSlot(module + stored.scale_suffix, stored.scale_dtype(source), stored.weight.scale_shape(shape)),
     )
 
 
 def encode(
-    quantized: QuantizedTensor, module: str, stored: Stored, first_row: int = 0
+    quantized: QuantizedTensor, module: str, stored: Stored, source: str, first_row: int = 0
 ) -> Iterator[tuple[str, int, Tensor]]:
     """(tensor name, first row in that tensor, data) for a weight, or for a band of whole blocks of its rows."""
+    scale = quantized.scale.to(TORCH_DTYPES[stored.scale_dtype(source)])
     yield module + WEIGHT, first_row, quantized.codes
-    yield module + stored.scale_suffix, first_row // max(stored.weight.block[0], 1), quantized.scale
+    yield module + stored.scale_suffix, first_row // max(stored.weight.block[0], 1), scale
 
 
 def quantization_config(stored: Stored) -> dict[str, Any]:

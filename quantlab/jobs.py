@@ -132,7 +132,7 @@ class Quantize:
 
     @property
     def slots(self) -> tuple[TensorSlot, ...]:
-        return slots(self.module, self.info.shape, self.stored)
+        return slots(self.module, self.info.shape, self.info.dtype, self.stored)
 
     def pieces(self, elements: int) -> Iterator[tuple[int, Piece]]:
         yield from bands(self.info, self.stored.weight, self._run, elements)
@@ -142,7 +142,8 @@ class Quantize:
         with lane.clock("quantize"):
             refuse_nonfinite(weight.view(-1), self.info, lane.reader)
             quantized = self.rounded(weight) if self.rounded else None
-            parts = list(encode(quantized or quantize(weight, self.stored.weight), self.module, self.stored, begin))
+            quantized = quantized or quantize(weight, self.stored.weight)
+            parts = list(encode(quantized, self.module, self.stored, self.info.dtype, begin))
             fetched = [(name, row, part, lane.fetch(part, str(i))) for i, (name, row, part) in enumerate(parts)]
             lane.wait()
         with lane.clock("write"):

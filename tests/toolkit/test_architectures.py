@@ -171,6 +171,8 @@ def test_loads_without_us(name: str, scheme: str, quantized, stock, tmp_path: Pa
     source, options = quantized(name, scheme), {}
     if scheme == "fp8-dynamic":
         pytest.importorskip("compressed_tensors")
+        if name == "d_fine" and transformers.__version__.startswith("5.17."):
+            pytest.xfail("compressed-tensors cannot offload a module that has two names; 5.23 does not offload")
     elif (
         torch.cuda.is_available()
     ):  # FP8 of transformers' own needs a kernel from the hub; without a GPU it dequantizes
