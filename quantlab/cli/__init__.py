@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import typer
@@ -25,6 +26,8 @@ for group in (checkpoints, quality, kernels, demo):
 
 def main() -> None:
     """Entry point: errors that a user can mend become one line on stderr and their exit code."""
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' bars too; ours are lines then
     try:
         app()
     except QuantlabError as error:
