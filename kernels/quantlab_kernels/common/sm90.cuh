@@ -40,24 +40,16 @@ DEVICE u32 cluster_address(u32 address, u32 rank) {
   return result;
 }
 
+// Orders nothing between CTAs but what the barrier itself counts: enough to hand back a buffer that only the copy engine
+// and asynchronous stores write. (.release.cluster would put a membar.gpu before every arrival.)
 DEVICE void barrier_arrive_cluster(u32 barrier, u32 rank) {
-  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(cluster_address(barrier, rank))
-               : "memory");
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(cluster_address(barrier, rank)) : "memory");
 }
 
 DEVICE void barrier_wait(u32 barrier, u32 parity) {
   asm volatile(
       "{\n.reg .pred done;\n"
       "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@!done bra again;\n}" ::"r"(barrier), "r"(parity)
-      : "memory");
-}
-
-// As above, and what other CTAs of the cluster wrote before they arrived is visible.
-DEVICE void barrier_wait_cluster(u32 barrier, u32 parity) {
-  asm volatile(
-      "{\n.reg .pred done;\n"
-      "again: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
       "@!done bra again;\n}" ::"r"(barrier), "r"(parity)
       : "memory");
 }
@@ -79,17 +71,30 @@ DEVICE u32 cluster_rank() {
   return rank;
 }
 
-DEVICE void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+// Every thread of the cluster is here. Orders no memory accesses by itself.
+DEVICE void cluster_sync_relaxed() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
 }
 
-DEVICE float4 load_cluster_float4(u32 address) {
-  float4 v;
-  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
-               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-               : "r"(address)
+// Writes into another CTA's shared memory (`address`, `barrier`: cluster addresses) and counts the bytes there.
+DEVICE void store_cluster_async(u32 address, u32 barrier, float a, float b, float c, float d) {
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%2, %3, %4, %5}, [%1];" ::"r"(
+                   address),
+               "r"(barrier), "f"(a), "f"(b), "f"(c), "f"(d)
                : "memory");
-  return v;
+}
+
+// ---- hand-over between CTAs through global memory ----
+
+DEVICE void flag_set(u32* flag) { asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(flag), "r"(1) : "memory"); }
+
+// Waits for the flag and clears it for the next launch.
+DEVICE void flag_take(u32* flag) {
+  u32 value;
+  do {
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
+  } while (value == 0);
+  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(flag), "r"(0) : "memory");
 }
 
 // ---- bulk tensor copies ----
@@ -145,10 +150,20 @@ DEVICE void async_proxy_fence() { asm volatile("fence.proxy.async.shared::cta;" 
 
 // ---- warpgroup MMA (the instruction itself, one function per N, is generated: see wgmma.py) ----
 
-// Operand in shared memory: rows of 128 bytes along K, 128-byte swizzle, 8 rows every 1024 bytes.
-DEVICE u64 wgmma_descriptor(u32 address) {
-  return (u64{1} << 62) | (u64{1024 >> 4} << 32) | (u64{1} << 16) | u64{(address & 0x3FFFF) >> 4};
+// Descriptor of an operand in shared memory: rows of 128 bytes along K, 128-byte swizzle, 8 rows every 1024 bytes. The
+// upper half is a constant; a step of 32 bytes along K adds 2 to the lower half.
+constexpr u32 kDescriptorHigh = (1u << 30) | (1024 >> 4);
+
+DEVICE u32 descriptor_low(u32 address) { return (1u << 16) | ((address & 0x3FFFF) >> 4); }
+
+DEVICE u64 descriptor(u32 low) {
+  u64 result;
+  asm("mov.b64 %0, {%1, %2};" : "=l"(result) : "r"(low), "n"(kDescriptorHigh));
+  return result;
 }
+
+// The same value in all lanes, which the compiler then keeps in uniform registers.
+DEVICE int uniform(int value) { return __shfl_sync(0xffffffff, value, 0); }
 
 DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 

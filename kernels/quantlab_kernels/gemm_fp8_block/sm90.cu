@@ -1,0 +1,785 @@
+// out[M, N] = (a * a_scale) @ (b * b_scale)^T for Hopper: E4M3 operands, 1x128 scales of a, 128x128 scales of b.
+//
+// One producer warp brings tiles of 128 bytes along K through the copy engine into a ring of stages; a second warp of
+// its warpgroup adds the scales of b; one or two math warpgroups multiply each stage with warpgroup MMA into a
+// temporary accumulator and add that, scaled, to the final one in FP32 ("promotion", every 128 of K). CTAs are
+// persistent: the ring runs on into the next tile while the math warps write out the last.
+//
+// X is the operand on the M side of the MMA and Y the one on the N side. Normally X = a and Y = b. SWAP puts the
+// weights on X, so that a few tokens become the short N of the MMA and 64 rows of weights fill its M.
+//
+// Compiled once per configuration, with these macros:
+//   MATH_GROUPS   math warpgroups, each with WAVES blocks of 64 rows of X;   BX = 64 * WAVES * MATH_GROUPS
+//   BY            rows of Y in a tile, a multiple of 8 (of 32 for OUTPUT_TMA)
+//   STAGES        length of the ring
+//   CLUSTER_X/Y   CTAs of a cluster along X, which share the tile of Y by multicast / along Y, sharing X
+//   SPLIT         CTAs of a cluster along K; their sums are added in a fixed order through distributed shared memory
+//   STREAM        1: the last waves of tiles are cut along K into equal shares for all CTAs, see `Schedule`
+//   TEMPS         1, or 2 temporary accumulators: then block k is promoted under the MMA of block k + 1
+//   ORDERED       1, 2: the two math groups take turns with the tensor cores, so that one promotes while the other
+//                 multiplies, see `take_turn`; 0: no turns
+//   OUTPUT        0 float32, 1 bfloat16, 2 float16;  BIAS 0 none, else 1 + the same;  ACCUMULATE 0 or 1
+//   OUTPUT_TMA    1: 16-bit tiles leave through PIECES buffers per group and the copy engine; 0: through a float32 tile
+//   EARLY         the launch may overlap the end of the kernel before: 1 waits for it first, 2 loads weights meanwhile
+//   SWAP, GROUP   GROUP: tiles of X that are walked together for the sake of the L2 cache
+#include "sm90.cuh"
+#include "wgmma.cuh"
+
+constexpr int BK = 128;  // elements of K in a stage = bytes of a swizzled row = length of a scale group
+constexpr int BX = 64 * WAVES * MATH_GROUPS;
+constexpr int MATH_THREADS = 128 * MATH_GROUPS;
+constexpr int MATH_WARPS = 4 * MATH_GROUPS;
+constexpr int MULTICAST = CLUSTER_X * CLUSTER_Y;
+constexpr int CLUSTER = MULTICAST * SPLIT;
+static_assert(SPLIT == 1 || MULTICAST == 1, "a cluster shares tiles or splits K");
+static_assert(STREAM == 0 || CLUSTER == 1, "ranges of K belong to single CTAs");
+static_assert(WAVES == 1 || TEMPS == 1, "two temporary accumulators need one wave");
+static_assert(BY / 8 % SPLIT == 0, "the CTAs that split K share out the columns of the tile in eights");
+
+DEVICE constexpr int gcd(int a, int b) { return b == 0 ? a : gcd(b, a % b); }
+constexpr int TOKENS = SWAP ? BY : BX;               // rows of a in a tile
+constexpr int CHANNELS = SWAP ? BX : BY;             // rows of b in a tile
+constexpr int SPAN = gcd(CHANNELS, 128);             // channels that surely share one scale of b
+constexpr int SPANS = CHANNELS / SPAN;
+
+DEVICE constexpr int round_up(int a, int b) { return (a + b - 1) / b * b; }
+constexpr int X_BYTES = BX * BK;
+constexpr int Y_BYTES = BY * BK;
+constexpr int TOKEN_SCALE_BYTES = TOKENS * 4;
+constexpr int STAGE_BYTES = X_BYTES + Y_BYTES + TOKEN_SCALE_BYTES;  // what the copy engine brings
+
+constexpr int ACCUMULATORS = BY / 2;        // registers of one thread for one wave
+constexpr int SHARE = ACCUMULATORS / SPLIT;  // of those, the ones that this CTA adds up and writes
+constexpr int SHARE_Y = BY / SPLIT;          // their columns
+constexpr int RECEIVED_BYTES = (SPLIT - 1) * WAVES * SHARE * 4 * MATH_THREADS;
+
+// Output through the copy engine: pieces of 64 rows by 64 (or 32) columns.
+constexpr int PIECE_COLUMNS = SHARE_Y % 64 == 0 ? 64 : 32;
+constexpr int PIECE_BYTES = 64 * PIECE_COLUMNS * 2;
+// Output through a float32 tile: [tokens][channels]; the padding spreads a fragment over the banks.
+constexpr int TILE_TOKENS = SWAP ? SHARE_Y : BX;
+constexpr int TILE_CHANNELS = SWAP ? BX : SHARE_Y;
+constexpr int TILE_STRIDE = TILE_CHANNELS + (SWAP ? 4 : 8);
+constexpr int OUTPUT_BYTES = OUTPUT_TMA ? PIECES * MATH_GROUPS * PIECE_BYTES : TILE_TOKENS * TILE_STRIDE * 4;
+
+constexpr int OFFSET_Y = STAGES * X_BYTES;
+constexpr int OFFSET_OUTPUT = OFFSET_Y + STAGES * Y_BYTES;
+constexpr int OFFSET_RECEIVED = OFFSET_OUTPUT + round_up(OUTPUT_BYTES, 128);
+constexpr int OFFSET_TOKEN_SCALE = OFFSET_RECEIVED + RECEIVED_BYTES;
+constexpr int TOKEN_SCALE_STRIDE = round_up(TOKEN_SCALE_BYTES, 128);
+constexpr int OFFSET_CHANNEL_SCALE = OFFSET_TOKEN_SCALE + STAGES * TOKEN_SCALE_STRIDE;
+constexpr int OFFSET_BARRIERS = OFFSET_CHANNEL_SCALE + round_up(STAGES * SPANS * 4, 8);
+constexpr int SHARED_BYTES = OFFSET_BARRIERS + 8 * (2 * STAGES + 2);
+#ifdef SHARED_LIMIT
+static_assert(SHARED_BYTES <= SHARED_LIMIT, "the tiles do not fit into shared memory");
+#endif
+
+struct Params {
+  TensorMap x, y, token_scale, output;
+  const float* b_scale;  // [ceil(N / 128), K / 128]
+  const void* bias;      // [N]
+  void* out;             // [M, N], rows out_stride elements apart
+  long long out_stride;
+  float* partials;  // STREAM: a tile of every CTA
+  u32* flags;       // STREAM: one of every math group of every CTA; 0 between launches
+  int tokens, channels, blocks;  // M, N, K / 128
+};
+
+// What every role walks through in the same order: the tiles of this cluster, and the range of K of this CTA.
+//
+// STREAM: whole waves of tiles first. The K blocks of the tiles that remain, one to two waves of them, are laid end to
+// end and cut into one equal range for each CTA, so that none idles. Who has a tile's first block owns the tile; the
+// others, always with the first piece of their range, hand their sums over (see `hand_over`, `collect`).
+struct Schedule {
+  int count_x, count_y, blocks, next, step, whole, rank_x, rank_y, first, last;
+  int unit, unit_end;
+  int tile_x, tile_y;
+
+  DEVICE explicit Schedule(const Params& p, u32 rank) {
+    const int rows_x = SWAP ? p.channels : p.tokens, rows_y = SWAP ? p.tokens : p.channels;
+    count_x = (rows_x + BX * CLUSTER_X - 1) / (BX * CLUSTER_X);
+    count_y = (rows_y + BY * CLUSTER_Y - 1) / (BY * CLUSTER_Y);
+    blocks = p.blocks;
+    next = blockIdx.x / CLUSTER;
+    step = gridDim.x / CLUSTER;
+    whole = count_x * count_y;
+    rank_x = CLUSTER_X > 1 ? rank % CLUSTER_X : 0;
+    rank_y = CLUSTER_Y > 1 ? rank / CLUSTER_X : 0;
+    first = SPLIT > 1 ? p.blocks * static_cast<int>(rank) / SPLIT : 0;
+    last = SPLIT > 1 ? p.blocks * (static_cast<int>(rank) + 1) / SPLIT : p.blocks;
+    if constexpr (STREAM) {
+      if (whole % step != 0) whole = max(whole / step - 1, 0) * step;
+      unit = range_end(blockIdx.x - 1);
+      unit_end = range_end(blockIdx.x);
+    }
+  }
+
+  // Where the range of a CTA ends, in K blocks after the whole waves.
+  DEVICE int range_end(int cta) const {
+    const long long total = static_cast<long long>(count_x * count_y - whole) * blocks;
+    return static_cast<int>(total * (cta + 1) / step);
+  }
+
+  DEVICE bool advance() {
+    if (next < whole) {
+      place(next);
+      next += step;
+      return true;
+    }
+    if constexpr (STREAM) {
+      if (unit < unit_end) {
+        const int tile = unit / blocks;
+        place(whole + tile);
+        first = unit - tile * blocks;
+        last = min(blocks, first + unit_end - unit);
+        unit += last - first;
+        return true;
+      }
+    }
+    return false;
+  }
+
+  DEVICE bool done() const { return next >= whole && (!STREAM || unit >= unit_end); }
+
+  // Tiles go in bands of GROUP along X, and within a band along X first.
+  DEVICE void place(int tile) {
+    const int band = tile / (GROUP * count_y), within = tile - band * GROUP * count_y;
+    const int height = min(GROUP, count_x - band * GROUP);
+    tile_x = (band * GROUP + within % height) * CLUSTER_X + rank_x;
+    tile_y = (within / height) * CLUSTER_Y + rank_y;
+  }
+};
+
+struct Ring {
+  int stage = 0;
+  u32 phase = 0;
+  DEVICE void advance() {
+    if (++stage == STAGES) {
+      stage = 0;
+      phase ^= 1;
+    }
+  }
+};
+
+struct Shared {
+  u32 base;
+  DEVICE u32 x(int stage) const { return base + stage * X_BYTES; }
+  DEVICE u32 y(int stage) const { return base + OFFSET_Y + stage * Y_BYTES; }
+  DEVICE u32 output() const { return base + OFFSET_OUTPUT; }
+  DEVICE u32 received() const { return base + OFFSET_RECEIVED; }
+  DEVICE u32 token_scale(int stage) const { return base + OFFSET_TOKEN_SCALE + stage * TOKEN_SCALE_STRIDE; }
+  DEVICE u32 channel_scale(int stage) const { return base + OFFSET_CHANNEL_SCALE + stage * SPANS * 4; }
+  DEVICE u32 full(int stage) const { return base + OFFSET_BARRIERS + 8 * stage; }
+  DEVICE u32 empty(int stage) const { return base + OFFSET_BARRIERS + 8 * (STAGES + stage); }
+  DEVICE u32 sums_ready() const { return base + OFFSET_BARRIERS + 16 * STAGES; }
+  DEVICE u32 sums_read() const { return base + OFFSET_BARRIERS + 16 * STAGES + 8; }
+};
+
+DEVICE float load_shared(u32 address) {
+  float value;
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
+  return value;
+}
+
+DEVICE float2 load_shared2(u32 address) {
+  float2 v;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(address) : "memory");
+  return v;
+}
+
+DEVICE float4 load_shared4(u32 address) {
+  float4 v;
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+               : "r"(address)
+               : "memory");
+  return v;
+}
+
+DEVICE void store_shared(u32 address, float value) {
+  asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
+}
+
+DEVICE void store_shared2(u32 address, float a, float b) {
+  asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(a), "f"(b) : "memory");
+}
+
+// ---- producer: one thread, everything that the copy engine brings ----
+
+DEVICE void load_x(const Params& p, const Shared& s, const Schedule& schedule, int stage, int block) {
+  constexpr u64 policy = SWAP ? kEvictFirst : kEvictNormal;  // weights that few tokens use are read once
+  constexpr int part = BX / CLUSTER_Y;
+  const int row = schedule.rank_y * part, x = schedule.tile_x * BX + row;
+  if constexpr (CLUSTER_Y > 1) {
+    u16 mask = 0;
+#pragma unroll
+    for (int i = 0; i < CLUSTER_Y; ++i) mask |= u16(1) << (schedule.rank_x + i * CLUSTER_X);
+    tma_load_multicast(s.x(stage) + row * BK, &p.x, s.full(stage), block * BK, x, mask, policy);
+  } else {
+    tma_load(s.x(stage), &p.x, s.full(stage), block * BK, x, policy);
+  }
+}
+
+DEVICE void load_y(const Params& p, const Shared& s, const Schedule& schedule, int stage, int block) {
+  constexpr int part = BY / CLUSTER_X;
+  const int row = schedule.rank_x * part, y = schedule.tile_y * BY + row;
+  if constexpr (CLUSTER_X > 1) {
+    const u16 mask = ((1 << CLUSTER_X) - 1) << (schedule.rank_y * CLUSTER_X);
+    tma_load_multicast(s.y(stage) + row * BK, &p.y, s.full(stage), block * BK, y, mask, kEvictNormal);
+  } else {
+    tma_load(s.y(stage), &p.y, s.full(stage), block * BK, y, kEvictNormal);
+  }
+}
+
+DEVICE void load_weights(const Params& p, const Shared& s, const Schedule& schedule, int stage, int block) {
+  barrier_arrive_expect(s.full(stage), STAGE_BYTES);
+  if constexpr (SWAP) {
+    load_x(p, s, schedule, stage, block);
+  } else {
+    load_y(p, s, schedule, stage, block);
+  }
+}
+
+DEVICE void load_tokens(const Params& p, const Shared& s, const Schedule& schedule, int stage, int block) {
+  const int token = SWAP ? schedule.tile_y * BY : schedule.tile_x * BX;
+  tma_load(s.token_scale(stage), &p.token_scale, s.full(stage), token, block, kEvictNormal);
+  if constexpr (SWAP) {
+    load_y(p, s, schedule, stage, block);
+  } else {
+    load_x(p, s, schedule, stage, block);
+  }
+}
+
+DEVICE void produce_tiles(const Params& p, const Shared& s, Schedule schedule) {
+  Ring ring;
+  bool first = true;
+  while (schedule.advance()) {
+    int block = schedule.first;
+    if (first) {
+      // The weights do not come from the kernel before this one: fill the ring with them before waiting for it.
+      const int ahead = EARLY == 2 ? min(STAGES, schedule.last - block) : 0;
+      for (int i = 0; i < ahead; ++i) load_weights(p, s, schedule, i, block + i);
+      wait_for_previous_kernel();
+      for (int i = 0; i < ahead; ++i, ++block, ring.advance()) load_tokens(p, s, schedule, ring.stage, block);
+      first = false;
+    }
+    for (; block < schedule.last; ++block, ring.advance()) {
+      barrier_wait(s.empty(ring.stage), ring.phase ^ 1);
+      load_weights(p, s, schedule, ring.stage, block);
+      load_tokens(p, s, schedule, ring.stage, block);
+    }
+  }
+  // A CTA must outlive what the others of its cluster still send it: their last arrivals.
+  if constexpr (MULTICAST > 1) {
+    for (int i = 0; i < STAGES; ++i, ring.advance()) barrier_wait(s.empty(ring.stage), ring.phase ^ 1);
+  }
+}
+
+// ---- scales of b: one warp; 32 blocks of K are fetched at once and handed out stage by stage ----
+
+DEVICE void produce_channel_scales(const Params& p, const Shared& s, Schedule schedule) {
+  const int lane = threadIdx.x % 32, rows = (p.channels + 127) / 128;
+  Ring ring;
+  while (schedule.advance()) {
+    const int channel = SWAP ? schedule.tile_x * BX : schedule.tile_y * BY;
+    float scale[SPANS];
+    for (int block = schedule.first; block < schedule.last; ++block, ring.advance()) {
+      const int within = (block - schedule.first) % 32;
+      if (within == 0) {
+#pragma unroll
+        for (int i = 0; i < SPANS; ++i) {
+          const int row = (channel + i * SPAN) / 128;
+          const bool inside = row < rows && block + lane < schedule.last;
+          scale[i] = inside ? __ldg(p.b_scale + static_cast<long long>(row) * p.blocks + block + lane) : 0.f;
+        }
+      }
+      barrier_wait(s.empty(ring.stage), ring.phase ^ 1);
+#pragma unroll
+      for (int i = 0; i < SPANS; ++i) {
+        const float value = __shfl_sync(0xffffffff, scale[i], within);
+        if (lane == 0) store_shared(s.channel_scale(ring.stage) + 4 * i, value);
+      }
+      if (lane == 0) barrier_arrive(s.full(ring.stage));
+    }
+  }
+}
+
+// ---- math ----
+
+// Where this thread stands in its warpgroup's fragments.
+struct Position {
+  int group, warp, lane;
+  DEVICE Position()
+      : group(uniform(threadIdx.x / 128)), warp(uniform(threadIdx.x / 32 % 4)), lane(threadIdx.x % 32) {}
+  DEVICE int row(int wave) const { return (group * WAVES + wave) * 64 + warp * 16 + lane / 4; }  // and 8 below
+  DEVICE int column(int j) const { return 8 * j + 2 * (lane % 4); }                              // and the next
+};
+
+// The scales that turn one temporary accumulator into its share of the final one.
+struct Scales {
+  float token[2];       // normal: of the two rows
+  float channel[SPANS];
+
+  DEVICE void load(const Shared& s, const Position& at, int stage, int wave) {
+    if constexpr (SWAP) {
+      channel[0] = load_shared(s.channel_scale(stage) + 4 * ((at.group * WAVES + wave) * 64 / SPAN));
+    } else {
+      token[0] = load_shared(s.token_scale(stage) + 4 * at.row(wave));
+      token[1] = load_shared(s.token_scale(stage) + 4 * at.row(wave) + 32);
+#pragma unroll
+      for (int i = 0; i < SPANS; ++i) channel[i] = load_shared(s.channel_scale(stage) + 4 * i);
+    }
+  }
+};
+
+DEVICE void promote(float (&sum)[ACCUMULATORS], const float (&part)[ACCUMULATORS], const Scales& scales) {
+#pragma unroll
+  for (int j = 0; j < BY / 8; ++j) {
+    const float upper = scales.token[0] * scales.channel[8 * j / SPAN];
+    const float lower = scales.token[1] * scales.channel[8 * j / SPAN];
+    sum[4 * j + 0] += upper * part[4 * j + 0];
+    sum[4 * j + 1] += upper * part[4 * j + 1];
+    sum[4 * j + 2] += lower * part[4 * j + 2];
+    sum[4 * j + 3] += lower * part[4 * j + 3];
+  }
+}
+
+// Swapped: the scale of the weights is one number, that of the tokens belongs to the column. `columns` are loaded
+// before the stage is handed back.
+struct ColumnScales {
+  float2 value[BY / 8];
+  DEVICE void load(const Shared& s, const Position& at, int stage) {
+#pragma unroll
+    for (int j = 0; j < BY / 8; ++j) value[j] = load_shared2(s.token_scale(stage) + 4 * at.column(j));
+  }
+};
+
+DEVICE void promote_columns(float (&sum)[ACCUMULATORS], const float (&part)[ACCUMULATORS], float channel,
+                            const ColumnScales& columns) {
+#pragma unroll
+  for (int j = 0; j < BY / 8; ++j) {
+    const float left = channel * columns.value[j].x, right = channel * columns.value[j].y;
+    sum[4 * j + 0] += left * part[4 * j + 0];
+    sum[4 * j + 1] += right * part[4 * j + 1];
+    sum[4 * j + 2] += left * part[4 * j + 2];
+    sum[4 * j + 3] += right * part[4 * j + 3];
+  }
+}
+
+DEVICE void multiply(float (&part)[ACCUMULATORS], const Shared& s, const Position& at, int stage, int wave) {
+  const u32 x = descriptor_low(s.x(0)) + (stage * X_BYTES + (at.group * WAVES + wave) * 64 * BK) / 16;
+  const u32 y = descriptor_low(s.y(0)) + stage * (Y_BYTES / 16);
+  pin(part);
+  wgmma_fence();
+#pragma unroll
+  for (int k = 0; k < BK / 32; ++k) {
+    wgmma(part, descriptor(x + 2 * k), descriptor(y + 2 * k), k > 0);
+    if (ORDERED && k == BK / 32 - 1 - ORDERED) wgmma_commit();
+  }
+  wgmma_commit();
+  pin(part);
+}
+
+// This warp no longer reads the stage: tell every CTA whose copies land in it.
+DEVICE void release(const Shared& s, const Position& at, int stage) {
+  if constexpr (MULTICAST == 1) {
+    if (at.lane == 0) barrier_arrive(s.empty(stage));
+  } else {
+    if (at.lane < MULTICAST) barrier_arrive_cluster(s.empty(stage), at.lane);
+  }
+}
+
+// Turn-taking of the two math groups: named barrier 1 + g is the turn of group g. Left to themselves they fall into
+// step: both multiply at half speed, then both promote while the tensor cores stand still. A group passes the turn when
+// all but the last ORDERED of its MMAs are done, so that the other one's are queued before the tensor cores run dry.
+DEVICE void take_turn(const Position& at) {
+  if constexpr (ORDERED) named_barrier_sync(1 + at.group, 256);
+}
+DEVICE void pass_turn(const Position& at, bool last) {
+  if constexpr (ORDERED) {
+    wgmma_wait<1>();
+    if (!(last && at.group == 1)) named_barrier_arrive(2 - at.group, 256);
+  }
+}
+
+DEVICE void accumulate_one(float (&sum)[WAVES][ACCUMULATORS], const Shared& s, const Position& at, Ring& ring, int blocks,
+                           bool last_tile) {
+  float part[ACCUMULATORS];
+  for (int block = 0; block < blocks; ++block, ring.advance()) {
+    barrier_wait(s.full(ring.stage), ring.phase);
+#pragma unroll
+    for (int wave = 0; wave < WAVES; ++wave) {
+      Scales scales;
+      scales.load(s, at, ring.stage, wave);
+      take_turn(at);
+      multiply(part, s, at, ring.stage, wave);
+      pass_turn(at, last_tile && block == blocks - 1 && wave == WAVES - 1);
+      if constexpr (SWAP) {
+        ColumnScales columns;
+        columns.load(s, at, ring.stage);
+        wgmma_wait<0>();
+        pin(part);
+        if (wave == WAVES - 1) release(s, at, ring.stage);
+        promote_columns(sum[wave], part, scales.channel[0], columns);
+      } else {
+        wgmma_wait<0>();
+        pin(part);
+        if (wave == WAVES - 1) release(s, at, ring.stage);
+        promote(sum[wave], part, scales);
+      }
+    }
+  }
+}
+
+// One block of K in flight ahead of the one that is promoted. The two accumulators have fixed names: registers cannot
+// be indexed at run time.
+DEVICE void accumulate_two(float (&sum)[WAVES][ACCUMULATORS], const Shared& s, const Position& at, Ring& ring,
+                           int blocks) {
+  float even[ACCUMULATORS], odd[ACCUMULATORS];
+  Scales even_scales, odd_scales;
+  auto start = [&](float(&part)[ACCUMULATORS], Scales& scales, const Ring& at_ring) {
+    barrier_wait(s.full(at_ring.stage), at_ring.phase);
+    scales.load(s, at, at_ring.stage, 0);
+    multiply(part, s, at, at_ring.stage, 0);
+  };
+  Ring ahead = ring;
+  start(even, even_scales, ahead);
+  ahead.advance();
+  int block = 0;
+  for (; block + 2 < blocks; block += 2) {
+    start(odd, odd_scales, ahead);
+    ahead.advance();
+    wgmma_wait<1>();
+    pin(even);
+    release(s, at, ring.stage);
+    ring.advance();
+    promote(sum[0], even, even_scales);
+    start(even, even_scales, ahead);
+    ahead.advance();
+    wgmma_wait<1>();
+    pin(odd);
+    release(s, at, ring.stage);
+    ring.advance();
+    promote(sum[0], odd, odd_scales);
+  }
+  if (block + 1 < blocks) {
+    start(odd, odd_scales, ahead);
+    wgmma_wait<1>();
+    pin(even);
+    release(s, at, ring.stage);
+    ring.advance();
+    promote(sum[0], even, even_scales);
+    wgmma_wait<0>();
+    pin(odd);
+    release(s, at, ring.stage);
+    ring.advance();
+    promote(sum[0], odd, odd_scales);
+  } else {
+    wgmma_wait<0>();
+    pin(even);
+    release(s, at, ring.stage);
+    ring.advance();
+    promote(sum[0], even, even_scales);
+  }
+}
+
+// ---- output ----
+
+#if OUTPUT == 2
+using Half = Float16;
+#else
+using Half = BFloat16;
+#endif
+
+DEVICE float load_bias(const Params& p, int channel) {
+  if (BIAS == 0 || channel >= p.channels) return 0.f;
+  if constexpr (BIAS == 1) return __ldg(static_cast<const float*>(p.bias) + channel);
+  const u16 bits = __ldg(static_cast<const u16*>(p.bias) + channel);
+  return BIAS == 3 ? Float16::unpack(bits) : BFloat16::unpack(bits);
+}
+
+// The CTAs that split K send each other the accumulators that they do not own; the owner adds all parts in the order
+// of their ranks. Every CTA holds the same fragment layout, so parts travel register by register.
+DEVICE void exchange(const Shared& s, const Position& at, u32 rank, const float (&sum)[WAVES][ACCUMULATORS],
+                     float (&own)[WAVES][SHARE], u32& phase) {
+  barrier_wait(s.sums_read(), phase ^ 1);
+  if (threadIdx.x == 0) barrier_arrive_expect(s.sums_ready(), RECEIVED_BYTES);
+  auto place = [&](u32 slot, int wave, int i) {
+    return s.received() + (((slot * WAVES + wave) * SHARE + i) * MATH_THREADS + threadIdx.x * 4) * 4;
+  };
+#pragma unroll
+  for (int owner = 0; owner < SPLIT; ++owner) {
+    if (owner == rank) continue;
+    const u32 barrier = cluster_address(s.sums_ready(), owner);
+#pragma unroll
+    for (int i = 0; i < WAVES * SHARE; i += 4) {
+      const float* v = sum[i / SHARE] + owner * SHARE + i % SHARE;
+      const u32 target = cluster_address(place(rank < owner ? rank : rank - 1, i / SHARE, i % SHARE), owner);
+      store_cluster_async(target, barrier, v[0], v[1], v[2], v[3]);
+    }
+  }
+  barrier_wait(s.sums_ready(), phase);
+#pragma unroll
+  for (int i = 0; i < WAVES * SHARE; i += 4) {
+    float4 total = {0.f, 0.f, 0.f, 0.f}, mine = {0.f, 0.f, 0.f, 0.f};
+#pragma unroll
+    for (int owner = 0; owner < SPLIT; ++owner) {
+      const float* v = sum[i / SHARE] + owner * SHARE + i % SHARE;
+      if (owner == rank) mine = {v[0], v[1], v[2], v[3]};
+    }
+#pragma unroll
+    for (int part = 0; part < SPLIT; ++part) {
+      const float4 v = part == rank ? mine : load_shared4(place(part < rank ? part : part - 1, i / SHARE, i % SHARE));
+      total.x += v.x;
+      total.y += v.y;
+      total.z += v.z;
+      total.w += v.w;
+    }
+    float* result = own[i / SHARE] + i % SHARE;
+    result[0] = total.x;
+    result[1] = total.y;
+    result[2] = total.z;
+    result[3] = total.w;
+  }
+  __syncwarp();
+  if (at.lane < SPLIT && at.lane != rank) barrier_arrive_cluster(s.sums_read(), at.lane);
+  phase ^= 1;
+}
+
+// STREAM: the sums of a tile that another CTA owns go to global memory, register by register.
+DEVICE void hand_over(const Params& p, const Position& at, const float (&sum)[WAVES][ACCUMULATORS]) {
+  float4* place = reinterpret_cast<float4*>(p.partials) + blockIdx.x * (BX * BY / 4) + threadIdx.x;
+#pragma unroll
+  for (int i = 0; i < WAVES * ACCUMULATORS; i += 4) {
+    const float* v = sum[i / ACCUMULATORS] + i % ACCUMULATORS;
+    __stcg(place + i / 4 * MATH_THREADS, make_float4(v[0], v[1], v[2], v[3]));
+  }
+  __threadfence();
+  named_barrier_sync(4 + at.group, 128);
+  if (threadIdx.x % 128 == 0) flag_set(p.flags + blockIdx.x * MATH_GROUPS + at.group);
+}
+
+// STREAM: the owner of a tile adds what the next CTAs computed of it, in their order.
+DEVICE void collect(const Params& p, const Schedule& schedule, const Position& at, float (&sum)[WAVES][ACCUMULATORS]) {
+  const int tile_end = schedule.unit_end - schedule.last + schedule.blocks;
+  for (int cta = blockIdx.x + 1; schedule.range_end(cta - 1) < tile_end; ++cta) {
+    if (schedule.range_end(cta) == schedule.range_end(cta - 1)) continue;  // more CTAs than K blocks
+    if (threadIdx.x % 128 == 0) flag_take(p.flags + cta * MATH_GROUPS + at.group);
+    named_barrier_sync(4 + at.group, 128);
+    const float4* place = reinterpret_cast<const float4*>(p.partials) + cta * (BX * BY / 4) + threadIdx.x;
+#pragma unroll
+    for (int i = 0; i < WAVES * ACCUMULATORS; i += 4) {
+      const float4 v = __ldcg(place + i / 4 * MATH_THREADS);
+      float* total = sum[i / ACCUMULATORS] + i % ACCUMULATORS;
+      total[0] += v.x;
+      total[1] += v.y;
+      total[2] += v.z;
+      total[3] += v.w;
+    }
+  }
+}
+
+// 16-bit output, not swapped: each group moves its 64-row blocks through a ring of swizzled pieces. `column` is the
+// first column of `sum` in the output.
+DEVICE void store_pieces(const Params& p, const Shared& s, const Position& at, const Schedule& schedule, int column,
+                         const float (&sum)[WAVES][SHARE], int& piece) {
+  constexpr int chunks = PIECE_COLUMNS / 8, pieces = SHARE_Y / PIECE_COLUMNS;
+  const int row = at.warp * 16 + at.lane % 16;
+  const u32 swizzle = PIECE_COLUMNS == 64 ? at.lane % 8 : at.lane / 2 % 4;
+  const bool leader = at.warp == 0 && at.lane == 0;
+#pragma unroll
+  for (int wave = 0; wave < WAVES; ++wave) {
+#pragma unroll
+    for (int part = 0; part < pieces; ++part) {
+      const u32 buffer = s.output() + (at.group * PIECES + piece) * PIECE_BYTES;
+      if (leader) tma_store_wait_read<PIECES - 1>();
+      named_barrier_sync(4 + at.group, 128);
+#pragma unroll
+      for (int chunk = 0; chunk < chunks; chunk += 2) {
+        const int j = part * chunks + chunk;
+        u32 packed[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          float left = sum[wave][4 * j + 2 * i], right = sum[wave][4 * j + 2 * i + 1];
+          if constexpr (BIAS) {
+            left += load_bias(p, column + at.column(j + i / 2));
+            right += load_bias(p, column + at.column(j + i / 2) + 1);
+          }
+          packed[i] = Half::pack(left, right);
+        }
+        const u32 address = buffer + row * PIECE_COLUMNS * 2 + (((chunk + at.lane / 16) ^ swizzle) << 4);
+        store_matrix_x4(address, packed[0], packed[1], packed[2], packed[3]);
+      }
+      async_proxy_fence();
+      named_barrier_sync(4 + at.group, 128);
+      const int x = schedule.tile_x * BX + (at.group * WAVES + wave) * 64;
+      const int y = column + part * PIECE_COLUMNS;
+      if (leader) {
+        if (x < p.tokens && y < p.channels) tma_store(&p.output, buffer, y, x);
+        tma_store_commit();
+      }
+      piece = piece + 1 == PIECES ? 0 : piece + 1;
+    }
+  }
+}
+
+DEVICE void write_sums(const Shared& s, const Position& at, const float (&sum)[WAVES][SHARE]) {
+#pragma unroll
+  for (int wave = 0; wave < WAVES; ++wave) {
+#pragma unroll
+    for (int j = 0; j < SHARE_Y / 8; ++j) {
+      const float* v = sum[wave] + 4 * j;
+      const int row = at.row(wave), column = at.column(j);
+      if constexpr (SWAP) {
+        store_shared(s.output() + 4 * (column * TILE_STRIDE + row), v[0]);
+        store_shared(s.output() + 4 * ((column + 1) * TILE_STRIDE + row), v[1]);
+        store_shared(s.output() + 4 * (column * TILE_STRIDE + row + 8), v[2]);
+        store_shared(s.output() + 4 * ((column + 1) * TILE_STRIDE + row + 8), v[3]);
+      } else {
+        store_shared2(s.output() + 4 * (row * TILE_STRIDE + column), v[0], v[1]);
+        store_shared2(s.output() + 4 * ((row + 8) * TILE_STRIDE + column), v[2], v[3]);
+      }
+    }
+  }
+}
+
+DEVICE void store_element(const Params& p, long long index, int channel, float value) {
+  value += load_bias(p, channel);
+#if OUTPUT == 0
+  float* out = static_cast<float*>(p.out) + index;
+  *out = ACCUMULATE ? *out + value : value;
+#else
+  u16* out = static_cast<u16*>(p.out) + index;
+  if (ACCUMULATE) value += Half::unpack(*out);
+  *out = static_cast<u16>(Half::pack(value, 0.f));
+#endif
+}
+
+DEVICE void store_vector(const Params& p, long long index, int channel, float4 v) {
+#if OUTPUT == 0
+  constexpr bool vector = false;
+#else
+  constexpr bool vector = !ACCUMULATE;
+#endif
+  if constexpr (vector) {
+    if (channel + 4 <= p.channels && (p.out_stride % 4) == 0) {
+      uint2 packed;
+      packed.x = Half::pack(v.x + load_bias(p, channel), v.y + load_bias(p, channel + 1));
+      packed.y = Half::pack(v.z + load_bias(p, channel + 2), v.w + load_bias(p, channel + 3));
+      *reinterpret_cast<uint2*>(static_cast<u16*>(p.out) + index) = packed;
+      return;
+    }
+  }
+  if (channel + 0 < p.channels) store_element(p, index + 0, channel + 0, v.x);
+  if (channel + 1 < p.channels) store_element(p, index + 1, channel + 1, v.y);
+  if (channel + 2 < p.channels) store_element(p, index + 2, channel + 2, v.z);
+  if (channel + 3 < p.channels) store_element(p, index + 3, channel + 3, v.w);
+}
+
+// Any output, through a float32 tile in shared memory; `y` is the first column of `sum` on the Y side.
+DEVICE void store_tile(const Params& p, const Shared& s, const Position& at, const Schedule& schedule, int y,
+                       const float (&sum)[WAVES][SHARE]) {
+  named_barrier_sync(3, MATH_THREADS);
+  write_sums(s, at, sum);
+  named_barrier_sync(3, MATH_THREADS);
+  constexpr int vectors = TILE_CHANNELS / 4;
+  const int token0 = SWAP ? y : schedule.tile_x * BX, channel0 = SWAP ? schedule.tile_x * BX : y;
+  for (int i = threadIdx.x; i < TILE_TOKENS * vectors; i += MATH_THREADS) {
+    const int row = i / vectors, column = i % vectors * 4;
+    const int token = token0 + row, channel = channel0 + column;
+    if (token >= p.tokens || channel >= p.channels) continue;
+    const float4 v = load_shared4(s.output() + 4 * (row * TILE_STRIDE + column));
+    store_vector(p, token * p.out_stride + channel, channel, v);
+  }
+}
+
+DEVICE void compute_tiles(const Params& p, const Shared& s, Schedule schedule, u32 rank) {
+  const Position at;
+  Ring ring;
+  int piece = 0;
+  bool first = true;
+  u32 phase = 0;
+  if (ORDERED && at.group == 1) named_barrier_arrive(1, 256);
+  while (schedule.advance()) {
+    float sum[WAVES][ACCUMULATORS];
+#pragma unroll
+    for (int wave = 0; wave < WAVES; ++wave) {
+#pragma unroll
+      for (int i = 0; i < ACCUMULATORS; ++i) sum[wave][i] = 0.f;
+    }
+    const int blocks = schedule.last - schedule.first;
+    if constexpr (TEMPS == 1) {
+      accumulate_one(sum, s, at, ring, blocks, schedule.done());
+    } else {
+      accumulate_two(sum, s, at, ring, blocks);
+    }
+    if (first) wait_for_previous_kernel();  // it may still read what lies where the output goes
+    first = false;
+    if constexpr (STREAM) {
+      if (schedule.first > 0) {
+        hand_over(p, at, sum);
+        continue;
+      }
+      if (schedule.last < schedule.blocks) collect(p, schedule, at, sum);
+    }
+    const int y = schedule.tile_y * BY + static_cast<int>(rank) * (SPLIT > 1 ? SHARE_Y : 0);
+    float own[WAVES][SHARE];
+    if constexpr (SPLIT > 1) {
+      exchange(s, at, rank, sum, own, phase);
+    } else {
+#pragma unroll
+      for (int i = 0; i < WAVES * SHARE; ++i) own[i / SHARE][i % SHARE] = sum[i / SHARE][i % SHARE];
+    }
+    if constexpr (OUTPUT_TMA) {
+      store_pieces(p, s, at, schedule, y, own, piece);
+    } else {
+      store_tile(p, s, at, schedule, y, own);
+    }
+  }
+  if constexpr (SPLIT > 1) barrier_wait(s.sums_read(), phase ^ 1);  // the last arrivals of the others are in
+  if (OUTPUT_TMA && at.warp == 0 && at.lane == 0) tma_store_wait<0>();
+}
+
+// ---- the kernel: math groups first, then the producer group ----
+
+extern "C" __global__ void __launch_bounds__(MATH_THREADS + 128, 1)
+    gemm_fp8_block(const __grid_constant__ Params p) {
+  extern __shared__ __align__(1024) unsigned char memory[];
+  const Shared s{shared_address(memory)};
+  const u32 rank = CLUSTER > 1 ? cluster_rank() : 0;
+  const int warp = uniform(threadIdx.x / 32);
+
+  if (warp == MATH_WARPS && threadIdx.x % 32 == 0) {
+    prefetch_tensor_map(&p.x);
+    prefetch_tensor_map(&p.y);
+    prefetch_tensor_map(&p.token_scale);
+    if (OUTPUT_TMA) prefetch_tensor_map(&p.output);
+    for (int stage = 0; stage < STAGES; ++stage) {
+      barrier_init(s.full(stage), 2);
+      barrier_init(s.empty(stage), MATH_WARPS * MULTICAST);
+    }
+    if constexpr (SPLIT > 1) {
+      barrier_init(s.sums_ready(), 1);
+      barrier_init(s.sums_read(), MATH_WARPS * (SPLIT - 1));
+    }
+    barrier_init_fence();
+  }
+  if constexpr (CLUSTER > 1) {
+    cluster_sync_relaxed();  // the barriers exist before another CTA uses them
+  } else {
+    __syncthreads();
+  }
+  let_next_kernel_start();
+  if (EARLY != 2) wait_for_previous_kernel();
+
+  const Schedule schedule(p, rank);
+  if (warp >= MATH_WARPS) {
+    if constexpr (MATH_GROUPS > 1) registers_decrease<MATH_GROUPS == 2 ? 40 : 32>();
+    if (warp == MATH_WARPS && threadIdx.x % 32 == 0) produce_tiles(p, s, schedule);
+    if (warp == MATH_WARPS + 1) produce_channel_scales(p, s, schedule);
+    __syncwarp();
+  } else {
+    if constexpr (MATH_GROUPS > 1) registers_increase<MATH_GROUPS == 2 ? 232 : 160>();
+    compute_tiles(p, s, schedule, rank);
+  }
+}
