@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
@@ -24,11 +25,13 @@ from quantlab.architecture import meta_model
 from quantlab.baselines import Baseline
 from quantlab.checkpoint import OURS, Source, config_of_quantization
 from quantlab.errors import UsageError, VerificationError
+from quantlab.kinds import text_config
 from quantlab.scheme import did_you_mean
 from quantlab.scoring import Estimate, Logits, Scores, estimate, exponential, head_of, hidden_states, score_window
 from quantlab_calib import data
 
 MOST_WINDOWS = 256
+LENGTH = 1024  # tokens per window where the model's context allows it
 BATCH_TOKENS = 4096
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -104,7 +107,7 @@ def evaluate(
     dataset: str | Sequence[str] = (),
     tasks: Sequence[str] = (),
     windows: int | None = None,
-    length: int = 1024,
+    length: int | None = None,
     device_map: str = "auto",
     dtype: str = "auto",
     min_recovery: float | None = None,
@@ -116,17 +119,20 @@ def evaluate(
     text, dataset  local files and data set names, all taken together; by default the bundled text
     tasks          names of lm-eval tasks (needs the extra "eval"), run on both models with the same settings
     windows        how many, spread evenly over the text; None takes all, at most MOST_WINDOWS
-    length         tokens per window; each starts with the tokenizer's own first tokens (BOS where it has one), and all
-                   tokens but the first are scored
+    length         tokens per window, by default 1024 or the model's context if that is less; each starts with the
+                   tokenizer's own first tokens (BOS where it has one), and all tokens but the first are scored
     dtype          of what is not quantized, for both models; "auto" takes each checkpoint's
     min_recovery   raises VerificationError, after saving, for a recovery below this
 
     Raises UsageError for models, texts and tokenizers that do not fit, VerificationError for logits that are not
     finite.
     """
-    _check_arguments(baseline, text, dtype, length, min_recovery)
+    _check_arguments(baseline, text, device_map, dtype, length, min_recovery)
+    if tasks:
+        lm_tasks.require()
     run = _Run(device_map, dtype, trust_remote_code, progress)
     source = run.open(model)
+    length = _fitting_length(source, length)
     reference = run.open(baseline) if baseline is not None else None
     texts = [*_listed(text), *_listed(dataset)] or ["bundled"]
     parts = run.tokens(source, reference, texts, windows, length)
@@ -278,19 +284,32 @@ class _Run:
                 self.progress(f"{Path(model.name_or_path).name}: {len(tokens)} windows", done, len(tokens))
 
 
-def _check_arguments(baseline: Any, text: Any, dtype: str, length: int, min_recovery: float | None) -> None:
+def _check_arguments(
+    baseline: Any, text: Any, device_map: str, dtype: str, length: int | None, min_recovery: float | None
+) -> None:
     """Raise UsageError for what can be seen without opening a model."""
     for path in _listed(text):
         if path != "bundled" and not Path(path).expanduser().is_file():
             raise UsageError(f"no such file: {path}; give a text or JSONL file (data sets go by --dataset)")
     if dtype not in ("auto", *DTYPES):
         raise UsageError(f"dtype {dtype!r}; {did_you_mean(dtype, ['auto', *DTYPES])}")
-    if length < 2:
+    if not re.fullmatch(r"auto|balanced(_low_0)?|sequential|cpu|cuda(:\d+)?", device_map):
+        raise UsageError(f"device map {device_map!r}; known: auto, balanced, sequential, cpu, cuda, cuda:N.")
+    if length is not None and length < 2:
         raise UsageError(f"windows of {length} tokens: needs 2 at least, the first is context only")
     if min_recovery is not None and not 0 < min_recovery <= 1:
         raise UsageError(f"min_recovery = {min_recovery}: needs a part between 0 and 1, such as 0.99")
     if min_recovery is not None and baseline is None:
         raise UsageError("min_recovery needs a baseline to compare with; give the model that this one was made from")
+
+
+def _fitting_length(source: Source, given: int | None) -> int:
+    """Tokens per window. Positions that a model was not trained for would measure nothing."""
+    context = text_config(source.config).get("max_position_embeddings")
+    most = context if isinstance(context, int) and context > 1 else None
+    if given is not None and most is not None and given > most:
+        raise UsageError(f"windows of {given} tokens: {source.model} has a context of {most}; give --length {most}")
+    return given or min(LENGTH, most or LENGTH)
 
 
 def _listed(given: str | Path | Sequence[str | Path]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,17 @@ METRICS = ("acc_norm", "exact_match", "acc", "f1", "pass@1", "word_perplexity")
 BATCH = 8
 
 
+def require() -> None:
+    """Raise UsageError where lm-eval is missing: before an evaluation, not after it."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UsageError("--tasks needs lm-eval; install it with: pip install 'quantlab-toolkit[eval]'")
+
+
 def run(model: Any, folder: Path, tasks: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Task -> {"metric", "score", "error", "baseline": None}. Raises UsageError where lm-eval or a task is missing."""
-    try:
-        import lm_eval
-        from lm_eval.models.huggingface import HFLM
-    except ImportError:
-        raise UsageError("--tasks needs lm-eval; install it with: pip install 'quantlab-toolkit[eval]'") from None
+    require()
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
     from transformers import AutoTokenizer
 
     names = [name for task in tasks for name in task.split(",") if name]

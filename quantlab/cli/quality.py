@@ -27,7 +27,10 @@ def eval(
     windows: Annotated[
         int | None, Option("--windows", min=1, help="At most this many windows [all].", show_default=False)
     ] = None,
-    length: Annotated[int, Option("--length", min=2, help="Tokens per window.")] = 1024,
+    length: Annotated[
+        int | None,
+        Option("--length", min=2, help="Tokens per window [1024, or the context].", show_default=False),
+    ] = None,
     device_map: Annotated[str, Option("--device-map", help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[str, Option("--dtype", help="Of unquantized weights: auto, float32, bfloat16, float16.")] = "auto",
     min_recovery: Annotated[

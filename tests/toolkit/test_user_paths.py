@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import quantlab
+from quantlab.checkpoint import Source
 from quantlab.errors import PreflightError, UsageError
 from quantlab.summary import sizes
 
@@ -100,3 +102,23 @@ def test_a_bare_parameter_does_not_skip_the_block_it_is_in(model: Path, tmp_path
 def test_sizes_say_which_way():
     assert sizes(1000, 500, str) == "1000 -> 500 (2.00x smaller)"
     assert sizes(500, 1000, str) == "500 -> 1000 (2.00x as large)"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"length": 5000}, "windows of 5000 tokens: .* has a context of 1024; give --length 1024"),
+        ({"device_map": "gpu"}, "device map 'gpu'; known: auto, .*cuda:N"),
+    ],
+    ids=str,
+)
+def test_evaluations_that_cannot_be(options: dict[str, object], message: str):
+    with pytest.raises(UsageError, match=message):
+        quantlab.evaluate(MODEL, windows=1, **options)
+
+
+def test_a_missing_harness_is_told_before_the_work(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.setattr(Source, "open", lambda *_: pytest.fail("work began"))
+    with pytest.raises(UsageError, match=r"--tasks needs lm-eval; install it with: pip install"):
+        quantlab.evaluate(MODEL, tasks=["hellaswag"])
