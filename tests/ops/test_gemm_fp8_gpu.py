@@ -17,6 +17,7 @@ pytestmark = pytest.mark.gpu(sm=80)
 ROOMS = {name: importlib.import_module(f"quantlab_kernels.{name}.op") for name in ("gemm_fp8_block", "gemm_fp8_row")}
 BACKENDS = [(room, name) for room, op in ROOMS.items() for name in op.BACKENDS.names if name != "eager"]
 # A model's shapes and what breaks tiles: one token, ragged M, N off 128 and off 16, one group of K, the longest K.
+OUTPUTS = [(torch.bfloat16, False), (torch.bfloat16, True), (torch.float16, True), (torch.float32, False)]  # with bias
 SHAPES = [(1, 384, 512), (16, 576, 896), (17, 200, 128), (128, 512, 2048), (1000, 768, 1536), (256, 512, 16384)]
 BORDER = 1024
 
@@ -71,7 +72,7 @@ def test_every_element_is_inside_the_bound(room: str, backend: str, kind: str):
     able = 0
     for m, n, k in SHAPES:
         a, a_scale, b, b_scale = operands(room, kind, m, n, k)
-        for out_dtype, with_bias in ((torch.bfloat16, False), (torch.float16, True), (torch.float32, False)):
+        for out_dtype, with_bias in OUTPUTS:
             bias = torch.linspace(-1, 1, n, device="cuda").to(torch.bfloat16) if with_bias else None
             problem = op.problem_of(a, b, bias, out_dtype)
             if op.BACKENDS.reason(backend, problem, question="able"):

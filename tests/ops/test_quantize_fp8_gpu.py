@@ -28,6 +28,7 @@ def same(found, expected) -> bool:
     """Equal bits and layout; of NaN, that both are."""
     strides = found[1].stride() == expected[1].stride()
     codes, scale = (t.cpu() for t in found)
+    expected = tuple(t.cpu() for t in expected)
     equal = codes.view(torch.uint8) == expected[0].view(torch.uint8)
     both_nan = codes.float().isnan() & expected[0].float().isnan()
     scales = (scale == expected[1]) | (scale.isnan() & expected[1].isnan())
@@ -54,6 +55,22 @@ def test_every_float16_value_with_every_kind_of_scale():
     assert same(quantize_fp8_group(x), definition("group", x, None, False))
     assert same(quantize_fp8_token(x), definition("token", x))
     assert same(quantize_fp8_block(x), definition("block", x, None, True))
+
+
+@pytest.mark.parametrize(("dtype", "bits"), [(torch.bfloat16, 7), (torch.float16, 10)])
+def test_every_short_quotient(dtype: torch.dtype, bits: int):
+    """Every mantissa over the scale of every mantissa, 20 binades deep: the two-term reciprocal loses no code.
+
+    Binades only shift the quotient, so a few places for amax stand for all, the ends of bfloat16's range among them.
+    """
+    mantissa = 1 + torch.arange(2**bits, dtype=torch.float64) / 2**bits
+    x = (mantissa * 2.0 ** torch.arange(-20, 1).double()[:, None]).flatten()
+    x = torch.cat([x, x.new_zeros(-len(x) % 127)]).view(1, -1, 127)
+    x = torch.where(x <= mantissa[:, None, None], x, -x / 2)
+    x = torch.cat([mantissa[:, None, None].expand(-1, x.shape[1], 1), x], dim=2).flatten(0, 1)
+    for binade in (0, 100, -100) if dtype == torch.bfloat16 else (0,):
+        rows = (x * 2.0**binade).to(dtype).cuda()
+        assert same(quantize_fp8_group(rows), definition("group", rows)), binade
 
 
 def test_given_scales_saturate():

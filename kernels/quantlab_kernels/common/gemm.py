@@ -16,7 +16,7 @@ class GemmProblem:
 
     m, n, k    extents: tokens, output features, input features
     out_dtype  of the result
-    bias       whether a bias [N] is added
+    bias       dtype of the bias [N] that is added, or None
     sm         compute capability of the GPU, 90 for 9.0
     """
 
@@ -24,7 +24,7 @@ class GemmProblem:
     n: int
     k: int
     out_dtype: torch.dtype = torch.bfloat16
-    bias: bool = False
+    bias: torch.dtype | None = None
     sm: int = 90
 
     @property

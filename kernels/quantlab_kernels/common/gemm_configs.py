@@ -81,17 +81,18 @@ def default(problem: GemmProblem) -> Config:
 def candidates(problem: GemmProblem) -> Iterator[Config]:
     """What a sweep tries: a few dozen, chosen by the side of the roofline that M is on."""
     options: list[Config] = []
+    native = problem.sm >= 89  # else tiles take three times the shared memory
     if problem.m > 64:
         for (bm, bn, warps), stages, group in product(
             ((64, 128, 4), (64, 256, 4), (128, 64, 4), (128, 128, 4), (128, 128, 8), (128, 256, 8), (64, 64, 4)),
-            (3, 4, 5),
+            (3, 4, 5) if native else (2, 3),
             (1, 8, 16),
         ):
             options.append(Config(bm, bn, warps, stages, group))
     else:
         block_m = max(16, 1 << (problem.m - 1).bit_length())
         for bn, stages, split, (swap, warps) in product(
-            (32, 64, 128), (4, 6, 8), (1, 2, 4, 8), ((False, 4), (True, 4), (False, 8))
+            (32, 64, 128), (4, 6, 8) if native else (2, 3), (1, 2, 4, 8), ((False, 4), (True, 4), (False, 8))
         ):
             if not (swap and bn < 64):
                 options.append(Config(block_m, bn, warps, stages, 1, split, swap))

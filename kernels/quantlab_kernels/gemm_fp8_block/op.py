@@ -68,7 +68,9 @@ def check(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, bias: Tensor |
 
 def problem_of(a: Tensor, b: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> GemmProblem:
     """The problem that these operands on a GPU pose."""
-    return GemmProblem(a.shape[0], b.shape[0], a.shape[1], out_dtype, bias is not None, gpu_of(a).sm)
+    return GemmProblem(
+        a.shape[0], b.shape[0], a.shape[1], out_dtype, None if bias is None else bias.dtype, gpu_of(a).sm
+    )
 
 
 def _fake(

@@ -30,10 +30,10 @@ def able(problem: GemmProblem) -> str | None:
         return Mendable(f"torch {torch.__version__} pads the scales wrongly; needs torch 2.10")
     if problem.m % 4:
         return f"needs M in multiples of 4, this is M = {problem.m}"
-    if problem.n % 128 or problem.k % 512:
-        return f"needs N in multiples of 128 and K of 512, this is N = {problem.n}, K = {problem.k}"
-    if problem.out_dtype != torch.bfloat16 or problem.bias:
-        return "writes bfloat16 without a bias"
+    if problem.n % 16 or problem.k % 128:
+        return f"needs N in multiples of 16 and K of 128, this is N = {problem.n}, K = {problem.k}"
+    if problem.bias and not problem.bias == problem.out_dtype == torch.bfloat16:
+        return f"adds a bfloat16 bias to a bfloat16 result only, this is {problem.bias} to {problem.out_dtype}"
     return None
 
 
@@ -44,7 +44,11 @@ def config(problem: GemmProblem) -> None:
 def launch(
     a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, bias: Tensor | None, out: Tensor, config: None
 ) -> None:
-    """out [M, N] bfloat16; bias must be None."""
+    recipe = torch.nn.functional.ScalingType
     groups = b_scale.shape[1]
     padded = torch.nn.functional.pad(b_scale, (0, round_up(groups, 4) - groups))
-    torch._scaled_mm(a, b.t(), a_scale, padded.t()[:groups], out_dtype=torch.bfloat16, out=out)
+    # What `torch.nn.functional.scaled_mm` calls, which has no `out`.
+    torch.ops.aten._scaled_mm_v2.out(
+        a, b.t(), [a_scale], [recipe.BlockWise1x128.value], [], [padded.t()], [recipe.BlockWise128x128.value], [],
+        bias, out.dtype, out=out,
+    )  # fmt: skip

@@ -24,8 +24,8 @@ def able(problem: GemmProblem) -> str | None:
         return f"row-wise scaling needs sm_90 or newer, the GPU is sm_{problem.sm}"
     if problem.n % 16 or problem.k % 16:
         return f"needs N and K in multiples of 16, this is N = {problem.n}, K = {problem.k}"
-    if problem.out_dtype != torch.bfloat16 or problem.bias:
-        return "writes bfloat16 without a bias"
+    if problem.bias and not problem.bias == problem.out_dtype == torch.bfloat16:
+        return f"adds a bfloat16 bias to a bfloat16 result only, this is {problem.bias} to {problem.out_dtype}"
     return None
 
 
@@ -36,5 +36,4 @@ def config(problem: GemmProblem) -> None:
 def launch(
     a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, bias: Tensor | None, out: Tensor, config: None
 ) -> None:
-    """out [M, N] bfloat16; bias must be None."""
-    torch._scaled_mm(a, b.t(), a_scale, b_scale.t(), out_dtype=torch.bfloat16, use_fast_accum=False, out=out)
+    torch._scaled_mm(a, b.t(), a_scale, b_scale.t(), bias=bias, out_dtype=out.dtype, use_fast_accum=False, out=out)

@@ -76,7 +76,8 @@ def _group_kernel(
     else:
         scale = scale_of(largest_magnitude(x, 2, NATIVE), POWER2)
     # A given scale may be anything, so it takes the full division.
-    quotient = divide(x, scale[:, :, None], POWER2 and not GIVEN, NATIVE and not GIVEN)
+    SHORT: tl.constexpr = NATIVE and not GIVEN and x_ptr.dtype.element_ty.primitive_bitwidth == 16
+    quotient = divide(x, scale[:, :, None], POWER2 and not GIVEN, SHORT)
     quotient = tl.reshape(quotient, (ROWS, GROUPS * 128))
     store_codes(codes_ptr + wide_row[:, None] * k + column[None, :], quotient, mask, NATIVE)
     tl.store(scale_ptr + row[:, None] * scale_row + group[None, :].to(tl.int64) * scale_column, scale, mask=scale_mask)
@@ -101,7 +102,8 @@ def _block_kernel(
         scale = tl.load(given_ptr + block_row * given_row + block_column * given_column + tl.arange(0, 1))
     else:
         scale = scale_of(largest_magnitude(largest_magnitude(x, 1, NATIVE)[None, :], 1, NATIVE), POWER2)
-    quotient = divide(x, scale[:, None], POWER2 and not GIVEN, NATIVE and not GIVEN)
+    SHORT: tl.constexpr = NATIVE and not GIVEN and x_ptr.dtype.element_ty.primitive_bitwidth == 16
+    quotient = divide(x, scale[:, None], POWER2 and not GIVEN, SHORT)
     store_codes(codes_ptr + wide_row[:, None] * k + column[None, :], quotient, mask, NATIVE)
     tl.store(scale_ptr + at, scale)
 
@@ -126,10 +128,11 @@ def _token_kernel(
     scale = scale_of(amax, False)
     tl.store(scale_ptr + row, scale, mask=row < m)
     scale = scale[:, None]
-    store_codes(codes_ptr + wide_row * k + column[None, :], divide(x, scale, False, NATIVE), mask, NATIVE)
+    SHORT: tl.constexpr = NATIVE and x_ptr.dtype.element_ty.primitive_bitwidth == 16
+    store_codes(codes_ptr + wide_row * k + column[None, :], divide(x, scale, False, SHORT), mask, NATIVE)
     if LONG:
         for start in range(COLUMNS, k, COLUMNS):
             at = start + column[None, :]
             mask = (row[:, None] < m) & (at < k)
             piece = tl.load(x_ptr + wide_row * x_row + at * x_column, mask=mask, other=0.0).to(tl.float32)
-            store_codes(codes_ptr + wide_row * k + at, divide(piece, scale, False, NATIVE), mask, NATIVE)
+            store_codes(codes_ptr + wide_row * k + at, divide(piece, scale, False, SHORT), mask, NATIVE)
