@@ -121,6 +121,8 @@ def run(
     workers = workers or default_workers(device)
     lanes = _Lanes(reader, device)
     before = torch.get_num_threads()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # what calibration computed is read from other streams now
     try:
         _work(shards, lanes, output, workers, progress)
     finally:

@@ -1,0 +1,152 @@
+"""From one format to the other and back is the identity, bf16 is the dequantized model, and others read it so."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from quantlab.checkpoint import stored_in
+from quantlab.convert import convert
+from quantlab.errors import UsageError
+from quantlab.pipeline import quantize
+from quantlab.scheme import SCHEMES
+from quantlab.verify import verify
+from quantlab_kernels.qtensor import QuantizedTensor
+
+Make = Callable[..., Path]
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "config.json").read_text())
+
+
+@pytest.fixture
+def block(raw_checkpoint: Make, tmp_path: Path) -> Path:
+    quantize(raw_checkpoint(shards=2), "fp8-block", tmp_path / "block", device="cpu")
+    return tmp_path / "block"
+
+
+def test_there_and_back_is_the_identity(block: Path, tmp_path: Path) -> None:
+    convert(block, "compressed-tensors", tmp_path / "ct")
+    convert(tmp_path / "ct", "fp8", tmp_path / "back")
+    assert (tmp_path / "back" / "model.safetensors").read_bytes() == (block / "model.safetensors").read_bytes()
+    assert (tmp_path / "back" / "config.json").read_bytes() == (block / "config.json").read_bytes()
+    assert (tmp_path / "back" / "tokenizer.json").read_bytes() == (block / "tokenizer.json").read_bytes()
+    assert verify(tmp_path / "ct").problems == ()
+    assert verify(tmp_path / "back").problems == ()
+
+
+def test_the_compressed_tensors_form(block: Path, tmp_path: Path) -> None:
+    convert(block, "compressed-tensors", tmp_path / "ct")
+    config = config_of(tmp_path / "ct")["quantization_config"]
+    assert (config["quant_method"], config["format"]) == ("compressed-tensors", "float-quantized")
+    assert config["config_groups"]["group_0"]["weights"]["block_structure"] == [128, 128]
+    assert config["ignore"] == config_of(block)["quantization_config"]["modules_to_not_convert"]
+    before, after = tensors_of(block), tensors_of(tmp_path / "ct")
+    assert {name.replace("weight_scale_inv", "weight_scale") for name in before} == after.keys()
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_bf16_is_the_dequantized_model(scheme: str, raw_checkpoint: Make, tmp_path: Path) -> None:
+    source = raw_checkpoint()
+    quantize(source, scheme, tmp_path / "q", device="cpu")
+    summary = convert(tmp_path / "q", "bf16", tmp_path / "bf16")
+    codes, values = tensors_of(tmp_path / "q"), tensors_of(tmp_path / "bf16")
+    suffix = "_scale_inv" if scheme == "fp8-block" else "_scale"
+    assert values.keys() == tensors_of(source).keys()
+    for name, value in values.items():
+        if name + suffix in codes:
+            quantized = QuantizedTensor(codes[name], codes[name + suffix].float(), SCHEMES[scheme].weight)
+            assert torch.equal(value, quantized.dequantize(torch.bfloat16)), name
+        else:
+            assert torch.equal(value, codes[name]), name
+    assert "quantization_config" not in config_of(tmp_path / "bf16")
+    assert summary.groups["multiplied out"][0] == 14
+    assert summary.bytes_after > summary.bytes_before
+
+
+def test_quantizing_it_again_gives_the_same_codes(block: Path, tmp_path: Path) -> None:
+    """The dequantized values lie on the grid: nothing is rounded a second time."""
+    convert(block, "bf16", tmp_path / "bf16")
+    quantize(tmp_path / "bf16", "fp8-block", tmp_path / "again", device="cpu")
+    before, after = tensors_of(block), tensors_of(tmp_path / "again")
+    for name, codes in before.items():
+        if name + "_scale_inv" in before:
+            first, second = (
+                QuantizedTensor(t[name], t[name + "_scale_inv"], SCHEMES["fp8-block"].weight).dequantize()
+                for t in (before, after)
+            )
+            assert torch.equal(first, second), name
+        else:
+            assert torch.equal(codes, after[name])
+
+
+def test_what_cannot_be_converted(block: Path, raw_checkpoint: Make, tmp_path: Path) -> None:
+    def refused(folder: Path, to: str, message: str) -> None:
+        with pytest.raises(UsageError, match=re.escape(message)):
+            convert(folder, to, tmp_path / "no")
+        assert not (tmp_path / "no").exists()
+
+    refused(block, "fp8", f"{block}: is already in the format fp8")
+    refused(block, "gguf", "unknown format 'gguf'; known: bf16, compressed-tensors, fp8")
+    refused(block, "bf61", "did you mean 'bf16'?")
+    quantize(tmp_path / "model", "fp8-dynamic", tmp_path / "row", device="cpu")
+    refused(tmp_path / "row", "fp8", "has a scale per row; the format fp8 holds blocks, so keep compressed-tensors")
+    refused(tmp_path / "model", "bf16", "is not quantized; `quantlab quantize` makes quantized checkpoints")
+    with pytest.raises(UsageError, match="exists"):
+        convert(block, "bf16", tmp_path / "row")
+
+
+def test_bfloat16_block_scales_of_others_are_widened(block: Path, tmp_path: Path) -> None:
+    """llm-compressor writes block scales in the model's dtype; the fp8 format wants F32."""
+    from safetensors.torch import save_file
+
+    convert(block, "compressed-tensors", tmp_path / "ct")
+    tensors = tensors_of(tmp_path / "ct")
+    halved = {n: t.bfloat16() if n.endswith("weight_scale") else t for n, t in tensors.items()}
+    save_file(halved, tmp_path / "ct" / "model.safetensors", metadata={"format": "pt"})
+    convert(tmp_path / "ct", "fp8", tmp_path / "fp8")
+    before, after = tensors_of(block), tensors_of(tmp_path / "fp8")
+    assert all(torch.equal(tensor.float(), after[name].float()) for name, tensor in before.items())
+    assert all(tensor.dtype == after[name].dtype for name, tensor in before.items())
+
+
+@pytest.mark.parametrize("form", ["fp8-dynamic", "block"])
+def test_compressed_tensors_decompresses_to_our_values(
+    form: str, quantized: Callable[[str, str], Any], tmp_path: Path
+) -> None:
+    """Their library as the oracle: the weights it makes of a checkpoint are those of `convert --to bf16`."""
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationConfig
+
+    from quantlab.checkpoint import quantization_config
+
+    folder = quantized("llama", "fp8-dynamic" if form == "fp8-dynamic" else "fp8-block").folder
+    if form == "block":
+        convert(folder, "compressed-tensors", tmp_path / "ct")
+        folder = tmp_path / "ct"
+    convert(folder, "bf16", tmp_path / "bf16")
+    stored = stored_in(config_of(folder))
+    assert stored is not None
+    scheme = QuantizationConfig.model_validate(quantization_config(stored)).config_groups["group_0"]
+    compressor = BaseCompressor.load_from_registry(stored.layout)
+    tensors, values = tensors_of(folder), tensors_of(tmp_path / "bf16")
+    checked = 0
+    for name, tensor in tensors.items():
+        if name + "_scale" not in tensors:
+            continue
+        theirs = compressor.decompress({"weight": tensor, "weight_scale": tensors[name + "_scale"].bfloat16()}, scheme)
+        assert torch.equal(theirs["weight"].bfloat16(), values[name]), name
+        checked += 1
+    assert checked == 14
