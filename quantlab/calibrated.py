@@ -22,6 +22,7 @@ from torch import Tensor
 from quantlab.architecture import load_targets
 from quantlab.checkpoint import ACTIVATION_SCALES, Source
 from quantlab.errors import PreflightError, UsageError
+from quantlab.kinds import context_length
 from quantlab.lazy import LazyModel
 from quantlab.output import Output
 from quantlab.preflight import Decision, Plan
@@ -149,6 +150,12 @@ def run(
 
 
 def _windows(source: Source, lazy: LazyModel, calibration: Calibration, trust_remote_code: bool) -> Tensor:
+    context = context_length(source.config)
+    if context is not None and calibration.length > context:
+        raise UsageError(
+            f"calibration of {calibration.length} tokens a sequence: {source.model} has a context of {context}; "
+            f"give --calib-length {context}"
+        )
     try:
         tokenizer = data.load_tokenizer(source.folder, trust_remote_code=trust_remote_code)
         windows = data.windows(

@@ -25,7 +25,7 @@ from quantlab.architecture import meta_model
 from quantlab.baselines import Baseline
 from quantlab.checkpoint import OURS, Source, config_of_quantization
 from quantlab.errors import UsageError, VerificationError
-from quantlab.kinds import text_config
+from quantlab.kinds import context_length
 from quantlab.scheme import did_you_mean
 from quantlab.scoring import Estimate, Logits, Scores, estimate, exponential, head_of, hidden_states, score_window
 from quantlab_calib import data
@@ -305,11 +305,12 @@ def _check_arguments(
 
 def _fitting_length(source: Source, given: int | None) -> int:
     """Tokens per window. Positions that a model was not trained for would measure nothing."""
-    context = text_config(source.config).get("max_position_embeddings")
-    most = context if isinstance(context, int) and context > 1 else None
-    if given is not None and most is not None and given > most:
-        raise UsageError(f"windows of {given} tokens: {source.model} has a context of {most}; give --length {most}")
-    return given or min(LENGTH, most or LENGTH)
+    context = context_length(source.config) or LENGTH
+    if given is not None and given > context:
+        raise UsageError(
+            f"windows of {given} tokens: {source.model} has a context of {context}; give --length {context}"
+        )
+    return given or min(LENGTH, context)
 
 
 def _listed(given: str | Path | Sequence[str | Path]) -> list[str]:

@@ -90,6 +90,11 @@ def text_config(config: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
+def context_length(config: dict[str, Any]) -> int | None:
+    """Tokens that the language model was made for, None where its config does not say."""
+    return _number(text_config(config).get("max_position_embeddings"))
+
+
 def _number(value: Any) -> int | None:
     return value if type(value) is int and value > 0 else None
 

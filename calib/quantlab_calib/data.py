@@ -140,12 +140,15 @@ def load_tokenizer(folder: str | Path, *, trust_remote_code: bool = False) -> An
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise DataError(
             f"{folder}: no tokenizer that transformers can read ({reason}); put tokenizer.json beside the weights"
         ) from None
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers makes an empty one where there is no file
+        raise DataError(f"{folder}: its tokenizer has no vocabulary; put tokenizer.json beside the weights")
+    return tokenizer
 
 
 def encode(document: Document, tokenizer: Any) -> list[int]:

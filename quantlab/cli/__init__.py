@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+from importlib import metadata
+from typing import Annotated
 
 import typer
 
@@ -15,9 +17,27 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Quantize the linear and attention layers of Hugging Face models, and run them fast.",
     epilog="Exit codes: 0 ok, 2 usage, 3 refused before work, 4 verification or quality gate failed.",
 )
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        try:
+            print(f"quantlab {metadata.version('quantlab-toolkit')}")
+        except metadata.PackageNotFoundError:
+            print("quantlab, not installed: run from its source")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", is_eager=True, callback=_show_version)
+    ] = False,
+) -> None:
+    """Quantize the linear and attention layers of Hugging Face models, and run them fast."""
+
 
 for group in (checkpoints, quality, kernels, demo):
     for command in group.COMMANDS:

@@ -10,11 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 import quantlab
 from quantlab.checkpoint import Source
+from quantlab.cli import app
 from quantlab.errors import PreflightError, UsageError
+from quantlab.scheme import Calibration
 from quantlab.summary import sizes
+from quantlab_calib.data import DataError, load_tokenizer
 
 MODEL = Path(__file__).parents[2] / "examples" / "tiny-llama"
 
@@ -122,3 +126,22 @@ def test_a_missing_harness_is_told_before_the_work(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(Source, "open", lambda *_: pytest.fail("work began"))
     with pytest.raises(UsageError, match=r"--tasks needs lm-eval; install it with: pip install"):
         quantlab.evaluate(MODEL, tasks=["hellaswag"])
+
+
+def test_calibration_stays_within_the_context(tmp_path: Path):
+    recipe = quantlab.Recipe(calibration=Calibration(length=2000, samples=1))
+    with pytest.raises(UsageError, match=r"2000 tokens a sequence: .* has a context of 1024; give --calib-length 1024"):
+        quantlab.quantize(MODEL, recipe, tmp_path / "out", device="cpu")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_without_vocabulary_is_none(tmp_path: Path):
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(DataError, match=r"its tokenizer has no vocabulary; put tokenizer\.json beside the weights"):
+        load_tokenizer(tmp_path)
+
+
+def test_the_command_tells_its_version():
+    result = CliRunner().invoke(app, ["--version"])
+    assert result.exit_code == 0
+    assert result.stdout.startswith("quantlab")
