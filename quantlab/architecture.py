@@ -27,12 +27,14 @@ class Architecture:
     modules         checkpoint tensor -> path of the module that owns it in transformers' tree
     linear_modules  paths of every `nn.Linear`, tied heads included
     class_name      the model class
+    shapes          checkpoint tensor -> shape that the model has for it, where loading does not change the shape
     """
 
     kinds: dict[str, str]
     modules: dict[str, str]
     linear_modules: frozenset[str]
     class_name: str
+    shapes: dict[str, tuple[int, ...]]
 
 
 def architecture(
@@ -61,7 +63,9 @@ def architecture(
         elif kind == "linear" and (target.rearranged or not should_convert_module(path, float32)):
             kind = "other"
         kinds[name], paths[name] = kind, path
-    return Architecture(kinds, paths, _linear_modules(modules), type(model).__name__)
+    state = model.state_dict()
+    shapes = {name: tuple(state[target.parameter].shape) for name, target in targets.items() if not target.patterns}
+    return Architecture(kinds, paths, _linear_modules(modules), type(model).__name__, shapes)
 
 
 def meta_model(folder: Path, trust_remote_code: bool = False) -> Any:

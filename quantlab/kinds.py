@@ -115,8 +115,8 @@ def kind_of(info: TensorInfo, model: Model) -> str:
         return "embedding"
     if HEAD.match(leaf) and not (leaf == "output" and info.shape[0] != model.vocabulary):
         return "head"
-    if model.vocabulary in info.shape:
-        return "head" if _after_layers(module) else "embedding"
+    if model.vocabulary == info.shape[0] and not re.search(r"\.\d+(\.|$)", module):
+        return "head"  # of an unusual name, but outside the layers and as long as the vocabulary
     if ROUTER.match(leaf) and (not model.experts or info.shape[0] in model.experts | {1}):
         return "router"
     if (model.model_type in TRANSPOSED_MODELS and leaf in TRANSPOSED) or leaf in USED_DIRECTLY or NORM.search(leaf):
@@ -131,10 +131,6 @@ def _leaf(module: str) -> str:
 
 def leaf_of(module: str) -> str:
     return module.rpartition(".")[2]
-
-
-def _after_layers(module: str) -> bool:
-    return not re.search(r"embed|wte|shared", module)
 
 
 def is_mtp(name: str, model: Model) -> bool:

@@ -143,7 +143,8 @@ def plan(source: Source, recipe: Recipe, *, trust_remote_code: bool = False) -> 
     """
     _refuse_quantized(source)
     model = kinds.Model.of(source.config)
-    architecture = _architecture(source, trust_remote_code)
+    architecture, doubts = known_architecture(source, trust_remote_code=trust_remote_code)
+    _check_shapes(source, architecture)
     decisions = [_decide(info, source, recipe, model, architecture) for info in source.tensors.values()]
     _check_patterns(recipe.rules, decisions)
     decisions = _drop_together(decisions)
@@ -156,7 +157,7 @@ def plan(source: Source, recipe: Recipe, *, trust_remote_code: bool = False) -> 
         source.weight_bytes,
         sum(_bytes_after(decision) for decision in decisions),
         largest_tensor_parallel([d for d in decisions if d.scheme], source.config),
-        tuple(_warnings(decisions, source, recipe)),
+        (*doubts, *_warnings(decisions, source, recipe)),
         architecture.class_name if architecture else None,
     )
 
@@ -174,16 +175,32 @@ def _refuse_quantized(source: Source) -> None:
             raise PreflightError(f"{source.model}: is already quantized ({info.name} is {info.dtype}); {advice}")
 
 
-def _architecture(source: Source, trust_remote_code: bool) -> Architecture | None:
-    """What transformers knows, unless its names are not those of this checkpoint."""
+def known_architecture(
+    source: Source, *, trust_remote_code: bool = False
+) -> tuple[Architecture | None, tuple[str, ...]]:
+    """What transformers knows, unless its names are not those of this checkpoint; and why it knows nothing."""
     from quantlab.architecture import architecture
 
     names = [*source.tensors, *fused_experts.probes(source.tensors)]
-    found = architecture(source.folder, names, trust_remote_code=trust_remote_code)
+    try:
+        found = architecture(source.folder, names, trust_remote_code=trust_remote_code)
+    except Exception as error:  # whatever a model's constructor makes of a config that it does not like
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        return None, (f"transformers cannot build this model ({why}); layers are told by names and shapes",)
     if found is None:
-        return None
+        return None, ()
     covered = sum(info.nbytes for name, info in source.tensors.items() if name in found.kinds)
-    return found if covered > source.weight_bytes / 2 else None
+    return (found, ()) if covered > source.weight_bytes / 2 else (None, ())
+
+
+def _check_shapes(source: Source, architecture: Architecture | None) -> None:
+    for name, wanted in (architecture.shapes if architecture else {}).items():
+        info = source.tensors.get(name)
+        if info is not None and len(wanted) > 1 and info.shape != wanted:
+            raise PreflightError(
+                f"{source.model}: {name} has shape {list(info.shape)}, by config.json it has {list(wanted)}; "
+                "weights and config are not of one model"
+            )
 
 
 def _decide(

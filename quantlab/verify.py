@@ -19,6 +19,7 @@ from quantlab.checkpoint import MANIFEST, Source, stored_in
 from quantlab.errors import PreflightError, VerificationError
 from quantlab.loaders import RULES, View
 from quantlab.output import hash_file
+from quantlab.preflight import known_architecture
 
 NAN_CODE = 0x7F  # the one magnitude of E4M3 that is no number
 SHOWN = 20
@@ -76,13 +77,11 @@ def verify_weights(folder: Path) -> list[str]:
 
 
 def _view(folder: Path) -> View:
-    from quantlab.architecture import architecture
-
     source = Source.open(folder)
     stored = stored_in(source.config)
     if stored is None:
         raise VerificationError(f"{folder}: is not quantized (its config.json has no quantization_config)")
-    return View(source, stored, architecture(folder, source.tensors))
+    return View(source, stored, known_architecture(source)[0])
 
 
 def _structure(view: View) -> list[Check]:

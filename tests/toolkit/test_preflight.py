@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -270,6 +272,27 @@ def test_what_engines_do_not_load_stays_even_if_asked_for(raw_checkpoint: Make) 
     made = plan(raw_checkpoint(), Recipe(rules=(Rule("lm_head", "fp8-block"),)))
     assert "lm_head" in made.skip_modules
     assert made.warnings[0].startswith("the recipe wants lm_head as fp8-block, but it stays (output head")
+
+
+def test_weights_and_config_of_two_models(tiny: Callable[[str], Any], tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny("llama").folder, tmp_path / "mixed")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 384}))
+    said = "has shape [128, 256], by config.json it has [128, 384]; weights and config are not of one model"
+    with pytest.raises(PreflightError, match=re.escape(said)):
+        plan(folder)
+
+
+@pytest.mark.parametrize("change", [{"num_attention_heads": 0}, {"hidden_act": "nothing"}, {"hidden_size": "wide"}])
+def test_a_config_that_transformers_cannot_build(
+    change: dict[str, Any], tiny: Callable[[str], Any], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny("llama").folder, tmp_path / "odd")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | change))
+    made = plan(folder)
+    assert len(made.quantized) == 14
+    assert "\n" not in "".join(made.warnings)
 
 
 def test_plan_prints_and_serializes(raw_checkpoint: Make) -> None:
