@@ -10,6 +10,7 @@ the very tensor a norm returned says so, and from then on that norm quantizes it
 
 from __future__ import annotations
 
+import inspect
 import os
 import weakref
 from collections.abc import Callable
@@ -265,6 +266,8 @@ def _fuse_norm(module: nn.Module, mailbox: Mailbox) -> bool:
     if "RMSNorm" not in type(module).__name__ or "forward" in vars(module) or eps is None:
         return False
     if not isinstance(weight, Tensor) or weight.ndim != 1 or weight.is_meta or len(list(module.parameters())) != 1:
+        return False
+    if len(inspect.signature(module.forward).parameters) != 1:  # gated norms of state-space models take a gate as well
         return False
     offset = _norm_offset(module, weight, float(eps))
     if offset is None:

@@ -124,6 +124,24 @@ def test_cross_attention_keeps_its_query_apart():
     assert (joined - plain).norm() < 1e-4 * plain.norm()
 
 
+class GatedRMSNorm(torch.nn.Module):
+    """As state-space models have it: the gate is an argument, required in some and optional in others."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(size))
+        self.eps = 1e-6
+
+    def forward(self, x, gate):
+        return torch.nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps) * torch.sigmoid(gate)
+
+
+def test_gated_norms_are_left_alone(llama):
+    llama.model.gated = GatedRMSNorm(256)
+    assert fuse(llama).norms == 5
+    assert "forward" not in vars(llama.model.gated)
+
+
 def test_state_dict_and_copies_stay_as_they_are(llama):
     before = {name: tensor.clone() for name, tensor in llama.state_dict().items()}
     fuse(llama)
