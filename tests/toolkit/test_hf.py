@@ -25,9 +25,9 @@ ROOT = Path(__file__).parents[2]
 
 
 def python(code: str, *arguments: Any) -> str:
-    """Run code in a fresh interpreter and return what it printed."""
+    """Run code in a fresh interpreter that sees no GPU, and return what it printed."""
     paths = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "calib"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-W", "ignore", "-c", code, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
@@ -335,11 +335,11 @@ def test_another_dtype_holds_for_all_that_is_not_quantized(quantized, name: str,
         assert model(**source.inputs(dtype)).logits.dtype == dtype
 
 
-@pytest.mark.parametrize("scheme", ["fp8-block", "fp8-dynamic"])
-@pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
+@pytest.mark.parametrize(("name", "scheme"), [("llama", "fp8-dynamic"), ("qwen3_moe", "fp8-block")])
 def test_compiled_decoding_with_a_static_cache(quantized, name: str, scheme: str):
     from transformers import StaticCache
 
+    torch._dynamo.reset()
     source = quantized(name, scheme)
     model, ids = quantlab.load(source.folder), source.inputs()["input_ids"]
     with torch.no_grad():
@@ -400,18 +400,27 @@ def test_pipeline(quantized, tmp_path: Path):
 @pytest.mark.parametrize("name", ["llama", "qwen3_moe", "deepseek_v3", "bert"])
 def test_gpu_loads_and_agrees_with_cpu(quantized, name: str, scheme: str):
     source = quantized(name, scheme)
-    on_gpu, on_cpu = quantlab.load(source.folder, device_map="cuda", warmup=True), quantlab.load(source.folder)
+    on_gpu = quantlab.load(source.folder, dtype=torch.float32, device_map="cuda", warmup=True)
+    on_cpu = quantlab.load(source.folder, dtype=torch.float32)
     assert {p.device.type for p in on_gpu.parameters()} == {"cuda"}
-    inputs = source.inputs(torch.bfloat16)
+    layers, seen = dict(on_gpu.named_modules()), {}
+    for path, layer in on_cpu.named_modules():
+        if isinstance(layer, Fp8Linear):
+            layer.register_forward_hook(lambda _, args, out, path=path: seen.update({path: (args[0], out)}))
     with torch.no_grad():
-        found = on_gpu(**{k: v.to("cuda") for k, v in inputs.items()}).logits.float().cpu()
-        expected = on_cpu(**inputs).logits.float()
-    assert ((found - expected).norm() / expected.norm()).item() < 0.05
+        expected = on_cpu(**source.inputs()).logits
+        found = on_gpu(**{k: v.to("cuda") for k, v in source.inputs().items()}).logits.cpu()
+        for path, (x, out) in seen.items():
+            assert ((layers[path](x.to("cuda")).cpu() - out).norm() / out.norm()).item() < 1e-5, path
+    # Layers agree to the last bits, which now and then moves an input of the next one by a code, 2^-4; through two
+    # blocks of random weights that becomes a few percent.
+    assert ((found - expected).norm() / expected.norm()).item() < 0.1
 
 
 @pytest.mark.gpu(sm=80)
 @pytest.mark.parametrize("scheme", ["fp8-block", "fp8-dynamic"])
 @pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
+@pytest.mark.filterwarnings("default::UserWarning")  # inductor warns of choices of its own, and of an empty graph
 def test_gpu_generates_with_a_static_cache(quantized, name: str, scheme: str):
     """`generate` compiles the decoding step, with CUDA graphs where it can."""
     source = quantized(name, scheme)
