@@ -82,10 +82,13 @@ class Source:
         if not isinstance(model, (str, Path)):
             raise UsageError(f"model is a {type(model).__name__}; give the folder or the hub id it was loaded from")
         folder = _locate(str(model), revision)
-        shards, index = _weight_files(folder)
-        config = read_config(folder)
-        tensors = _collect(folder, shards, index)
-        side, left_out = _side_files(folder, shards)
+        try:
+            shards, index = _weight_files(folder)
+            config = read_config(folder)
+            tensors = _collect(folder, shards, index)
+            side, left_out = _side_files(folder, shards)
+        except OSError as error:
+            raise PreflightError(f"{folder}: cannot be read: {error.strerror}") from None
         return cls(str(model), folder, config, tensors, side, left_out)
 
     @property
@@ -114,7 +117,12 @@ def _locate(model: str, revision: str | None) -> Path:
 
 def _download(model: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     ignored = [f"*{suffix}" for suffix in OTHER_WEIGHTS] + [f"{name}/*" for name in OTHER_WEIGHT_FOLDERS]
     try:
@@ -125,12 +133,12 @@ def _download(model: str, revision: str | None) -> Path:
         raise UsageError(f"{model}: gated on the hub; accept its licence there and run `hf auth login`") from None
     except LocalEntryNotFoundError:
         raise UsageError(f"{model}: no such folder, not in the local hub cache, and the hub is out of reach") from None
-    except OSError as error:
-        if type(error).__module__.startswith("huggingface_hub"):
-            raise UsageError(f"{model}: no such folder, and no such model on the hub") from None
-        raise PreflightError(f"{model}: download failed: {_one_line(error)}") from None
+    except RepositoryNotFoundError:
+        raise UsageError(f"{model}: no such folder, and no such model on the hub") from None
     except ValueError as error:  # not a repository name at all
         raise UsageError(f"{model}: no such folder or model: {_one_line(error)}") from None
+    except Exception as error:  # the network fails in many ways, and its libraries name them differently
+        raise PreflightError(f"{model}: download failed: {_one_line(error)}") from None
 
 
 def _one_line(error: BaseException) -> str:
@@ -385,31 +393,53 @@ def stored_in(config: dict[str, Any]) -> Stored | None:
     found = config_of_quantization(config)
     if found is None:
         return None
+    readers = {"fp8": _stored_as_fp8, "compressed-tensors": _stored_as_compressed_tensors}
     method = found.get("quant_method")
-    if method == "fp8" and found.get("weight_block_size"):
-        rows, columns = found["weight_block_size"]
-        skip = found.get("modules_to_not_convert") or found.get("ignored_layers") or []
-        weight = TensorSpec(E4M3, (rows, columns))
-        return Stored("fp8", weight, TensorSpec(E4M3, (1, columns), dynamic=True), tuple(skip))
-    groups = found.get("config_groups")
-    if method == "compressed-tensors" and isinstance(groups, dict) and len(groups) == 1:
-        (group,) = groups.values()
-        weight_spec = _spec_from(group.get("weights"))
-        layout = group.get("format") or found.get("format")
-        if weight_spec is not None and layout == "float-quantized":
-            inputs = _spec_from(group.get("input_activations"))
-            return Stored(layout, weight_spec, inputs, tuple(found.get("ignore") or ()))
-    raise PreflightError(f"quantization_config: {describe_quantization(found)} is a format that quantlab does not read")
+    try:
+        stored = readers[method](found) if isinstance(method, str) and method in readers else None
+    except (TypeError, ValueError, KeyError, AttributeError):  # a field is missing or of another type than it should be
+        raise PreflightError(f"quantization_config: {describe_quantization(found)}: a field is malformed") from None
+    if stored is None:
+        said = describe_quantization(found)
+        raise PreflightError(f"quantization_config: {said} is a format that quantlab does not read")
+    return stored
+
+
+def _stored_as_fp8(found: dict[str, Any]) -> Stored | None:
+    if not found.get("weight_block_size"):
+        return None  # one scale per tensor: readers disagree about its name
+    rows, columns = map(int, found["weight_block_size"])
+    skip = found.get("modules_to_not_convert") or found.get("ignored_layers")
+    weight, inputs = TensorSpec(E4M3, (rows, columns)), TensorSpec(E4M3, (1, columns), dynamic=True)
+    return Stored("fp8", weight, inputs, _names(skip))
+
+
+def _stored_as_compressed_tensors(found: dict[str, Any]) -> Stored | None:
+    groups = list(found["config_groups"].values())
+    layout = groups[0].get("format") or found.get("format")
+    weight = _spec_from(groups[0]["weights"])
+    if len(groups) != 1 or layout != "float-quantized" or weight is None:
+        return None
+    return Stored(layout, weight, _spec_from(groups[0].get("input_activations")), _names(found.get("ignore")))
+
+
+def _names(values: Any) -> tuple[str, ...]:
+    if not all(isinstance(value, str) for value in values or ()):
+        raise TypeError("names of modules are strings")
+    return tuple(values or ())
 
 
 def _spec_from(args: dict[str, Any] | None) -> TensorSpec | None:
     if not args or args.get("type") != "float" or args.get("num_bits") != 8:
         return None
-    blocks = {"tensor": (-1, -1), "channel": (1, -1), "token": (1, -1), "group": (1, args.get("group_size") or -1)}
-    block = tuple(args["block_structure"]) if args.get("block_structure") else blocks.get(args.get("strategy", ""))
-    if block is None:
-        return None
-    return TensorSpec(E4M3, block, dynamic=bool(args.get("dynamic")))
+    rows, columns = {
+        "tensor": lambda: (-1, -1),
+        "channel": lambda: (1, -1),
+        "token": lambda: (1, -1),
+        "group": lambda: (1, args["group_size"]),
+        "block": lambda: args["block_structure"],
+    }[args["strategy"]]()
+    return TensorSpec(E4M3, (int(rows), int(columns)), dynamic=bool(args.get("dynamic")))
 
 
 def config_of_quantization(config: dict[str, Any]) -> dict[str, Any] | None:
@@ -422,6 +452,6 @@ def config_of_quantization(config: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def describe_quantization(found: dict[str, Any]) -> str:
-    method = found.get("quant_method", "unknown method")
+    method = str(found.get("quant_method", "unknown method"))[:40]
     detail = found.get("format") or found.get("fmt") or found.get("bits") or ""
-    return f"{method} {detail}".strip()
+    return " ".join(f"{method} {detail}"[:80].split())

@@ -74,9 +74,9 @@ class Model:
         tied = text.get("tie_word_embeddings", config.get("tie_word_embeddings"))
         return cls(
             model_type=str(config.get("model_type", "")),
-            vocabulary=_number(text.get("vocab_size", config.get("vocab_size"))),
-            experts=frozenset(n for part in (text, config) for key in counts if (n := _number(part.get(key)))),
-            layers=_number(text.get("num_hidden_layers", config.get("num_hidden_layers"))),
+            vocabulary=positive(text.get("vocab_size", config.get("vocab_size"))),
+            experts=frozenset(n for part in (text, config) for key in counts if (n := positive(part.get(key)))),
+            layers=positive(text.get("num_hidden_layers", config.get("num_hidden_layers"))),
             multimodal=text is not config or any(key.endswith(("vision_config", "audio_config")) for key in config),
             tied=bool(tied),
         )
@@ -92,10 +92,11 @@ def text_config(config: dict[str, Any]) -> dict[str, Any]:
 
 def context_length(config: dict[str, Any]) -> int | None:
     """Tokens that the language model was made for, None where its config does not say."""
-    return _number(text_config(config).get("max_position_embeddings"))
+    return positive(text_config(config).get("max_position_embeddings"))
 
 
-def _number(value: Any) -> int | None:
+def positive(value: Any) -> int | None:
+    """A config value if it is a positive integer; configs hold lists, null and strings in the same places."""
     return value if type(value) is int and value > 0 else None
 
 
@@ -137,11 +138,8 @@ def is_mtp(name: str, model: Model) -> bool:
     """Multi-token-prediction layers: named so, or numbered past the last layer of the config (DeepSeek-V3)."""
     if MTP.search(name):
         return True
-    number = re.match(r"(?:\w+\.)?(?:language_model\.)?(?:model\.)?layers\.(\d+)\.", name)
-    return bool(number and model.layers and int(number[1]) >= model.layers and model.model_type not in ENCODER_DECODERS)
-
-
-ENCODER_DECODERS = {"whisper", "bart", "mbart", "t5", "marian", "pegasus", "blenderbot", "m2m_100", "detr", "rt_detr"}
+    number = re.match(r"(?:model\.)?(?:language_model\.)?(?:model\.)?layers\.(\d+)\.", name)
+    return bool(number and model.layers and int(number[1]) >= model.layers)
 
 
 def in_tower(name: str, model: Model) -> bool:

@@ -126,6 +126,7 @@ class Output:
             check_writable(folder, overwrite=overwrite)
             folder.absolute().parent.mkdir(parents=True, exist_ok=True)
             with _locked(folder):
+                _restore(folder)
                 check_writable(folder, overwrite=overwrite)  # another run may have published just before
                 try:
                     yield cls(folder, fingerprint)
@@ -200,7 +201,7 @@ class Output:
             _sync_folder(Path(folder))
         (self.partial / JOURNAL).unlink()
         if self.folder.is_dir() and any(self.folder.iterdir()):  # only with overwrite: see check_writable
-            old = self.folder.with_name(self.folder.name + ".replaced")
+            old = _replaced(self.folder)
             shutil.rmtree(old, ignore_errors=True)
             self.folder.rename(old)
             self.partial.rename(self.folder)
@@ -209,6 +210,16 @@ class Output:
             self.partial.rename(self.folder)
         _sync_folder(self.folder.parent)
         return self.folder
+
+
+def _replaced(folder: Path) -> Path:
+    return folder.absolute().with_name(folder.name + ".replaced")
+
+
+def _restore(folder: Path) -> None:
+    """Undo what a kill between the two renames of an overwriting run has left."""
+    if _replaced(folder).is_dir() and not folder.exists():
+        _replaced(folder).rename(folder)
 
 
 class ShardWriter:
@@ -322,5 +333,8 @@ def _sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems sync files only
+            raise
     finally:
         os.close(descriptor)

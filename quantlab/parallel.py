@@ -23,7 +23,7 @@ def largest_tensor_parallel(quantized: list[Decision], config: dict[str, Any]) -
 
 def _fits(size: int, quantized: list[Decision], config: dict[str, Any]) -> bool:
     text = kinds.text_config(config)
-    heads, kv_heads = text.get("num_attention_heads"), text.get("num_key_value_heads")
+    heads, kv_heads = (kinds.positive(text.get(f"num_{which}_heads")) for which in ("attention", "key_value"))
     if heads and heads % size:
         return False
     if kv_heads and kv_heads % size and size % kv_heads:

@@ -118,7 +118,9 @@ def run(
 ) -> dict[str, float]:
     """Do all jobs, write their shards and the index. Returns seconds by stage, summed over the workers."""
     shards = pack(jobs, shard_bytes or SHARD_BYTES)
-    workers = workers or default_workers(device)
+    workers = default_workers(device) if workers is None else workers
+    if workers < 1:
+        raise UsageError(f"workers = {workers}: needs at least one")
     lanes = _Lanes(reader, device)
     before = torch.get_num_threads()
     if device.type == "cuda":

@@ -10,12 +10,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from quantlab.checkpoint import Source, Stored, quantization_config, stored_in
 from quantlab.errors import PreflightError, QuantlabError, UsageError
+from quantlab.kinds import Model, kind_of
+from quantlab.parallel import largest_tensor_parallel
 from quantlab.pipeline import quantize
 from quantlab.scheme import SCHEMES
+from quantlab.shards import TensorInfo
 
 Make = Callable[..., Path]
 
@@ -41,6 +46,48 @@ def test_no_such_folder(name: str) -> None:
 
 def test_a_name_that_is_neither_here_nor_in_the_cache() -> None:
     refused("someone/some-model", UsageError, "someone/some-model: no such folder, not in the local hub cache, and")
+
+
+def test_a_model_from_the_hub(raw_checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub's folder is used as it is, and weights in other formats are not even downloaded."""
+    asked = {}
+
+    def snapshot_download(name: str, *, revision: str | None, ignore_patterns: list[str]) -> str:
+        asked[name] = (revision, ignore_patterns)
+        return str(folder)
+
+    folder = raw_checkpoint()
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    summary = quantize("someone/some-model", "fp8-block", device="cpu", revision="v2")
+    assert summary.output == "some-model-fp8-block"
+    revision, ignored = asked["someone/some-model"]
+    assert revision == "v2"
+    assert {"*.bin", "*.gguf", "original/*"} <= set(ignored)
+    refused_revision = pytest.raises(UsageError, match="--revision v2 needs a model on the hub, this is a folder")
+    with refused_revision:
+        quantize(folder, "fp8-block", tmp_path / "out", revision="v2")
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "message"),
+    [
+        (RuntimeError("connection\nreset"), PreflightError, "someone/m: download failed: connection reset"),
+        (ValueError("bad name"), UsageError, "someone/m: no such folder or model: bad name"),
+        (
+            OSError(28, "No space left on device"),
+            PreflightError,
+            "someone/m: download failed: [Errno 28] No space left",
+        ),
+    ],
+)
+def test_downloads_that_fail(
+    error: Exception, kind: type[QuantlabError], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def snapshot_download(*_: object, **__: object) -> str:
+        raise error
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    refused("someone/m", kind, message)
 
 
 def test_not_a_model_folder(tmp_path: Path, raw_checkpoint: Make) -> None:
@@ -197,6 +244,63 @@ def test_the_config_says_how_weights_are_stored(scheme: str) -> None:
 def test_a_quantization_that_is_not_read_is_named() -> None:
     with pytest.raises(PreflightError, match="gptq 4 is a format that quantlab does not read"):
         stored_in({"quantization_config": {"quant_method": "gptq", "bits": 4}})
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=8,
+)
+args = st.fixed_dictionaries(
+    {"num_bits": st.just(8), "type": st.just("float")},
+    optional={
+        "strategy": st.sampled_from(["tensor", "channel", "group", "block", "none", 3]),
+        "group_size": json_values,
+        "block_structure": json_values | st.just([128, 128]),
+    },
+)
+quantizations = st.fixed_dictionaries(
+    {"quant_method": st.sampled_from(["fp8", "compressed-tensors", "gptq", None, 3])},
+    optional={
+        "weight_block_size": json_values | st.just([128, 128]),
+        "modules_to_not_convert": json_values,
+        "ignore": json_values,
+        "format": st.just("float-quantized") | json_values,
+        "config_groups": json_values
+        | st.fixed_dictionaries({"g": st.fixed_dictionaries({"weights": args | json_values})}),
+    },
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.fixed_dictionaries({}, optional={"quantization_config": quantizations | json_values, "text_config": json_values})
+)
+def test_any_config_is_read_or_refused_in_one_line(config: dict[str, object]) -> None:
+    try:
+        stored = stored_in(config)
+    except PreflightError as error:
+        said = str(error)
+        assert "\n" not in said
+    else:
+        assert stored is None or all(isinstance(name, str) for name in stored.skip)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.fixed_dictionaries(
+        {},
+        optional=dict.fromkeys(
+            ["text_config", "vocab_size", "num_experts", "num_hidden_layers", "num_attention_heads", "model_type",
+             "num_key_value_heads", "vision_config", "tie_word_embeddings"], json_values,
+        ),
+    )
+)  # fmt: skip
+def test_any_config_can_be_planned_with(config: dict[str, object]) -> None:
+    model = Model.of(config)
+    info = TensorInfo("model.layers.0.mlp.up_proj.weight", "BF16", (128, 128), Path("x"), 0, 32768)
+    assert kind_of(info, model) in ("linear", "head", "expert", "embedding")
+    assert largest_tensor_parallel([], config) >= 1
 
 
 def test_fp8_config_is_what_every_engine_reads() -> None:

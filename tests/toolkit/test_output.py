@@ -90,6 +90,16 @@ def test_overwrite_replaces_in_one_step(raw_checkpoint: Make, tmp_path: Path) ->
     assert names_in(tmp_path) == {"model", "out"}
 
 
+def test_a_kill_between_the_two_renames_of_an_overwrite(raw_checkpoint: Make, tmp_path: Path) -> None:
+    source, out = raw_checkpoint(), tmp_path / "out"
+    run(source, out)
+    before = contents(out)
+    out.rename(tmp_path / "out.replaced")
+    run(source, out, overwrite=True)
+    assert contents(out) == before
+    assert names_in(tmp_path) == {"model", "out"}
+
+
 def test_an_output_inside_the_model(raw_checkpoint: Make) -> None:
     source = raw_checkpoint()
     with pytest.raises(UsageError, match="lies in the model's own folder"):

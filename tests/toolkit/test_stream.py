@@ -178,6 +178,12 @@ def test_devices_that_are_not_there(device: str, raw_checkpoint: Make, tmp_path:
         quantize(raw_checkpoint(), "fp8-block", tmp_path / "out", device=device)
 
 
+def test_no_workers(raw_checkpoint: Make, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="workers = 0: needs at least one"):
+        quantize(raw_checkpoint(), "fp8-block", tmp_path / "out", device="cpu", workers=0)
+    assert not list(tmp_path.glob("out*"))
+
+
 def test_progress_and_summary(raw_checkpoint: Make, tmp_path: Path) -> None:
     seen: list[tuple[str, int, int]] = []
     source = raw_checkpoint()
