@@ -7,6 +7,7 @@ would make KL a lower bound. They lie in the cache folder, ``$QUANTLAB_CACHE``, 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -85,4 +86,5 @@ def write(file: Path, hidden: Tensor) -> None:
         save_file({"hidden": hidden}, temporary)
         temporary.replace(file)
     except (OSError, SafetensorError):
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()

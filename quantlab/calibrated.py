@@ -8,7 +8,9 @@ a file per block, until `stream` comes to the layer.
 from __future__ import annotations
 
 import re
+import shutil
 import tempfile
+import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,7 +49,7 @@ class Statistics:
 
     inputs   weight's name in the checkpoint -> statistics of the layer's input
     notes    what the user should know: layers without data, the way the model was run
-    folder   holds the `Feedback` of each layer; `files` says in which file and under which name
+    folder   holds the `Feedback` of each layer, and goes with this object; `files` says in which file, under which name
     """
 
     plan: Plan
@@ -56,7 +58,10 @@ class Statistics:
     inputs: dict[str, ChannelStatistics] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     files: dict[str, tuple[Path, str]] = field(default_factory=dict)
-    folder: Any = field(default_factory=lambda: tempfile.TemporaryDirectory(prefix="quantlab-calibration-"))
+    folder: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="quantlab-calibration-")))
+
+    def __post_init__(self) -> None:
+        weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
 
     def rounded(self, decision: Decision, weight: Tensor) -> QuantizedTensor | None:
         """A weight, or a band of its rows, quantized for the layer's output; None for a layer that saw too little."""
@@ -117,9 +122,8 @@ def run(
     transformers cannot build, reads no text, or gives activations that are not finite.
     """
     if calibration.activations == "static" and getattr(plan.stored.input, "block", None) != (1, GROUP):
-        raise UsageError(
-            f"activations = 'static' needs scales per group of {GROUP}: use it with fp8-block, not {plan.recipe.scheme}"
-        )
+        scheme = plan.recipe.scheme
+        raise UsageError(f"static activations have a scale per group of {GROUP}; use fp8-block, not {scheme}")
     # on a CPU float32 is faster than bfloat16, and at least as exact
     dtype = torch.float32 if device.type == "cpu" else None
     lazy = LazyModel(source, device, dtype, trust_remote_code=trust_remote_code)
@@ -131,8 +135,9 @@ def run(
     windows = _windows(source, lazy, calibration, trust_remote_code)
     batches = windows.split(max(1, BATCH_TOKENS // calibration.length))
     wanted = _wanted(lazy, plan)
-    reasons: list[str] = []
-    for blocks in dict.fromkeys((find_blocks(lazy.model), None)):  # as a whole where it does not go block by block
+    listed = _blocks(lazy.model)
+    reasons = [] if listed else ["the model ran as a whole (it has no one list of repeated blocks)"]
+    for blocks in dict.fromkeys((listed, None)):
         statistics = Statistics(plan, calibration, windows.numel(), notes=list(reasons))
         try:
             _observe(statistics, lazy, batches, blocks, wanted, progress)
@@ -142,11 +147,21 @@ def run(
             ) from None
         except CaptureError as error:
             lazy.release("")
-            reasons.append(f"the model ran as a whole, not block by block ({error})")
+            reasons.append(f"the model ran as a whole ({error})")
             continue
         _note_unseen(statistics)
         return statistics
     raise PreflightError(f"{source.model}: does not run on text, leave out --calib: {reasons[-1]}")
+
+
+def _blocks(model: Any) -> str | None:
+    """Path of the blocks that text goes through: a model of several modalities has other towers beside them."""
+    decoder = None if model.config.is_encoder_decoder else model.get_decoder()
+    paths = {module: path for path, module in model.named_modules()}
+    if decoder is None or not paths.get(decoder):
+        return find_blocks(model)
+    inner = find_blocks(decoder)
+    return None if inner is None else f"{paths[decoder]}.{inner}"
 
 
 def _windows(source: Source, lazy: LazyModel, calibration: Calibration, trust_remote_code: bool) -> Tensor:
@@ -207,7 +222,7 @@ def _observe(
 
 def _keep(statistics: Statistics, block: Captured, number: int, wanted: dict[str, list[str]]) -> None:
     """Reduce what was seen of one block to statistics, and lay its feedback down in a file."""
-    path = Path(statistics.folder.name) / f"{number:05d}.safetensors"
+    path = statistics.folder / f"{number:05d}.safetensors"
     parts: dict[str, Tensor] = {}
     names: dict[int, str] = {}  # layers that share an observer share its feedback
     for name, observer in block.inputs.items():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -22,7 +24,11 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     if marker is None:
         return
     needed = marker.kwargs.get("sm", 80)
-    present = 10 * torch.cuda.get_device_capability()[0] + torch.cuda.get_device_capability()[1] if torch.cuda.is_available() else 0
+    present = (
+        10 * torch.cuda.get_device_capability()[0] + torch.cuda.get_device_capability()[1]
+        if torch.cuda.is_available()
+        else 0
+    )
     if present < needed:
         found = f"found sm_{present}" if present else "no CUDA device"
         pytest.skip(f"needs sm_{needed}, {found}")
@@ -41,3 +47,24 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
 def device() -> torch.device:
     """The GPU where there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(scope="session")
+def character_tokenizer() -> Callable[..., Any]:
+    """A tokenizer with a token per printable character, 98 in all; BOS in front and a chat template if asked for."""
+
+    def make(*, bos: bool = False, chat_template: str | None = None) -> Any:
+        from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
+        from transformers import PreTrainedTokenizerFast
+
+        characters = ["<pad>", "<s>", "</s>", "\n", *map(chr, range(32, 126))]
+        model = models.WordLevel({c: i for i, c in enumerate(characters)}, unk_token=" ")
+        tokenizer = Tokenizer(model)
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("[\\s\\S]"), "isolated")
+        tokenizer.add_special_tokens(["<pad>", "<s>", "</s>"])
+        if bos:
+            tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+        special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": " "}
+        return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=chat_template, **special)
+
+    return make

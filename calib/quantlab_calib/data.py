@@ -41,7 +41,7 @@ def bundled(purpose: Purpose) -> str:
 def documents(source: str, purpose: Purpose) -> Iterator[Document]:
     """The documents of `source`, one by one, in order.
 
-    source  "bundled"; a text file (one document); a .jsonl or .json-lines file (a document per line, under one of
+    source  "bundled"; a text file (one document); a .jsonl or .ndjson file (a document per line, under one of
             `COLUMNS`); a folder that `datasets` reads; or "name[:config[:split]]" of a data set. Without a split,
             calibration takes train and evaluation takes test where the data set has them.
     Raises DataError for a file that is missing, empty or binary, for lines and rows without a document, and for a data
@@ -53,7 +53,7 @@ def documents(source: str, purpose: Purpose) -> Iterator[Document]:
     if path.is_file():
         return _jsonl(path) if path.suffix in (".jsonl", ".ndjson") else iter([_text(path)])
     file_like = path.suffix in (".txt", ".md", ".jsonl", ".ndjson", ".json") or source.startswith((".", "/", "~"))
-    if file_like and not path.is_dir():
+    if file_like and not Path(source.partition(":")[0]).expanduser().is_dir():
         raise DataError(f"no such file: {source}; give a text or JSONL file, a data set's name, or 'bundled'")
     return _dataset(source, purpose)
 

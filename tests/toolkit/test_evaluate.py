@@ -1,0 +1,251 @@
+"""`evaluate` from end to end: what it measures, keeps, saves and refuses."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from quantlab import baselines, hf, lm_tasks
+from quantlab.errors import UsageError, VerificationError
+from quantlab.evaluate import evaluate
+from quantlab.pipeline import quantize
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("QUANTLAB_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("".join(f"{i * i} is the square of {i}. " for i in range(200)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def llama(tiny, character_tokenizer, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "llama"
+    shutil.copytree(tiny("llama").folder, folder)
+    character_tokenizer(bos=True).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made(llama, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("quantized") / "llama-fp8-block"
+    quantize(llama, "fp8-block", folder, device="cpu", workers=1)
+    return folder
+
+
+@pytest.fixture
+def copy(llama, tmp_path):
+    """A copy of the model that a test may damage."""
+    shutil.copytree(llama, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def measure(model, text, **settings):
+    return evaluate(model, text=text, **{"windows": 6, "length": 32} | settings)
+
+
+def test_a_model_against_itself_loses_nothing(llama, text):
+    found = measure(llama, text, baseline=llama)
+    assert (found.kl.value, found.top1.value, found.perplexity_ratio.value, found.recovery) == (0, 1, 1, 1)
+    assert found.kl.error == found.perplexity_ratio.error == 0
+    assert found.perplexity == found.baseline_perplexity
+
+
+def test_perplexity_is_that_of_the_model_itself(llama, text):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from quantlab_calib import data
+
+    found = measure(llama, text, dtype="float32")
+    model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
+    tokens = data.windows(str(text), AutoTokenizer.from_pretrained(llama), "evaluation", count=6, length=32)
+    assert (tokens[:, 0] == 1).all()  # BOS
+    with torch.no_grad():
+        losses = [model(input_ids=w[None], labels=w[None]).loss.item() for w in tokens]
+    assert found.perplexity.value == pytest.approx(math.exp(sum(losses) / 6), rel=1e-4)
+    assert found.windows["nll"] == pytest.approx(losses, rel=1e-4)
+    assert found.kl is None
+    assert found.recovery is None
+    assert found.settings["tokens_scored"] == 6 * 31
+
+
+def test_quantization_costs_a_little_and_the_result_is_saved(llama, made, text):
+    found = measure(made, text, baseline=llama)
+    assert 0 < found.kl.value < 0.05
+    assert 0.5 < found.top1.value < 1
+    assert found.recovery == pytest.approx(1 / found.perplexity_ratio.value)
+    ratio = found.perplexity.value / found.baseline_perplexity.value
+    assert found.perplexity_ratio.value == pytest.approx(ratio, rel=1e-5)
+    saved = json.loads((made / "quantlab/eval.json").read_text())
+    assert saved == json.loads(json.dumps(found.to_dict()))
+    settings = saved["settings"]
+    assert settings["texts"] == {str(text): 6}
+    assert settings["baseline_dtype"] == settings["dtype"] == "bfloat16"
+    assert set(settings["versions"]) == {"quantlab", "torch", "transformers", "python"}
+    assert len(saved["windows"]["kl"]) == 6
+    ((title, header, rows),) = found.tables()
+    assert "6 windows of 32 tokens, bfloat16 on cpu" in title
+    assert header == ("measure", "value", "standard error")
+    assert [row[0] for row in rows][-1] == "recovery"
+
+
+def test_the_baseline_runs_once(llama, made, text, monkeypatch, cache):
+    first = measure(made, text, baseline=llama)
+    loaded = []
+    load = hf.load
+    monkeypatch.setattr(hf, "load", lambda folder, **kw: loaded.append(folder) or load(folder, **kw))
+    second = measure(made, text, baseline=llama)
+    assert loaded == [made]
+    assert (first.kl, first.windows) == (second.kl, second.windows)
+    assert not first.settings["baseline_from_cache"]
+    assert second.settings["baseline_from_cache"]
+    (file,) = (cache / "baselines").iterdir()
+    file.write_bytes(file.read_bytes()[:100])
+    assert measure(made, text, baseline=llama).kl == first.kl
+    assert loaded == [made, llama, made]
+
+
+def test_what_is_kept_belongs_to_one_content(llama, copy, text):
+    measure(llama, text, baseline=llama)
+    weights = load_file(copy / "model.safetensors")
+    weights["model.norm.weight"] *= 2
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    assert not measure(llama, text, baseline=copy).settings["baseline_from_cache"]
+    assert not measure(llama, text, baseline=llama, dtype="float32").settings["baseline_from_cache"]
+    assert not measure(llama, text, baseline=llama, windows=5).settings["baseline_from_cache"]
+    assert measure(llama, text, baseline=llama).settings["baseline_from_cache"]
+
+
+def test_a_cache_that_cannot_be_written_costs_nothing_else(tmp_path):
+    (tmp_path / "file").write_text("")
+    baselines.write(tmp_path / "file" / "x.safetensors", torch.zeros(1, 1, 1))
+    assert baselines.read(tmp_path / "absent.safetensors", torch.zeros(1, 2)) is None
+
+
+def test_several_texts_share_the_windows(llama, text, tmp_path):
+    (tmp_path / "other.txt").write_text("words of another kind, " * 50)
+    found = measure(llama, [text, tmp_path / "other.txt"])
+    assert found.settings["texts"] == {str(text): 3, str(tmp_path / "other.txt"): 3}
+
+
+def test_a_gate_fails_after_the_result_is_saved(llama, made, copy, text):
+    (made / "quantlab/eval.json").unlink(missing_ok=True)
+    measure(made, text, baseline=llama, min_recovery=0.5)
+    assert (made / "quantlab/eval.json").is_file()
+    weights = load_file(copy / "model.safetensors")
+    weights["lm_head.weight"] *= 100  # sure of itself and wrong
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    (copy / "quantlab").mkdir()
+    with pytest.raises(
+        VerificationError, match=r"recovery 0\.\d+ is below the required 0\.99; leave sensitive"
+    ) as error:
+        measure(copy, text, baseline=llama, min_recovery=0.99)
+    assert error.value.exit_code == 4
+    assert json.loads((copy / "quantlab/eval.json").read_text())["recovery"] < 0.99
+
+
+def test_nan_weights_are_reported_not_averaged(copy, text):
+    weights = load_file(copy / "model.safetensors")
+    weights["model.norm.weight"][3] = math.nan
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(VerificationError, match="logits of the model are not finite"):
+        measure(copy, text)
+
+
+def test_tokenizers_and_vocabularies_must_agree(llama, copy, text, character_tokenizer):
+    character_tokenizer(bos=False).save_pretrained(copy)
+    with pytest.raises(
+        UsageError, match="have different tokenizers; the baseline is the model that the other was made"
+    ):
+        measure(llama, text, baseline=copy)
+    character_tokenizer(bos=True).save_pretrained(copy)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"vocab_size": 60}))
+    with pytest.raises(UsageError, match="have vocabularies of 128 and 60 tokens"):
+        measure(llama, text, baseline=copy)
+    with pytest.raises(UsageError, match=r"its tokenizer gives token \d+, its vocabulary has 60"):
+        measure(copy, text)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"text": "absent.txt"}, "no such file: absent.txt; give a text or JSONL file"),
+        ({"dtype": "float23"}, "dtype 'float23'; known: auto, bfloat16, float16, float32; did you mean 'float32'?"),
+        ({"length": 1}, "windows of 1 tokens: needs 2 at least"),
+        ({"windows": 5000}, "155000 needed for 5000 x 32; give more text, or fewer or shorter windows"),
+        ({"min_recovery": 0.9}, "min_recovery needs a baseline"),
+        ({"min_recovery": 99.0, "baseline": "x"}, "min_recovery = 99.0: needs a part between 0 and 1"),
+        ({"tasks": ["arc_easy"]}, "--tasks needs lm-eval; install it with: pip install 'quantlab-toolkit[eval]'"),
+    ],
+)
+def test_settings_that_do_not_fit(llama, text, settings, message, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(UsageError) as error:
+        evaluate(llama, **{"text": text, "windows": 6, "length": 32} | settings)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["bert", "t5", "vit"])
+def test_models_without_a_next_token_are_refused_before_they_are_loaded(tiny, text, name, monkeypatch):
+    monkeypatch.setattr(hf, "load", lambda *_, **__: pytest.fail("loaded"))
+    with pytest.raises(UsageError, match="does not predict the next token"):
+        measure(tiny(name).folder, text)
+
+
+def test_no_tokenizer_and_a_quantized_baseline(llama, made, copy, text):
+    for file in copy.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(UsageError, match=r"tokenizer.json beside the weights"):
+        measure(copy, text)
+    with pytest.raises(UsageError, match="the baseline is itself quantized; give the original model"):
+        measure(llama, text, baseline=made)
+
+
+def test_lm_eval_tasks_on_both_models(llama, made, text, monkeypatch):
+    calls = []
+
+    def simple_evaluate(model, tasks):
+        calls.append((model.settings["batch_size"], tuple(tasks)))
+        score = 0.5 if len(calls) == 2 else 0.45
+        return {
+            "results": {"arc": {"alias": "arc", "acc,none": 0.1, "acc_norm,none": score, "acc_norm_stderr,none": 0.02}}
+        }
+
+    class HFLM:
+        def __init__(self, **settings):
+            self.settings = settings
+
+    for name in ("lm_eval", "lm_eval.models", "lm_eval.models.huggingface"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    sys.modules["lm_eval"].__spec__ = object()
+    sys.modules["lm_eval"].simple_evaluate = simple_evaluate
+    sys.modules["lm_eval.models.huggingface"].HFLM = HFLM
+    found = measure(made, text, baseline=llama, tasks=["arc"])
+    assert found.tasks == {"arc": {"metric": "acc_norm", "score": 0.45, "error": 0.02, "baseline": 0.5}}
+    assert calls[0] == calls[1]
+    assert found.recovery == pytest.approx(0.9)
+    assert found.tables()[1][2] == [("arc", "acc_norm", "0.4500", "0.0200", "0.5000")]
+
+
+def test_recovery_of_tasks_leaves_out_what_has_no_ratio():
+    def task(score, baseline, metric="acc"):
+        return {"score": score, "baseline": baseline, "metric": metric, "error": None}
+
+    assert lm_tasks.recovery({}) is None
+    assert lm_tasks.recovery({"a": task(0.4, 0.5), "b": task(0.5, 0.0), "c": task(0.6, 0.5)}) == pytest.approx(1.0)
+    assert lm_tasks.recovery({"a": task(9.0, 3.0, "word_perplexity")}) is None
