@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -93,6 +98,16 @@ def test_traces_whole_with_dynamic_rows():
     for m in (4, 7):
         x = torch.randn(m, 256)
         assert torch.equal(compiled(x)[1], quantize_fp8_group(x * 2)[1])
+
+
+def test_cpus_need_no_triton():
+    code = (
+        "import sys; sys.modules['triton'] = None; import torch, quantlab_kernels as q;"
+        "x = torch.randn(4, 256); q.gemm_fp8_block(*q.quantize_fp8_group(x), *q.quantize_fp8_block(x));"
+        "q.gemm_fp8_row(*q.quantize_fp8_token(x), *q.quantize_fp8_token(x)); assert not torch.cuda.is_initialized()"
+    )
+    search = str(Path(__file__).parents[2] / "kernels")
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": search})
 
 
 @pytest.mark.parametrize("granularity", OPS)
