@@ -121,12 +121,11 @@ def _row(room: str, case: Case, times: dict[str, Timing], absent: dict[str, str]
 def check(room: str) -> None:
     """Run the room's tests. Raises RuntimeError when one fails or when they are not there."""
     root = PACKAGE.parent.parent
-    files = sorted((root / "tests" / "ops").glob(f"test_{room}*.py"))
-    if room.startswith("gemm_fp8"):
-        files += sorted((root / "tests" / "ops").glob("test_gemm_fp8_gpu.py"))
+    shared = "gemm_fp8" if room.startswith("gemm_fp8") else room  # both FP8 GEMMs have the same tests
+    files = sorted((root / "tests" / "ops").glob(f"test_{shared}*.py"))
     if not files:
         raise RuntimeError(f"the tests of {room} are not beside the package; benchmark from a checkout")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", *map(str, files)]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "--require-gpu", *map(str, files)]
     search = os.pathsep.join(str(root / part) for part in (".", "kernels", "calib"))
     done = subprocess.run(command, cwd=root, env=os.environ | {"PYTHONPATH": search}, capture_output=True, text=True)
     if done.returncode:
