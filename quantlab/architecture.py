@@ -142,11 +142,14 @@ def keeps_rows_together(converter: Any) -> bool:
 
 
 def _heads(model: Any, modules: dict[str, Any]) -> set[str]:
-    """Paths of the output layer and of the modules whose weights are tied to others."""
+    """Paths of the output layer and of the modules whose weights are tied to others. Models for speech recognition
+    call theirs by no other way than its name."""
     output = model.get_output_embeddings()
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     paths = {name.rpartition(".")[0] for pair in tied.items() for name in pair}
-    return paths | {path for path, module in modules.items() if module is output}
+    return paths | {
+        path for path, module in modules.items() if module is output or path.rpartition(".")[2] == "lm_head"
+    }
 
 
 def _linear_modules(modules: dict[str, Any]) -> frozenset[str]:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import Wav2Vec2Config, Wav2Vec2ForCTC
 from typer.testing import CliRunner
 
 import quantlab
@@ -145,3 +146,12 @@ def test_the_command_tells_its_version():
     result = CliRunner().invoke(app, ["--version"])
     assert result.exit_code == 0
     assert result.stdout.startswith("quantlab")
+
+
+def test_the_head_of_a_speech_model_stays(tmp_path: Path):
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1, "num_attention_heads": 2}
+    convolutions = {"conv_dim": (128,), "conv_stride": (5,), "conv_kernel": (10,), "num_conv_pos_embedding_groups": 4}
+    config = Wav2Vec2Config(vocab_size=32, num_conv_pos_embeddings=16, **sizes, **convolutions)
+    Wav2Vec2ForCTC(config).to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    summary = quantlab.quantize(tmp_path / "model", "fp8-dynamic", tmp_path / "out", device="cpu")
+    assert any(reason.startswith("output head") for reason in summary.groups)
