@@ -126,10 +126,14 @@ class KeepsQuantized(HfQuantizer):
         names = tensor_dtypes(files, self.scale_name)
         if not names:
             return "it is not in safetensors files"
-        weights = [n for n in names if n.endswith(".weight") and names.get(self._scale_of(n)) is not None]
-        targets = load_targets(model, weights)
+        found = load_targets(model, [name for name in names if name.endswith(".weight")])
+        targets = {name: target for name, target in found.items() if self._scale_of(name) in names}
+        quantized = {target.parameter for target in targets.values()}
         modules = dict(model.named_modules(remove_duplicate=False))
         swaps: dict[nn.Module, nn.Module] = {}
+        for name, target in found.items():
+            if name not in targets and target.parameter in quantized:
+                return f"{name}: has no scale, others of the same parameter do"
         for name, target in targets.items():
             module = modules[target.parameter.rpartition(".")[0]]
             scale_dtype = SCALE_DTYPES.get(names[self._scale_of(name)])

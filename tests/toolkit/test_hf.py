@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 import quantlab
@@ -369,6 +370,27 @@ def test_experts_save_per_expert_names(quantized, tmp_path: Path):
     assert not any("gate_up_proj" in name for name in saved)
 
 
+def test_experts_that_are_quantized_in_part_are_handed_over(quantized, tmp_path: Path, caplog):
+    source = quantized("qwen3_moe", "fp8-block")
+    folder = copy(source, tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.experts.2.up_proj.weight"
+    tensors[name] = tensors[name].to(torch.bfloat16) * tensors.pop(f"{name}_scale_inv").to(torch.bfloat16)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(RuntimeError, match="conversion of the weights"):  # nor does transformers know what to do
+        quantlab.load(folder)
+    assert f"{name}: has no scale, others of the same parameter do" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["llama", "deepseek_v3"])
+def test_the_body_of_a_model_loads_alone(quantized, name: str):
+    source = quantized(name, "fp8-block")
+    body = transformers.AutoModel.from_pretrained(source.folder)
+    whole, ids = quantlab.load(source.folder), source.inputs()["input_ids"]
+    with torch.no_grad():
+        assert torch.equal(body(ids).last_hidden_state, whole.model(ids).last_hidden_state)
+
+
 def test_shards_of_a_saved_model_load_again(quantized, tmp_path: Path):
     source = quantized("qwen3_moe", "fp8-block")
     model = quantlab.load(source.folder)
@@ -388,11 +410,15 @@ def test_pipeline(quantized, tmp_path: Path):
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", pad_token="w0").save_pretrained(folder)
-    generate = quantlab.pipeline("text-generation", folder)
-    assert isinstance(generate, TextGenerationPipeline)
-    assert count(generate.model) == 14
-    (out,) = generate("w3 w4 w5", max_new_tokens=2, do_sample=False)
-    assert out["generated_text"].startswith("w3 w4 w5w")
+    texts = []
+    for make in (quantlab.pipeline, transformers.pipeline):
+        generate = make("text-generation", str(folder))
+        assert isinstance(generate, TextGenerationPipeline)
+        assert count(generate.model) == 14
+        (out,) = generate("w3 w4 w5", max_new_tokens=2, do_sample=False)
+        texts.append(out["generated_text"])
+    assert texts[0] == texts[1]
+    assert texts[0].startswith("w3 w4 w5w")
 
 
 @pytest.mark.gpu(sm=80)
