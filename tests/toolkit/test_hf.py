@@ -452,6 +452,9 @@ def test_gpu_generates_with_a_static_cache(quantized, name: str, scheme: str):
     source = quantized(name, scheme)
     model = quantlab.load(source.folder, device_map="cuda")
     ids = source.inputs()["input_ids"].to("cuda")
-    plain = model.generate(ids, max_new_tokens=8, do_sample=False)
-    static = model.generate(ids, max_new_tokens=8, do_sample=False, cache_implementation="static")
-    assert (plain == static).float().mean() > 0.9
+    options = {"max_new_tokens": 4, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    plain = model.generate(ids, **options)
+    static = model.generate(ids, cache_implementation="static", **options)
+    assert torch.equal(plain.sequences[:, :9], static.sequences[:, :9])
+    # The second token comes from the compiled step; what inductor fuses it does not round to 16 bits in between.
+    assert ((plain.logits[1] - static.logits[1]).norm() / plain.logits[1].norm()).item() < 0.1
