@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -53,6 +53,11 @@ class View:
                 found[module_of(name)] = kind
         return found
 
+    def path_of(self, module: str) -> str:
+        """The module's path in transformers."""
+        known = self.architecture.modules if self.architecture else {}
+        return known.get(module + WEIGHT, module)
+
     def scheme_of(self, module: str) -> str | None:
         """ "quantized", "plain", or None for a module that has no weight here."""
         return "quantized" if module in self.quantized else "plain" if module + WEIGHT in self.source.tensors else None
@@ -85,26 +90,44 @@ def _scales_have_weights(view: View) -> Iterator[str]:
             yield f"{module}: has a scale, but its weight is {found.dtype if found else 'missing'}"
 
 
+class SkipList:
+    """Which modules a skip list matches, by the most generous of transformers' readings.
+
+    5.17 takes a listed name as the beginning of a path, whatever follows; 5.23 up to a dot; both also as its end, and
+    both as a regular expression.
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        names = [name.removeprefix("re:") for name in names]
+        self._plain = {name for name in names if re.fullmatch(r"[\w.-]+", name)}
+        patterns = [f"(?:{name})" for name in names if name not in self._plain]
+        self._pattern = re.compile("|".join(patterns) or "(?!)")
+
+    def matches(self, module: str) -> bool:
+        cuts = range(1, len(module) + 1)
+        return (
+            any(module[:cut] in self._plain or module[-cut:] in self._plain for cut in cuts)
+            or self._pattern.match(module) is not None
+        )
+
+
 def _skips_no_quantized(view: View) -> Iterator[str]:
-    """5.17 takes a listed name as the beginning of a path, whatever follows; 5.23 up to a dot; both also as its end."""
-    prefix = re.compile("|".join(f"(?:{name.removeprefix('re:')})" for name in view.stored.skip) or "(?!)")
-    suffixes = tuple(view.stored.skip)
+    skip = SkipList(view.stored.skip)
     for module in view.quantized:
-        if prefix.match(module) or module.endswith(suffixes or ("\0",)):
+        if skip.matches(module) or skip.matches(view.path_of(module)):
             yield f"{module}: is quantized, but the skip list matches it"
 
 
 def _skips_all_plain(view: View) -> Iterator[str]:
-    listed = re.compile("|".join(f"(?:{name.removeprefix('re:')})" for name in view.stored.skip) or "(?!)")
+    skip = SkipList(view.stored.skip)
     modules = dict.fromkeys(view.plain)
     if view.architecture:
-        path_of = view.architecture.modules
-        modules = dict.fromkeys(path_of[m + WEIGHT] for m in view.plain if m + WEIGHT in path_of)
-        quantized = {path_of.get(module + WEIGHT) for module in view.quantized}
-        modules |= dict.fromkeys(sorted(view.architecture.linear_modules - quantized))
-        modules = dict.fromkeys(m for m in modules if m in view.architecture.linear_modules)
+        linear = view.architecture.linear_modules
+        quantized = {view.path_of(module) for module in view.quantized}
+        modules = dict.fromkeys(path for path in map(view.path_of, view.plain) if path in linear)
+        modules |= dict.fromkeys(sorted(linear - quantized))
     for module in modules:
-        if not listed.match(module) and not module.endswith(tuple(view.stored.skip) or ("\0",)):
+        if not skip.matches(module):
             yield f"{module}: is a 16-bit linear layer, but the skip list does not name it"
 
 
@@ -119,8 +142,9 @@ def _whole_blocks(view: View) -> Iterator[str]:
 def _exact_names(view: View) -> Iterator[str]:
     if any(name.startswith("re:") for name in view.stored.skip):
         return
+    listed = set(view.stored.skip)
     for module, kind in view.plain.items():
-        if kind in ("linear", "expert") and module not in view.stored.skip:
+        if kind in ("linear", "expert") and module not in listed:
             yield f"{module}: is a 16-bit layer, but not in the skip list under its full name"
 
 
@@ -209,3 +233,10 @@ RULES = (
         lambda view: _merged_whole_blocks(view, but_last=False),
     ),
 )
+
+
+def broken_rules(view: View) -> Iterator[str]:
+    """One line for everything that a loader would stumble over."""
+    for rule in RULES:
+        for problem in rule.broken(view):
+            yield f"{problem} ({rule.reader}: {rule.says})"

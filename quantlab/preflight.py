@@ -22,6 +22,7 @@ from quantlab.checkpoint import (
     slots,
 )
 from quantlab.errors import PreflightError, UsageError
+from quantlab.loaders import SkipList, View, broken_rules
 from quantlab.parallel import largest_tensor_parallel
 from quantlab.scheme import Recipe, Rule, Scheme, did_you_mean, scheme_named
 from quantlab.shards import TensorInfo
@@ -148,12 +149,15 @@ def plan(source: Source, recipe: Recipe, *, trust_remote_code: bool = False) -> 
     decisions = [_decide(info, source, recipe, model, architecture) for info in source.tensors.values()]
     _check_patterns(recipe.rules, decisions)
     decisions = _drop_together(decisions)
+    decisions = _drop_what_skip_lists_confuse(decisions, model, architecture)
     _check_coverage(decisions, source)
+    skip = _skip_modules(decisions, model, architecture)
+    _check_rules(source, decisions, skip, architecture)
     return Plan(
         source,
         recipe,
         tuple(decisions),
-        _skip_modules(decisions, model, architecture),
+        skip,
         source.weight_bytes,
         sum(_bytes_after(decision) for decision in decisions),
         largest_tensor_parallel([d for d in decisions if d.scheme], source.config),
@@ -281,16 +285,51 @@ def _drop_together(decisions: list[Decision]) -> list[Decision]:
     """Layers that engines fuse have one scheme: where one member stays in 16 bits, all do."""
     groups: dict[tuple[str, ...] | str, list[Decision]] = defaultdict(list)
     for decision in decisions:
-        if decision.kind in ("linear", "expert") and len(decision.info.shape) in (2, 3):
+        if decision.kind in ("linear", "expert", "other") and len(decision.info.shape) in (2, 3):
             groups[kinds.experts_of(decision.module) or kinds.fused_group(decision.module)].append(decision)
     dropped: dict[str, Decision] = {}
     for members in groups.values():
         stays = next((d for d in members if d.scheme is None), None)
         if stays is None or all(d.scheme is None for d in members):
             continue
-        reason = f"fused by engines with {kinds.leaf_of(stays.module)}, which stays ({stays.reason})"
+        reason = (
+            f"fused by engines with {kinds.leaf_of(stays.module)}, which stays ({stays.reason or 'no known reason'})"
+        )
         dropped |= {d.tensor: d.left(reason) for d in members if d.scheme is not None}
     return [dropped.get(d.tensor, d) for d in decisions]
+
+
+def _drop_what_skip_lists_confuse(
+    decisions: list[Decision], model: kinds.Model, architecture: Architecture | None
+) -> list[Decision]:
+    """Readers take a skipped name also as a beginning or an end of names: `mlp.gate` would skip `mlp.gate_proj`."""
+    paths = architecture.modules if architecture else {}
+    while True:
+        skip = SkipList(_skip_modules(decisions, model, architecture))
+        confused = {
+            d.tensor
+            for d in decisions
+            if d.scheme
+            and any(skip.matches(name) for name in (paths.get(d.tensor, d.module), *(m for m, _ in d.parts)))
+        }
+        if not confused:
+            return decisions
+        reason = "name begins or ends like that of a layer that stays: skip lists cannot tell them apart"
+        decisions = _drop_together([d.left(reason) if d.tensor in confused else d for d in decisions])
+
+
+def _check_rules(
+    source: Source, decisions: list[Decision], skip: tuple[str, ...], architecture: Architecture | None
+) -> None:
+    """What would be written has to pass the rules of all loaders; the same ones that `verify` uses afterwards."""
+    tensors = {d.tensor: d.info for d in decisions if d.scheme is None}
+    stored = Stored.of(next(d.scheme for d in decisions if d.scheme), skip)
+    for part_name, part in (part for d in decisions for part in d.parts):
+        for slot in slots(part_name, part.shape, part.dtype, stored):
+            tensors[slot.name] = TensorInfo(slot.name, slot.dtype, slot.shape, part.shard, 0, 0)
+    problem = next(broken_rules(View(replace(source, tensors=tensors), stored, architecture)), None)
+    if problem:
+        raise PreflightError(f"{source.model}: the result would not load everywhere: {problem}; leave it with --ignore")
 
 
 def _check_coverage(decisions: list[Decision], source: Source) -> None:

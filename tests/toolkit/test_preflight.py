@@ -274,6 +274,17 @@ def test_what_engines_do_not_load_stays_even_if_asked_for(raw_checkpoint: Make) 
     assert made.warnings[0].startswith("the recipe wants lm_head as fp8-block, but it stays (output head")
 
 
+@pytest.mark.parametrize("stays", ["l.mlp.gate", "proj"])
+def test_names_that_skip_lists_confuse_stay_together(stays: str, raw_checkpoint: Make) -> None:
+    """transformers 5.17 takes `l.mlp.gate` for the beginning of `l.mlp.gate_proj`, any version `proj` for an end."""
+    other = {"l.mlp.gate": "l.mlp.gate_proj", "proj": "l.attn.proj"}[stays]
+    names = {f"{stays}.weight": (100, 256), f"{other}.weight": (256, 256), "l.attn.qkv.weight": (256, 256)}
+    made = plan(raw_checkpoint(weights(**names)))
+    assert reasons(made)[other].startswith("name begins or ends like that of a layer that stays")
+    assert {d.module for d in made.quantized} == {"l.attn.qkv"}
+    assert set(made.skip_modules) == {stays, other}
+
+
 def test_weights_and_config_of_two_models(tiny: Callable[[str], Any], tmp_path: Path) -> None:
     folder = shutil.copytree(tiny("llama").folder, tmp_path / "mixed")
     config = json.loads((folder / "config.json").read_text())
