@@ -7,6 +7,7 @@ same baseline does not run it at all. Two models side by side would need the mem
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import platform
@@ -259,6 +260,7 @@ class _Run:
         cached = hidden is not None
         if hidden is None:
             hidden = torch.cat([part[:, :-1].cpu() for _, part in self._hidden_states(self.load(source), tokens)])
+            gc.collect()  # a model that accelerate has spread holds itself in cycles, and the next one needs its place
             baselines.write(file, hidden)
         return Baseline(source, hidden, cached, self.trust_remote_code)
 
