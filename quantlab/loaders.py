@@ -101,12 +101,13 @@ class SkipList:
         names = [name.removeprefix("re:") for name in names]
         self._plain = {name for name in names if re.fullmatch(r"[\w.-]+", name)}
         patterns = [f"(?:{name})" for name in names if name not in self._plain]
+        self._lengths = sorted({len(name) for name in self._plain})
         self._pattern = re.compile("|".join(patterns) or "(?!)")
 
     def matches(self, module: str) -> bool:
-        cuts = range(1, len(module) + 1)
+        plain = self._plain
         return (
-            any(module[:cut] in self._plain or module[-cut:] in self._plain for cut in cuts)
+            any(module[:length] in plain or module[-length:] in plain for length in self._lengths)
             or self._pattern.match(module) is not None
         )
 
