@@ -5,6 +5,7 @@ anybody else's makes `quantlab_kernels.gemm_fp8_block` the function and never th
 on top of torch and touches no CUDA; backends (triton, compilers) load at their first launch.
 """
 
+from quantlab_kernels.aot import warmup
 from quantlab_kernels.gemm_fp8_block.op import gemm_fp8_block
 from quantlab_kernels.gemm_fp8_row.op import gemm_fp8_row
 from quantlab_kernels.quantize_fp8.op import quantize_fp8_block, quantize_fp8_group, quantize_fp8_token
@@ -19,4 +20,5 @@ __all__ = [
     "quantize_fp8_token",
     "rmsnorm_quantize",
     "swiglu_quantize",
+    "warmup",
 ]

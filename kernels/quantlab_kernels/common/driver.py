@@ -20,7 +20,7 @@ _CAPTURE_RELAXED = 2  # CUstreamCaptureMode
 _INVALID_CONTEXT = 201
 
 UINT8, FLOAT16, FLOAT32, BFLOAT16 = 0, 6, 7, 9  # CUtensorMapDataType
-NO_SWIZZLE, SWIZZLE_64, SWIZZLE_128 = 0, 2, 3  # CUtensorMapSwizzle
+NO_SWIZZLE, SWIZZLE_32, SWIZZLE_64, SWIZZLE_128 = 0, 1, 2, 3  # CUtensorMapSwizzle
 _PROMOTE_256 = 3  # CUtensorMapL2promotion
 
 
@@ -100,7 +100,7 @@ class Kernel:
     def __init__(self, code: bytes, name: str) -> None:
         self._code = code  # the driver may read it lazily
         library, self._handle = ctypes.c_void_p(), ctypes.c_void_p()
-        with _relaxed_capture():
+        with _RelaxedCapture():
             check(
                 driver().cuLibraryLoadData(ctypes.byref(library), code, None, None, 0, None, None, 0),
                 "cuLibraryLoadData",
@@ -154,7 +154,7 @@ class Kernel:
         self._shared[device] = size
 
 
-class _relaxed_capture:
+class _RelaxedCapture:
     """Loading code is allowed while this thread captures a CUDA graph."""
 
     def __enter__(self) -> None:

@@ -26,7 +26,7 @@ _MAGIC = b"quantlab cubin 1\n"
 _SERIALIZED = re.compile(r"C75(10|14)|[Pp]otential [Pp]erformance [Ll]oss")
 
 
-class CompilerMissing(ModuleNotFoundError):
+class CompilerMissingError(ModuleNotFoundError):
     """No NVRTC in this installation. `name` says what is missing, as for any module that does not import."""
 
     def __init__(self, tried: str) -> None:
@@ -76,8 +76,8 @@ class Source:
 def cubin(source: Source) -> bytes:
     """Machine code of the source, from the disk cache or freshly compiled.
 
-    Raises CompilerMissing without NVRTC, CompileError when the source does not compile. A cache that cannot be written
-    costs the time of a compilation in each process and nothing else.
+    Raises CompilerMissingError without NVRTC, CompileError when the source does not compile. A cache that cannot be
+    written costs the time of a compilation in each process and nothing else.
     """
     path = cache_folder() / f"{source.name}-{source.key(compiler_version())}.cubin"
     code = _read(path)
@@ -123,19 +123,19 @@ def _write(path: Path, code: bytes) -> None:
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """NVRTC of torch's CUDA version. Raises CompilerMissing."""
+    """NVRTC of torch's CUDA version. Raises CompilerMissingError."""
     if torch.version.cuda is None:
         tried = "this torch was built without CUDA"
         override = os.environ.get("QUANTLAB_NVRTC")
         if not override:
-            raise CompilerMissing(tried)
+            raise CompilerMissingError(tried)
         return _open(override)
     name = f"libnvrtc.so.{torch.version.cuda.split('.')[0]}"
     candidates = [os.environ["QUANTLAB_NVRTC"]] if os.environ.get("QUANTLAB_NVRTC") else [*_wheel_libraries(name), name]
     for candidate in candidates:
         with contextlib.suppress(OSError):
             return _open(candidate)
-    raise CompilerMissing(f"tried {', '.join(candidates)}")
+    raise CompilerMissingError(f"tried {', '.join(candidates)}")
 
 
 def _open(path: str) -> ctypes.CDLL:

@@ -10,17 +10,17 @@
 //
 // Compiled once per configuration, with these macros:
 //   MATH_GROUPS   math warpgroups, each with WAVES blocks of 64 rows of X;   BX = 64 * WAVES * MATH_GROUPS
-//   BY            rows of Y in a tile, a multiple of 8 (of 32 for OUTPUT_TMA)
+//   BY            rows of Y in a tile, a multiple of 8 (of 16 for OUTPUT_TMA)
 //   STAGES        length of the ring
 //   CLUSTER_X/Y   CTAs of a cluster along X, which share the tile of Y by multicast / along Y, sharing X
 //   SPLIT         CTAs of a cluster along K; their sums are added in a fixed order through distributed shared memory
-//   STREAM        1: the last waves of tiles are cut along K into equal shares for all CTAs, see `Schedule`
+//   TAIL          more than 1: the tiles of the last, incomplete wave are cut along K into at most so many parts
 //   TEMPS         1, or 2 temporary accumulators: then block k is promoted under the MMA of block k + 1
 //   ORDERED       1, 2: the two math groups take turns with the tensor cores, so that one promotes while the other
 //                 multiplies, see `take_turn`; 0: no turns
 //   OUTPUT        0 float32, 1 bfloat16, 2 float16;  BIAS 0 none, else 1 + the same;  ACCUMULATE 0 or 1
 //   OUTPUT_TMA    1: 16-bit tiles leave through PIECES buffers per group and the copy engine; 0: through a float32 tile
-//   EARLY         the launch may overlap the end of the kernel before: 1 waits for it first, 2 loads weights meanwhile
+//   SHARED        bytes of dynamic shared memory that the launch provides
 //   SWAP, GROUP   GROUP: tiles of X that are walked together for the sake of the L2 cache
 #include "sm90.cuh"
 #include "wgmma.cuh"
@@ -32,7 +32,7 @@ constexpr int MATH_WARPS = 4 * MATH_GROUPS;
 constexpr int MULTICAST = CLUSTER_X * CLUSTER_Y;
 constexpr int CLUSTER = MULTICAST * SPLIT;
 static_assert(SPLIT == 1 || MULTICAST == 1, "a cluster shares tiles or splits K");
-static_assert(STREAM == 0 || CLUSTER == 1, "ranges of K belong to single CTAs");
+static_assert(TAIL == 1 || (CLUSTER == 1 && ORDERED == 0), "the parts of a tile belong to single CTAs");
 static_assert(WAVES == 1 || TEMPS == 1, "two temporary accumulators need one wave");
 static_assert(BY / 8 % SPLIT == 0, "the CTAs that split K share out the columns of the tile in eights");
 
@@ -53,8 +53,8 @@ constexpr int SHARE = ACCUMULATORS / SPLIT;  // of those, the ones that this CTA
 constexpr int SHARE_Y = BY / SPLIT;          // their columns
 constexpr int RECEIVED_BYTES = (SPLIT - 1) * WAVES * SHARE * 4 * MATH_THREADS;
 
-// Output through the copy engine: pieces of 64 rows by 64 (or 32) columns.
-constexpr int PIECE_COLUMNS = SHARE_Y % 64 == 0 ? 64 : 32;
+// Output through the copy engine: pieces of 64 rows by 64 (32, 16) columns, swizzled over 128 (64, 32) bytes.
+constexpr int PIECE_COLUMNS = SHARE_Y % 64 == 0 ? 64 : SHARE_Y % 32 == 0 ? 32 : 16;
 constexpr int PIECE_BYTES = 64 * PIECE_COLUMNS * 2;
 // Output through a float32 tile: [tokens][channels]; the padding spreads a fragment over the banks.
 constexpr int TILE_TOKENS = SWAP ? SHARE_Y : BX;
@@ -70,9 +70,7 @@ constexpr int TOKEN_SCALE_STRIDE = round_up(TOKEN_SCALE_BYTES, 128);
 constexpr int OFFSET_CHANNEL_SCALE = OFFSET_TOKEN_SCALE + STAGES * TOKEN_SCALE_STRIDE;
 constexpr int OFFSET_BARRIERS = OFFSET_CHANNEL_SCALE + round_up(STAGES * SPANS * 4, 8);
 constexpr int SHARED_BYTES = OFFSET_BARRIERS + 8 * (2 * STAGES + 2);
-#ifdef SHARED_LIMIT
-static_assert(SHARED_BYTES <= SHARED_LIMIT, "the tiles do not fit into shared memory");
-#endif
+static_assert(SHARED_BYTES == SHARED, "the host allocates what is laid out here");
 
 struct Params {
   TensorMap x, y, token_scale, output;
@@ -80,19 +78,21 @@ struct Params {
   const void* bias;      // [N]
   void* out;             // [M, N], rows out_stride elements apart
   long long out_stride;
-  float* partials;  // STREAM: a tile of every CTA
-  u32* flags;       // STREAM: one of every math group of every CTA; 0 between launches
+  float* partials;  // TAIL: a tile of every CTA
+  u32* flags;       // TAIL: one of every math group of every CTA; 0 between launches
   int tokens, channels, blocks;  // M, N, K / 128
+  int prefetch;                  // 1: weights may be loaded while the kernel before this one still runs
 };
 
 // What every role walks through in the same order: the tiles of this cluster, and the range of K of this CTA.
 //
-// STREAM: whole waves of tiles first. The K blocks of the tiles that remain, one to two waves of them, are laid end to
-// end and cut into one equal range for each CTA, so that none idles. Who has a tile's first block owns the tile; the
-// others, always with the first piece of their range, hand their sums over (see `hand_over`, `collect`).
+// TAIL: whole waves of tiles first. The tiles that remain are fewer than the CTAs; each is cut along K into `parts` equal
+// ranges for as many CTAs. The one with the first range owns the tile, the others hand their sums over to it. (Cutting
+// all work into ranges of equal length, "stream-K", balances better still and is slower: CTAs then stand at different
+// places of K, and the L2 cache no longer serves one CTA with what another one has fetched.)
 struct Schedule {
   int count_x, count_y, blocks, next, step, whole, rank_x, rank_y, first, last;
-  int unit, unit_end;
+  int rest, parts;
   int tile_x, tile_y;
 
   DEVICE explicit Schedule(const Params& p, u32 rank) {
@@ -103,43 +103,36 @@ struct Schedule {
     next = blockIdx.x / CLUSTER;
     step = gridDim.x / CLUSTER;
     whole = count_x * count_y;
+    rest = 0;
     rank_x = CLUSTER_X > 1 ? rank % CLUSTER_X : 0;
     rank_y = CLUSTER_Y > 1 ? rank / CLUSTER_X : 0;
     first = SPLIT > 1 ? p.blocks * static_cast<int>(rank) / SPLIT : 0;
     last = SPLIT > 1 ? p.blocks * (static_cast<int>(rank) + 1) / SPLIT : p.blocks;
-    if constexpr (STREAM) {
-      if (whole % step != 0) whole = max(whole / step - 1, 0) * step;
-      unit = range_end(blockIdx.x - 1);
-      unit_end = range_end(blockIdx.x);
+    if constexpr (TAIL > 1) {
+      rest = whole % step;
+      parts = rest > 0 ? min(min(step / rest, TAIL), blocks / 4) : 0;
+      if (parts < 2) rest = 0;
+      whole -= rest;
     }
-  }
-
-  // Where the range of a CTA ends, in K blocks after the whole waves.
-  DEVICE int range_end(int cta) const {
-    const long long total = static_cast<long long>(count_x * count_y - whole) * blocks;
-    return static_cast<int>(total * (cta + 1) / step);
   }
 
   DEVICE bool advance() {
-    if (next < whole) {
-      place(next);
-      next += step;
-      return true;
-    }
-    if constexpr (STREAM) {
-      if (unit < unit_end) {
-        const int tile = unit / blocks;
-        place(whole + tile);
-        first = unit - tile * blocks;
-        last = min(blocks, first + unit_end - unit);
-        unit += last - first;
-        return true;
-      }
-    }
-    return false;
+    if (next >= whole) return false;
+    place(next);
+    next += step;
+    return true;
   }
 
-  DEVICE bool done() const { return next >= whole && (!STREAM || unit >= unit_end); }
+  // After the last whole tile: this CTA's part of one that remains.
+  DEVICE bool advance_part() {
+    const int index = next - whole;  // all tiles' first parts, then all second ones
+    if (TAIL == 1 || index >= rest * parts) return false;
+    const int part = index / rest;
+    place(whole + index - part * rest);
+    first = blocks * part / parts;
+    last = blocks * (part + 1) / parts;
+    return true;
+  }
 
   // Tiles go in bands of GROUP along X, and within a band along X first.
   DEVICE void place(int tile) {
@@ -250,24 +243,26 @@ DEVICE void load_tokens(const Params& p, const Shared& s, const Schedule& schedu
   }
 }
 
+DEVICE void load_tile(const Params& p, const Shared& s, const Schedule& schedule, Ring& ring, int block) {
+  for (; block < schedule.last; ++block, ring.advance()) {
+    barrier_wait(s.empty(ring.stage), ring.phase ^ 1);
+    load_weights(p, s, schedule, ring.stage, block);
+    load_tokens(p, s, schedule, ring.stage, block);
+  }
+}
+
 DEVICE void produce_tiles(const Params& p, const Shared& s, Schedule schedule) {
   Ring ring;
-  bool first = true;
-  while (schedule.advance()) {
-    int block = schedule.first;
-    if (first) {
-      // The weights do not come from the kernel before this one: fill the ring with them before waiting for it.
-      const int ahead = EARLY == 2 ? min(STAGES, schedule.last - block) : 0;
-      for (int i = 0; i < ahead; ++i) load_weights(p, s, schedule, i, block + i);
-      wait_for_previous_kernel();
-      for (int i = 0; i < ahead; ++i, ++block, ring.advance()) load_tokens(p, s, schedule, ring.stage, block);
-      first = false;
-    }
-    for (; block < schedule.last; ++block, ring.advance()) {
-      barrier_wait(s.empty(ring.stage), ring.phase ^ 1);
-      load_weights(p, s, schedule, ring.stage, block);
-      load_tokens(p, s, schedule, ring.stage, block);
-    }
+  if (!schedule.advance() && !schedule.advance_part()) return;
+  // The weights do not come from the kernel before this one: fill the ring with them before waiting for it.
+  const int ahead = p.prefetch ? min(STAGES, schedule.last - schedule.first) : 0;
+  for (int i = 0; i < ahead; ++i) load_weights(p, s, schedule, i, schedule.first + i);
+  wait_for_previous_kernel();
+  for (int i = 0; i < ahead; ++i, ring.advance()) load_tokens(p, s, schedule, i, schedule.first + i);
+  load_tile(p, s, schedule, ring, schedule.first + ahead);
+  while (schedule.advance()) load_tile(p, s, schedule, ring, schedule.first);
+  if (TAIL > 1 && schedule.whole > blockIdx.x && schedule.advance_part()) {
+    load_tile(p, s, schedule, ring, schedule.first);
   }
   // A CTA must outlive what the others of its cluster still send it: their last arrivals.
   if constexpr (MULTICAST > 1) {
@@ -277,31 +272,34 @@ DEVICE void produce_tiles(const Params& p, const Shared& s, Schedule schedule) {
 
 // ---- scales of b: one warp; 32 blocks of K are fetched at once and handed out stage by stage ----
 
-DEVICE void produce_channel_scales(const Params& p, const Shared& s, Schedule schedule) {
+DEVICE void load_channel_scales(const Params& p, const Shared& s, const Schedule& schedule, Ring& ring) {
   const int lane = threadIdx.x % 32, rows = (p.channels + 127) / 128;
-  Ring ring;
-  while (schedule.advance()) {
-    const int channel = SWAP ? schedule.tile_x * BX : schedule.tile_y * BY;
-    float scale[SPANS];
-    for (int block = schedule.first; block < schedule.last; ++block, ring.advance()) {
-      const int within = (block - schedule.first) % 32;
-      if (within == 0) {
-#pragma unroll
-        for (int i = 0; i < SPANS; ++i) {
-          const int row = (channel + i * SPAN) / 128;
-          const bool inside = row < rows && block + lane < schedule.last;
-          scale[i] = inside ? __ldg(p.b_scale + static_cast<long long>(row) * p.blocks + block + lane) : 0.f;
-        }
-      }
-      barrier_wait(s.empty(ring.stage), ring.phase ^ 1);
+  const int channel = SWAP ? schedule.tile_x * BX : schedule.tile_y * BY;
+  float scale[SPANS];
+  for (int block = schedule.first; block < schedule.last; ++block, ring.advance()) {
+    const int within = (block - schedule.first) % 32;
+    if (within == 0) {
 #pragma unroll
       for (int i = 0; i < SPANS; ++i) {
-        const float value = __shfl_sync(0xffffffff, scale[i], within);
-        if (lane == 0) store_shared(s.channel_scale(ring.stage) + 4 * i, value);
+        const int row = (channel + i * SPAN) / 128;
+        const bool inside = row < rows && block + lane < schedule.last;
+        scale[i] = inside ? __ldg(p.b_scale + static_cast<long long>(row) * p.blocks + block + lane) : 0.f;
       }
-      if (lane == 0) barrier_arrive(s.full(ring.stage));
     }
+    barrier_wait(s.empty(ring.stage), ring.phase ^ 1);
+#pragma unroll
+    for (int i = 0; i < SPANS; ++i) {
+      const float value = __shfl_sync(0xffffffff, scale[i], within);
+      if (lane == 0) store_shared(s.channel_scale(ring.stage) + 4 * i, value);
+    }
+    if (lane == 0) barrier_arrive(s.full(ring.stage));
   }
+}
+
+DEVICE void produce_channel_scales(const Params& p, const Shared& s, Schedule schedule) {
+  Ring ring;
+  while (schedule.advance()) load_channel_scales(p, s, schedule, ring);
+  if (schedule.advance_part()) load_channel_scales(p, s, schedule, ring);
 }
 
 // ---- math ----
@@ -546,7 +544,7 @@ DEVICE void exchange(const Shared& s, const Position& at, u32 rank, const float 
   phase ^= 1;
 }
 
-// STREAM: the sums of a tile that another CTA owns go to global memory, register by register.
+// TAIL: the sums of a tile that another CTA owns go to global memory, register by register.
 DEVICE void hand_over(const Params& p, const Position& at, const float (&sum)[WAVES][ACCUMULATORS]) {
   float4* place = reinterpret_cast<float4*>(p.partials) + blockIdx.x * (BX * BY / 4) + threadIdx.x;
 #pragma unroll
@@ -559,11 +557,10 @@ DEVICE void hand_over(const Params& p, const Position& at, const float (&sum)[WA
   if (threadIdx.x % 128 == 0) flag_set(p.flags + blockIdx.x * MATH_GROUPS + at.group);
 }
 
-// STREAM: the owner of a tile adds what the next CTAs computed of it, in their order.
+// TAIL: the owner of a tile adds the parts that other CTAs computed, in their order.
 DEVICE void collect(const Params& p, const Schedule& schedule, const Position& at, float (&sum)[WAVES][ACCUMULATORS]) {
-  const int tile_end = schedule.unit_end - schedule.last + schedule.blocks;
-  for (int cta = blockIdx.x + 1; schedule.range_end(cta - 1) < tile_end; ++cta) {
-    if (schedule.range_end(cta) == schedule.range_end(cta - 1)) continue;  // more CTAs than K blocks
+  for (int part = 1; part < schedule.parts; ++part) {
+    const int cta = blockIdx.x + part * schedule.rest;
     if (threadIdx.x % 128 == 0) flag_take(p.flags + cta * MATH_GROUPS + at.group);
     named_barrier_sync(4 + at.group, 128);
     const float4* place = reinterpret_cast<const float4*>(p.partials) + cta * (BX * BY / 4) + threadIdx.x;
@@ -585,7 +582,7 @@ DEVICE void store_pieces(const Params& p, const Shared& s, const Position& at, c
                          const float (&sum)[WAVES][SHARE], int& piece) {
   constexpr int chunks = PIECE_COLUMNS / 8, pieces = SHARE_Y / PIECE_COLUMNS;
   const int row = at.warp * 16 + at.lane % 16;
-  const u32 swizzle = PIECE_COLUMNS == 64 ? at.lane % 8 : at.lane / 2 % 4;
+  const u32 swizzle = PIECE_COLUMNS == 64 ? at.lane % 8 : PIECE_COLUMNS == 32 ? at.lane / 2 % 4 : at.lane / 4 % 2;
   const bool leader = at.warp == 0 && at.lane == 0;
 #pragma unroll
   for (int wave = 0; wave < WAVES; ++wave) {
@@ -693,47 +690,68 @@ DEVICE void store_tile(const Params& p, const Shared& s, const Position& at, con
   }
 }
 
+DEVICE void compute_sums(const Shared& s, const Position& at, const Schedule& schedule, Ring& ring, bool last_tile,
+                         float (&sum)[WAVES][ACCUMULATORS]) {
+#pragma unroll
+  for (int i = 0; i < WAVES * ACCUMULATORS; ++i) sum[i / ACCUMULATORS][i % ACCUMULATORS] = 0.f;
+  const int blocks = schedule.last - schedule.first;
+  if constexpr (TEMPS == 1) {
+    accumulate_one(sum, s, at, ring, blocks, last_tile);
+  } else {
+    accumulate_two(sum, s, at, ring, blocks);
+  }
+}
+
+// Without SPLIT a CTA's share is everything; the compiler makes this a renaming.
+DEVICE void take_all(const float (&sum)[WAVES][ACCUMULATORS], float (&own)[WAVES][SHARE]) {
+#pragma unroll
+  for (int i = 0; i < WAVES * SHARE; ++i) own[i / SHARE][i % SHARE] = sum[i / SHARE][i % SHARE];
+}
+
+DEVICE void store_sums(const Params& p, const Shared& s, const Position& at, const Schedule& schedule, u32 rank,
+                       const float (&sum)[WAVES][SHARE], int& piece) {
+  const int y = schedule.tile_y * BY + (SPLIT > 1 ? static_cast<int>(rank) * SHARE_Y : 0);
+  if constexpr (OUTPUT_TMA) {
+    store_pieces(p, s, at, schedule, y, sum, piece);
+  } else {
+    store_tile(p, s, at, schedule, y, sum);
+  }
+}
+
 DEVICE void compute_tiles(const Params& p, const Shared& s, Schedule schedule, u32 rank) {
   const Position at;
   Ring ring;
   int piece = 0;
-  bool first = true;
   u32 phase = 0;
+  bool first = true;
   if (ORDERED && at.group == 1) named_barrier_arrive(1, 256);
   while (schedule.advance()) {
     float sum[WAVES][ACCUMULATORS];
-#pragma unroll
-    for (int wave = 0; wave < WAVES; ++wave) {
-#pragma unroll
-      for (int i = 0; i < ACCUMULATORS; ++i) sum[wave][i] = 0.f;
-    }
-    const int blocks = schedule.last - schedule.first;
-    if constexpr (TEMPS == 1) {
-      accumulate_one(sum, s, at, ring, blocks, schedule.done());
-    } else {
-      accumulate_two(sum, s, at, ring, blocks);
-    }
+    compute_sums(s, at, schedule, ring, schedule.next >= schedule.whole, sum);
     if (first) wait_for_previous_kernel();  // it may still read what lies where the output goes
     first = false;
-    if constexpr (STREAM) {
-      if (schedule.first > 0) {
-        hand_over(p, at, sum);
-        continue;
-      }
-      if (schedule.last < schedule.blocks) collect(p, schedule, at, sum);
-    }
-    const int y = schedule.tile_y * BY + static_cast<int>(rank) * (SPLIT > 1 ? SHARE_Y : 0);
     float own[WAVES][SHARE];
     if constexpr (SPLIT > 1) {
       exchange(s, at, rank, sum, own, phase);
     } else {
-#pragma unroll
-      for (int i = 0; i < WAVES * SHARE; ++i) own[i / SHARE][i % SHARE] = sum[i / SHARE][i % SHARE];
+      take_all(sum, own);
     }
-    if constexpr (OUTPUT_TMA) {
-      store_pieces(p, s, at, schedule, y, own, piece);
-    } else {
-      store_tile(p, s, at, schedule, y, own);
+    store_sums(p, s, at, schedule, rank, own, piece);
+  }
+  // Not part of the loop above: the compiler would no longer see there that all lanes of a warp do the same.
+  if constexpr (TAIL > 1) {
+    if (schedule.advance_part()) {
+      float sum[WAVES][ACCUMULATORS];
+      compute_sums(s, at, schedule, ring, true, sum);
+      wait_for_previous_kernel();
+      if (schedule.first > 0) {
+        hand_over(p, at, sum);
+      } else {
+        float own[WAVES][SHARE];
+        collect(p, schedule, at, sum);
+        take_all(sum, own);
+        store_sums(p, s, at, schedule, rank, own, piece);
+      }
     }
   }
   if constexpr (SPLIT > 1) barrier_wait(s.sums_read(), phase ^ 1);  // the last arrivals of the others are in
@@ -770,7 +788,7 @@ extern "C" __global__ void __launch_bounds__(MATH_THREADS + 128, 1)
     __syncthreads();
   }
   let_next_kernel_start();
-  if (EARLY != 2) wait_for_previous_kernel();
+  if (!p.prefetch) wait_for_previous_kernel();
 
   const Schedule schedule(p, rank);
   if (warp >= MATH_WARPS) {

@@ -1,77 +1,69 @@
-"""Hopper backend: `sm90.cu` compiled at run time, one kernel per configuration."""
+"""Hopper backend: `sm90.cu`, compiled at run time by NVRTC, one kernel per configuration.
+
+A launch costs a few microseconds of Python: what the kernel is told is a pure function of shapes and addresses and is
+looked up when they come again, as they do in a model.
+"""
 
 from __future__ import annotations
 
 import functools
 import struct
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from quantlab_kernels.common import driver, nvrtc
+from quantlab_kernels.common import driver, nvrtc, tuning
+from quantlab_kernels.common.backends import Mendable
+from quantlab_kernels.common.gemm import GemmProblem, round_up
 from quantlab_kernels.common.wgmma import wgmma_source
+from quantlab_kernels.gemm_fp8_block import sm90_configs
+from quantlab_kernels.gemm_fp8_block.sm90_configs import Config
 
 _FOLDER = Path(__file__).parent
 _OUTPUT = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _OUTPUT_MAP = {torch.bfloat16: driver.BFLOAT16, torch.float16: driver.FLOAT16}
-SHARED_LIMIT = 232448  # bytes a CTA may have on compute capability 9.0
+_SWIZZLE = {64: driver.SWIZZLE_128, 32: driver.SWIZZLE_64, 16: driver.SWIZZLE_32}
 
 
-@dataclass(frozen=True)
-class Config:
-    """How the kernel is built and launched; the macros of `sm90.cu` in lower case."""
-
-    by: int = 128
-    waves: int = 1
-    math_groups: int = 2
-    stages: int = 4
-    cluster_x: int = 1
-    cluster_y: int = 1
-    split: int = 1
-    stream: int = 0
-    temps: int = 2
-    ordered: int = 0
-    output_tma: int = 1
-    pieces: int = 2
-    swap: int = 0
-    group: int = 8
-    early: int = 0
-
-    @property
-    def bx(self) -> int:
-        return 64 * self.waves * self.math_groups
-
-    @property
-    def cluster(self) -> int:
-        return self.cluster_x * self.cluster_y * self.split
-
-    def shared_bytes(self) -> int:
-        """Dynamic shared memory, as `sm90.cu` lays it out."""
-        share = self.by // self.split
-        tokens, channels = (share, self.bx) if self.swap else (self.bx, share)
-        if self.output_tma:
-            output = self.pieces * self.math_groups * 64 * (64 if share % 64 == 0 else 32) * 2
-        else:
-            output = tokens * (channels + (4 if self.swap else 8)) * 4
-        output = _up(output, 128) + (self.split - 1) * share // 2 * 4 * 2 * self.bx
-        tokens, channels = (self.by, self.bx) if self.swap else (self.bx, self.by)
-        span = next(s for s in (128, 64, 32, 16, 8) if channels % s == 0)
-        scales = _up(tokens * 4, 128) * self.stages + _up(self.stages * (channels // span) * 4, 8)
-        return (self.bx + self.by) * 128 * self.stages + output + scales + 8 * (2 * self.stages + 2)
+def supports(problem: GemmProblem) -> str | None:
+    if problem.sm != 90:
+        return f"Hopper's instructions exist on sm_90 only, the GPU is sm_{problem.sm}"
+    if problem.k % 128:
+        return f"needs K in multiples of 128, this is K = {problem.k}"
+    if problem.bias not in (None, *_OUTPUT):
+        return f"adds a bias of {', '.join(map(str, _OUTPUT))}, this is {problem.bias}"
+    try:
+        nvrtc.library()
+    except nvrtc.CompilerMissingError as error:
+        return Mendable(str(error))
+    return None
 
 
-def _up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
+def config(problem: GemmProblem) -> Config:
+    """Tuned for this GPU and weight shape, else the model's choice."""
+    return _config(problem, torch.cuda.current_device() if torch.cuda.is_available() else -1)
+
+
+@functools.cache
+def _config(problem: GemmProblem, device: int) -> Config:
+    tuned = tuning.lookup("gemm_fp8_block", "sm90", n=problem.n, k=problem.k, m=problem.m)
+    if tuned is not None:
+        chosen = Config(**tuned)
+        if sm90_configs.reject(chosen, problem) is None:
+            return chosen
+    return sm90_configs.default(problem)
 
 
 def source(config: Config, out_dtype: torch.dtype, bias: torch.dtype | None, accumulate: bool) -> nvrtc.Source:
     """What is compiled for a configuration."""
-    macros = {key.upper(): value for key, value in asdict(config).items() }
+    macros = {key.upper(): value for key, value in asdict(config).items()}
     macros |= {
         "OUTPUT": _OUTPUT[out_dtype], "BIAS": 0 if bias is None else 1 + _OUTPUT[bias], "ACCUMULATE": int(accumulate),
-        "SHARED_LIMIT": SHARED_LIMIT,
+        "SHARED": config.shared_bytes(),
     }  # fmt: skip
     headers = {"sm90.cuh": (_FOLDER.parent / "common/sm90.cuh").read_text(), "wgmma.cuh": wgmma_source(config.by)}
     return nvrtc.Source("gemm_fp8_block", (_FOLDER / "sm90.cu").read_text(), headers, macros)
@@ -82,73 +74,114 @@ def kernel(config: Config, out_dtype: torch.dtype, bias: torch.dtype | None, acc
     return driver.Kernel(nvrtc.cubin(source(config, out_dtype, bias, accumulate)), "gemm_fp8_block")
 
 
+def warmup(problems: Iterable[GemmProblem], *, workers: int = 8) -> int:
+    """Compile what the problems need into the disk cache; returns how many kernels that are. Needs no GPU."""
+    wanted = {(config(p), p.out_dtype, p.bias, False) for p in problems if supports(p) is None}
+    with ThreadPoolExecutor(workers) as pool:
+        list(pool.map(lambda key: nvrtc.cubin(source(*key)), wanted))
+    return len(wanted)
+
+
 def launch(
     a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, bias: Tensor | None, out: Tensor, config: Config,
     accumulate: bool = False,
 ) -> None:  # fmt: skip
-    """out [M, N] (+)= a @ b^T; see `op.gemm_fp8_block` for the layouts."""
+    """out [M, N] (+)= a @ b^T + bias; see `op.gemm_fp8_block` for the layouts.
+
+    Rows of a, b and out may be strided, by multiples of 16 bytes, and out starts at a multiple of 16 bytes.
+    """
+    a, a_scale, b = _aligned(a), _aligned(a_scale), _aligned(b)
     code = kernel(config, out.dtype, None if bias is None else bias.dtype, accumulate)
     device = a.get_device()
     m, k = a.shape
     n = b.shape[0]
-    shape = _shape(config, m, n, device)
-    partials = flags = 0
-    if config.stream:
-        workspace = torch.empty(shape.grid * config.bx * config.by, dtype=torch.float32, device=a.device)
-        partials, flags = workspace.data_ptr(), _flags(device, shape.grid * config.math_groups)
+    prefetch = _settled(b)
+    shape = _shape(config, m, n, device, prefetch)
+    partials = flags = None
+    if config.tail > 1:
+        partials = torch.empty(shape.grid * config.bx * config.by, dtype=torch.float32, device=a.device)
+        flags = _flags(device, shape.grid * config.math_groups)
     params = _params(
         config, out.dtype, m, n, k, a.data_ptr(), a.stride(0), a_scale.data_ptr(), a_scale.stride(1), b.data_ptr(),
-        b.stride(0), b_scale.data_ptr(), 0 if bias is None else bias.data_ptr(), out.data_ptr(), out.stride(0),
-        partials, flags,
+        b.stride(0), b_scale.data_ptr(), _address(bias), out.data_ptr(), out.stride(0), _address(partials),
+        _address(flags), prefetch,
     )  # fmt: skip
     code.launch(shape, params, device)
 
 
-_FLAGS: dict[tuple[int, int], Tensor] = {}
+def _aligned(operand: Tensor) -> Tensor:
+    """The operand, or a copy of it where the copy engine can read it: from a multiple of 16 bytes."""
+    if operand.data_ptr() % 16 == 0:
+        return operand
+    return torch.empty_strided(operand.shape, operand.stride(), dtype=operand.dtype, device=operand.device).copy_(
+        operand
+    )
 
 
-def _flags(device: int, count: int) -> int:
-    key = (device, torch._C._cuda_getCurrentRawStream(device))
-    if key not in _FLAGS:
-        _FLAGS[key] = torch.zeros(4096, dtype=torch.int32, device=f"cuda:{device}")
-    return _FLAGS[key].data_ptr()
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _settled(weight: Tensor) -> bool:
+    """Whether an earlier launch has read this tensor as it is now, so that the kernel just before cannot be writing it.
+
+    Then its loads may start while that kernel still runs, which hides most of a small problem's latency.
+    """
+    if weight.is_inference():  # these do not count their versions
+        return False
+    version = weight._version
+    if getattr(weight, "_quantlab_read", None) == version:
+        return True
+    weight._quantlab_read = version  # type: ignore[attr-defined]
+    return False
 
 
 @functools.lru_cache(maxsize=4096)
-def _shape(config: Config, m: int, n: int, device: int) -> driver.Launch:
-    rows_x, rows_y = (n, m) if config.swap else (m, n)
-    tiles = -(-rows_x // (config.bx * config.cluster_x)) * -(-rows_y // (config.by * config.cluster_y))
+def _shape(config: Config, m: int, n: int, device: int, early: bool) -> driver.Launch:
     sms = torch.cuda.get_device_properties(device).multi_processor_count
-    clusters = sms if config.stream else min(tiles, sms // config.cluster)
+    tiles, at_once = config.grid(m, n, sms)
+    clusters = at_once if config.tail > 1 else min(tiles // (config.cluster_x * config.cluster_y), at_once)
     threads = 128 * (config.math_groups + 1)
-    return driver.Launch(clusters * config.cluster, threads, config.cluster, config.shared_bytes(), bool(config.early))
+    return driver.Launch(clusters * config.cluster, threads, config.cluster, config.shared_bytes(), early)
 
 
 @functools.lru_cache(maxsize=4096)
 def _params(
     config: Config, out_dtype: torch.dtype, m: int, n: int, k: int, a: int, a_stride: int, a_scale: int,
     a_scale_stride: int, b: int, b_stride: int, b_scale: int, bias: int, out: int, out_stride: int, partials: int,
-    flags: int,
+    flags: int, prefetch: bool,
 ) -> bytes:  # fmt: skip
-    """The kernel's `Params`. A pure function of its arguments, so that a repeated call costs a look-up."""
-    tokens_x = not config.swap
+    """The kernel's `Params`. A pure function of its arguments."""
     operand_a, operand_b = (a, m, a_stride), (b, n, b_stride)
-    x, y = (operand_a, operand_b) if tokens_x else (operand_b, operand_a)
-    rows_x, rows_y = config.bx // config.cluster_y, config.by // config.cluster_x
+    x, y = (operand_b, operand_a) if config.swap else (operand_a, operand_b)
+    boxes = (x, config.bx // config.cluster_y), (y, config.by // config.cluster_x)
     maps = [
         driver.tensor_map(driver.UINT8, pointer, k, rows, stride, 128, box, driver.SWIZZLE_128)
-        for (pointer, rows, stride), box in ((x, rows_x), (y, rows_y))
+        for (pointer, rows, stride), box in boxes
     ]
-    tokens = config.bx if tokens_x else config.by
-    maps.append(
-        driver.tensor_map(
-            driver.FLOAT32, a_scale, m, k // 128, 4 * max(a_scale_stride, 4), tokens, 1, driver.NO_SWIZZLE
-        )
-    )
+    tokens = config.by if config.swap else config.bx
+    column = round_up(4 * max(a_scale_stride, 4), 16)  # a single column of scales may report any stride
+    maps.append(driver.tensor_map(driver.FLOAT32, a_scale, m, k // 128, column, tokens, 1, driver.NO_SWIZZLE))
     if config.output_tma:
-        columns = 64 if config.by // config.split % 64 == 0 else 32
-        swizzle = driver.SWIZZLE_128 if columns == 64 else driver.SWIZZLE_64
+        columns = config.piece_columns
+        swizzle = _SWIZZLE[columns]
         maps.append(driver.tensor_map(_OUTPUT_MAP[out_dtype], out, n, m, 2 * out_stride, columns, 64, swizzle))
     else:
         maps.append(bytes(128))
-    return b"".join(maps) + struct.pack("<QQQqQQiii4x", b_scale, bias, out, out_stride, partials, flags, m, n, k // 128)
+    scalars = struct.pack("<QQQqQQiiii", b_scale, bias, out, out_stride, partials, flags, m, n, k // 128, int(prefetch))
+    return b"".join(maps) + scalars
+
+
+_FLAGS: dict[tuple[int, int], Tensor] = {}
+
+
+def _flags(device: int, count: int) -> Tensor:
+    """At least `count` zeros, which the launch leaves as zeros, so that launches that cannot overlap share them: those
+    of one stream. A captured launch may be replayed on any stream beside anything and gets its own."""
+    if torch.cuda.is_current_stream_capturing():
+        return torch.zeros(count, dtype=torch.int32, device=f"cuda:{device}")
+    key = device, torch._C._cuda_getCurrentRawStream(device)
+    flags = _FLAGS.get(key)
+    if flags is None or flags.numel() < count:
+        flags = _FLAGS[key] = torch.zeros(max(count, 1024), dtype=torch.int32, device=f"cuda:{device}")
+    return flags

@@ -1,0 +1,181 @@
+"""Configurations of the Hopper kernel: what is legal, what each should cost, which to take when nothing was tuned.
+
+The model counts waves of tiles and the cycles of one K block in each kind of tile, as measured on one H200, against the
+bytes that have to come from memory. It ranks candidates; the tuned table decides between the first few.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from quantlab_kernels.common.gemm import GemmProblem, round_up
+
+SHARED_LIMIT = 232448  # bytes of shared memory that a CTA may have on compute capability 9.0
+_CLOCK = 1.6e3  # cycles per microsecond under load
+_HBM = 4.1e6  # bytes per microsecond
+_L2 = 10e6
+
+
+@dataclass(frozen=True)
+class Config:
+    """How the kernel is built and launched; the macros of `sm90.cu` in lower case."""
+
+    by: int = 128
+    waves: int = 1
+    math_groups: int = 2
+    stages: int = 6
+    cluster_x: int = 1
+    cluster_y: int = 1
+    split: int = 1
+    tail: int = 1
+    temps: int = 1
+    ordered: int = 0
+    output_tma: int = 1
+    pieces: int = 1
+    swap: int = 0
+    group: int = 8
+
+    @property
+    def bx(self) -> int:
+        return 64 * self.waves * self.math_groups
+
+    @property
+    def cluster(self) -> int:
+        return self.cluster_x * self.cluster_y * self.split
+
+    @property
+    def piece_columns(self) -> int:
+        """Columns of one store through the copy engine."""
+        return next(columns for columns in (64, 32, 16, 8) if self.by // self.split % columns == 0)
+
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory, as `sm90.cu` lays it out."""
+        share = self.by // self.split
+        tokens, channels = (share, self.bx) if self.swap else (self.bx, share)
+        if self.output_tma:
+            output = self.pieces * self.math_groups * 64 * self.piece_columns * 2
+        else:
+            output = tokens * (channels + (4 if self.swap else 8)) * 4
+        output = round_up(output, 128) + (self.split - 1) * share // 2 * 4 * 2 * self.bx
+        tokens, channels = (self.by, self.bx) if self.swap else (self.bx, self.by)
+        span = next(s for s in (128, 64, 32, 16, 8) if channels % s == 0)
+        scales = round_up(tokens * 4, 128) * self.stages + round_up(self.stages * (channels // span) * 4, 8)
+        return (self.bx + self.by) * 128 * self.stages + output + scales + 8 * (2 * self.stages + 2)
+
+    def grid(self, m: int, n: int, sms: int) -> tuple[int, int]:
+        """(tiles that are made, CTA clusters that run at once)."""
+        x, y = (n, m) if self.swap else (m, n)
+        tiles = -(-x // (self.bx * self.cluster_x)) * -(-y // (self.by * self.cluster_y))
+        return tiles * self.cluster_x * self.cluster_y, clusters_at_once(self.cluster, sms)
+
+
+def clusters_at_once(size: int, sms: int) -> int:
+    """Clusters that the GPU holds at once. Those of four and more do not fill every cluster of processors: 30 and 15 of
+    them run on the 132 processors of an H200 (cuOccupancyMaxActiveClusters), not 33 and 16."""
+    return sms // size if size <= 2 else (sms - sms // 11) // size
+
+
+def reject(config: Config, problem: GemmProblem) -> str | None:
+    """Why the configuration cannot run the problem, or None."""
+    if config.shared_bytes() > SHARED_LIMIT:
+        return f"{config.shared_bytes()} bytes of shared memory, {SHARED_LIMIT} are there"
+    if config.output_tma and (problem.out_dtype.itemsize != 2 or problem.n % 8):
+        return "the copy engine writes 16-bit rows of a multiple of 16 bytes"
+    if config.output_tma and config.swap:
+        return "swapped results are transposed through shared memory"
+    if config.split > problem.k // 128:
+        return f"{config.split} parts of {problem.k // 128} blocks of K"
+    return None
+
+
+# 64 rows of X in each of three math groups: while one adds up, two multiply. The most even tensor-core load there is.
+_THREE = Config(math_groups=3, stages=4, pieces=2)
+_TWO = Config(temps=2)
+_SPLIT = Config(temps=2, stages=5, pieces=2, split=2)
+_WAVES = Config(waves=2, stages=3, pieces=3)
+
+
+def candidates(problem: GemmProblem) -> list[Config]:
+    """Legal configurations worth timing, best estimate first."""
+    tried = [c for c in _family(problem) if reject(c, problem) is None]
+    return sorted(dict.fromkeys(tried), key=lambda config: estimate_us(config, problem))
+
+
+def _family(problem: GemmProblem) -> Iterator[Config]:
+    if problem.m <= 128:
+        yield from _swapped(problem.m)
+    if problem.out_dtype.itemsize != 2 or problem.n % 8:
+        yield Config(temps=2, stages=4, output_tma=0)
+        yield Config(temps=2, stages=3, output_tma=0, split=2)
+        yield Config(by=64, temps=2, stages=6, output_tma=0)
+        return
+    for tail in (1, 4):
+        for group in (6, 16):
+            yield replace(_THREE, group=group, tail=tail)
+        yield replace(_TWO, tail=tail)
+        yield replace(_WAVES, tail=tail)
+    yield replace(_TWO, group=2)
+    yield replace(_TWO, cluster_x=2)
+    yield _SPLIT
+    for by, stages in ((64, 7), (96, 7)):
+        yield Config(by=by, temps=2, stages=stages)
+        yield Config(by=by, temps=2, stages=stages, cluster_x=2)
+    yield Config(by=64, temps=2, stages=7, split=2)
+    yield Config(by=64, temps=2, stages=6, split=4)
+    yield Config(by=192, stages=5)
+
+
+def _swapped(m: int) -> Iterator[Config]:
+    """Weights on the M side of the MMA, tokens on its N side."""
+    by = next(b for b in (16, 32, 64, 128) if m <= b)
+    for split in (1, 2, 4, 8):
+        width = max(by, 8 * split)
+        for waves, groups in ((1, 1), (1, 2), (2, 2)):
+            shape = Config(by=width, waves=waves, math_groups=groups, split=split, swap=1, output_tma=0)
+            if _fits(shape):
+                yield _deepest(shape)
+    if by >= 64 and _fits(shape := Config(by=by, swap=1, output_tma=0, cluster_x=2)):
+        yield _deepest(shape)
+
+
+def _fits(config: Config) -> bool:
+    return replace(config, stages=3).shared_bytes() <= SHARED_LIMIT
+
+
+@functools.cache
+def _deepest(config: Config) -> Config:
+    """With as many stages as shared memory holds, up to 20."""
+    return next(c for s in range(20, 2, -1) if (c := replace(config, stages=s)).shared_bytes() <= SHARED_LIMIT)
+
+
+def estimate_us(config: Config, problem: GemmProblem, sms: int = 132) -> float:
+    """Rough time of the configuration; good enough to order candidates."""
+    m, n, blocks = problem.m, problem.n, problem.k // 128
+    tiles, at_once = config.grid(m, n, sms)
+    at_once *= config.cluster_x * config.cluster_y
+    waves, rest = divmod(tiles, at_once)
+    parts = min(at_once // rest, config.tail, max(blocks // 4, 1)) if rest else 1
+    depth = waves + (1 / parts if rest else 0)
+    mma = 2 * config.bx * config.by / 64  # cycles of the tensor cores for one block of K
+    block = mma / _efficiency(config) + 40
+    compute = depth * blocks / config.split * block / _CLOCK
+    loaded = tiles * blocks * 128 * (config.bx / config.cluster_y + config.by / config.cluster_x)
+    memory = (n * problem.k + m * problem.k + m * n * problem.out_dtype.itemsize) / _HBM
+    fixed = 3.0 + (1.0 if config.split > 1 else 0) + (3.0 if parts > 1 else 0) + 0.3 * depth
+    return max(compute, memory, loaded / _L2) + fixed
+
+
+def _efficiency(config: Config) -> float:
+    """Share of the tensor cores' cycles that the inner loop keeps."""
+    if config.swap:
+        return 0.25 if config.by <= 32 else 0.45
+    if config.math_groups == 3:
+        return 0.88
+    return {64: 0.62, 96: 0.7}.get(config.by, 0.82 if config.temps == 2 else 0.79)
+
+
+def default(problem: GemmProblem) -> Config:
+    """The configuration when nothing was tuned: the best estimate."""
+    return candidates(problem)[0]

@@ -1,0 +1,105 @@
+"""The Hopper kernel's configurations: legal, ordered by cost, and refused with a reason."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from quantlab_kernels.common import nvrtc
+from quantlab_kernels.common.backends import Mendable
+from quantlab_kernels.common.gemm import GemmProblem
+from quantlab_kernels.gemm_fp8_block import sm90, sm90_configs
+from quantlab_kernels.gemm_fp8_block.sm90_configs import SHARED_LIMIT, Config
+
+TOKENS = (1, 3, 16, 17, 64, 65, 128, 200, 256, 1000, 4096, 8192)
+WEIGHTS = ((128, 128), (576, 7168), (4096, 4096), (28672, 4096), (7168, 16384), (1000, 256), (4096, 128))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("n", "k"), WEIGHTS)
+def test_every_problem_has_a_legal_configuration(n, k, dtype):
+    for m in TOKENS:
+        problem = GemmProblem(m, n, k, dtype)
+        found = sm90_configs.candidates(problem)
+        assert found[0] == sm90_configs.default(problem)
+        for config in found:
+            assert config.shared_bytes() <= SHARED_LIMIT
+            assert config.by % 8 == 0
+            assert config.bx <= 256
+            assert config.by <= 256
+            assert config.cluster in (1, 2, 4, 8)
+            assert config.by // 8 % config.split == 0
+
+
+def test_candidates_come_in_the_order_of_their_estimate():
+    problem = GemmProblem(512, 4096, 7168)
+    costs = [sm90_configs.estimate_us(config, problem) for config in sm90_configs.candidates(problem)]
+    assert costs == sorted(costs)
+
+
+def test_a_few_tokens_take_the_short_side_of_the_mma_and_many_do_not():
+    assert sm90_configs.default(GemmProblem(8, 4096, 7168)).swap
+    assert not sm90_configs.default(GemmProblem(4096, 4096, 7168)).swap
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem", "reason"),
+    [
+        ({"stages": 12}, GemmProblem(64, 4096, 4096), "bytes of shared memory"),
+        ({}, GemmProblem(64, 4096, 4096, torch.float32), "16-bit rows"),
+        ({}, GemmProblem(64, 4100, 4096), "multiple of 16 bytes"),
+        ({"swap": 1}, GemmProblem(64, 4096, 4096), "transposed through shared memory"),
+        ({"split": 4, "output_tma": 0, "stages": 2}, GemmProblem(64, 4096, 256), "4 parts of 2 blocks"),
+    ],
+)
+def test_refusals_say_why(changes, problem, reason):
+    assert reason in str(sm90_configs.reject(dataclasses.replace(Config(), **changes), problem))
+
+
+def test_clusters_of_four_do_not_fill_the_chip():
+    assert [sm90_configs.clusters_at_once(size, 132) for size in (1, 2, 4, 8)] == [132, 66, 30, 15]
+
+
+@pytest.mark.parametrize(
+    ("problem", "reason"),
+    [
+        (GemmProblem(64, 256, 256, sm=89), "sm_90 only, the GPU is sm_89"),
+        (GemmProblem(64, 256, 200), "K in multiples of 128, this is K = 200"),
+        (GemmProblem(64, 256, 256, bias=torch.float64), "this is torch.float64"),
+    ],
+)
+def test_the_backend_refuses_with_a_reason(problem, reason):
+    assert reason in str(sm90.supports(problem))
+
+
+def test_a_missing_compiler_is_something_the_user_can_mend(monkeypatch):
+    def missing():
+        raise nvrtc.CompilerMissingError("nothing there")
+
+    monkeypatch.setattr(nvrtc, "library", missing)
+    reason = sm90.supports(GemmProblem(64, 256, 256))
+    assert isinstance(reason, Mendable)
+    assert "NVRTC not found (nothing there)" in reason
+
+
+def test_a_weight_is_settled_once_it_was_read_as_it_is():
+    weight = torch.zeros(2)
+    assert [sm90._settled(weight), sm90._settled(weight)] == [False, True]
+    weight.add_(1)
+    assert [sm90._settled(weight), sm90._settled(weight)] == [False, True]
+    with torch.inference_mode():
+        fresh = torch.zeros(2)
+        assert not sm90._settled(fresh)
+        assert not sm90._settled(fresh)
+
+
+def test_warmup_compiles_each_kernel_once(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(sm90, "supports", lambda problem: None if problem.k % 128 == 0 else "no")
+    monkeypatch.setattr(nvrtc, "cubin", compiled.append)
+    problem = GemmProblem(4096, 4096, 4096)
+    assert sm90.warmup([problem, problem, GemmProblem(4096, 4096, 100)]) == 1
+    assert len(compiled) == 1
+    assert compiled[0].macros["SHARED"] == sm90.config(problem).shared_bytes()

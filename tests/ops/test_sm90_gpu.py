@@ -1,0 +1,186 @@
+"""The Hopper kernel on the GPU: every kind of configuration, on shapes that leave tiles ragged."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+from quantlab_kernels.common import nvrtc
+from quantlab_kernels.common.bounds import gemm_bound, worst
+from quantlab_kernels.common.gemm import GemmProblem, empty_group_scale
+from quantlab_kernels.common.operands import KINDS, operand
+from quantlab_kernels.gemm_fp8_block import reference, sm90, sm90_configs
+from quantlab_kernels.quantize_fp8 import reference as quantizer
+
+pytestmark = pytest.mark.gpu(sm=90)
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+def operands(m: int, n: int, k: int, kind: str = "normal"):
+    x = operand(kind, m, k, seed=1, device="cuda")
+    w = operand("positive" if kind == "positive" else "normal", n, k, seed=2, device="cuda")
+    return *quantizer.group(x, None, False), *quantizer.block(w, None, True)
+
+
+def run(config, a, a_scale, b, b_scale, bias=None, dtype=BF16, out=None, accumulate=False):
+    if out is None:
+        out = torch.full((a.shape[0], b.shape[0]), torch.nan, dtype=dtype, device="cuda")
+    sm90.launch(a, a_scale, b, b_scale, bias, out, config, accumulate)
+    return out
+
+
+def check(out, a, a_scale, b, b_scale, bias=None, added=None):
+    wide_bias = None if bias is None else bias.double()
+    exact = reference.gemm(a, a_scale, b, b_scale, wide_bias)
+    a_abs, b_abs = (t.float().abs().to(t.dtype) for t in (a, b))
+    magnitude = reference.gemm(a_abs, a_scale, b_abs, b_scale, None if bias is None else wide_bias.abs())
+    if added is not None:
+        exact, magnitude = exact + added.double(), magnitude + added.double().abs()
+    found = worst(out, exact, gemm_bound(exact, magnitude, a.shape[1], out.dtype, "fp8"))
+    assert found.ratio <= 1, found
+
+
+def families(problem: GemmProblem):
+    return sm90_configs.candidates(problem)
+
+
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 384, 1024), (13, 1216, 1152), (64, 576, 2048), (300, 1216, 1152)])
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+def test_every_candidate_is_inside_the_bound_and_repeats_itself(m, n, k, dtype):
+    given = operands(m, n, k)
+    for config in families(GemmProblem(m, n, k, dtype)):
+        out = run(config, *given, dtype=dtype)
+        check(out, *given)
+        assert torch.equal(out, run(config, *given, dtype=dtype)), config
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_data(kind):
+    for m in (16, 256, 1000):
+        given = operands(m, 1024, 4096, kind)
+        check(run(sm90.config(GemmProblem(m, 1024, 4096)), *given), *given)
+
+
+def test_many_tiles_for_each_cta():
+    """More than one wave: persistent CTAs, the last wave in parts, accumulators and barriers used again."""
+    given = operands(4096, 2304, 1024)
+    problem = GemmProblem(4096, 2304, 1024)
+    for config in families(problem):
+        check(run(config, *given), *given)
+    given = operands(16, 40_000, 512)
+    for config in families(GemmProblem(16, 40_000, 512)):
+        check(run(config, *given), *given)
+
+
+@pytest.mark.parametrize("bias_dtype", [None, BF16, FP16, FP32])
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
+def test_bias_and_accumulation(dtype, bias_dtype):
+    for m, n in ((5, 264), (200, 520), (200, 516)):
+        given = operands(m, n, 512)
+        bias = None if bias_dtype is None else torch.linspace(-2, 2, n, device="cuda").to(bias_dtype)
+        config = sm90.config(GemmProblem(m, n, 512, dtype, bias_dtype))
+        check(run(config, *given, bias, dtype), *given, bias)
+        if not config.output_tma:
+            before = torch.randn(m, n, device="cuda").to(dtype)
+            check(run(config, *given, bias, out=before.clone(), accumulate=True), *given, bias, before)
+
+
+def test_strided_rows_and_a_misaligned_operand():
+    a, a_scale, b, b_scale = operands(100, 512, 1024)
+    wide = torch.zeros(100, 1040, dtype=torch.uint8, device="cuda").view(a.dtype)
+    wide[:, :1024] = a
+    out = torch.full((100, 1024), torch.nan, dtype=BF16, device="cuda")
+    config = sm90_configs.default(GemmProblem(100, 512, 1024))
+    run(config, wide[:, :1024], a_scale, b, b_scale, out=out[:, :512])
+    check(out[:, :512], a, a_scale, b, b_scale)
+    assert out[:, 512:].isnan().all()
+    shifted = torch.zeros(a.numel() + 1, dtype=torch.uint8, device="cuda").view(a.dtype)[1:].view(a.shape).copy_(a)
+    check(run(config, shifted, a_scale, b, b_scale), a, a_scale, b, b_scale)
+
+
+def test_a_nan_stays_in_its_row():
+    a, a_scale, b, b_scale = operands(256, 512, 1024)
+    scale = empty_group_scale(a, 256, 8).copy_(a_scale)
+    scale[7, 3] = torch.nan
+    out = run(sm90.config(GemmProblem(256, 512, 1024)), a, scale, b, b_scale)
+    assert out[7].isnan().all()
+    assert not out[:7].isnan().any()
+    assert not out[8:].isnan().any()
+
+
+@pytest.mark.parametrize("tail", [1, 4])
+def test_graphs_replay_on_fresh_data(tail):
+    m, n, k = 300, 8192, 2048
+    config = sm90_configs.Config(math_groups=3, stages=4, pieces=2, tail=tail)
+    a, a_scale, b, b_scale = operands(m, n, k)
+    out = run(config, a, a_scale, b, b_scale)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(3):
+            run(config, a, a_scale, b, b_scale, out=out)
+    for seed in range(3):
+        codes, scale = quantizer.group(operand("normal", m, k, seed=seed, device="cuda"), None, False)
+        a.copy_(codes)
+        a_scale.copy_(scale)
+        out.fill_(torch.nan)
+        graph.replay()
+        check(out, a, a_scale, b, b_scale)
+
+
+def test_the_first_launch_may_happen_inside_a_capture():
+    config = sm90_configs.Config(temps=2, stages=3, group=5)  # one that nothing else uses
+    given = operands(128, 256, 512)
+    out = torch.full((128, 256), torch.nan, dtype=BF16, device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run(config, *given, out=out)
+    graph.replay()
+    check(out, *given)
+
+
+def test_a_chain_of_dependent_launches():
+    """Weights are loaded early once they are known; activations that the kernel before wrote are not."""
+    m, n, k = 16, 2048, 2048
+    _, _, b, b_scale = operands(m, n, k)
+    x = operand("normal", m, k, seed=3, device="cuda").to(BF16)
+    config = sm90.config(GemmProblem(m, n, k))
+    for _ in range(20):
+        a, a_scale = quantizer.group(x, None, False)
+        out = run(config, a, a_scale, b, b_scale)
+        check(out, a, a_scale, b, b_scale)
+        x = out / out.float().square().mean().sqrt().to(BF16)
+
+
+def test_streams_and_threads_do_not_disturb_each_other():
+    m, n, k = 300, 8192, 2048
+    config = sm90_configs.Config(math_groups=3, stages=4, pieces=2, tail=4)
+    given = operands(m, n, k)
+    expected = run(config, *given)
+    torch.cuda.synchronize()
+    results: list[torch.Tensor] = []
+
+    def work() -> None:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for _ in range(30):
+                results.append(run(config, *given))
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    torch.cuda.synchronize()
+    assert len(results) == 90
+    assert all(torch.equal(result, expected) for result in results)
+
+
+def test_the_kernels_do_not_spill_in_their_loops():
+    """The compiler reports spills of the whole kernel; a few registers around the loops are allowed, no more."""
+    for problem in (GemmProblem(m, 4096, 4096) for m in (1, 64, 256, 4096)):
+        for config in families(problem):
+            _, log = nvrtc.compile_source(sm90.source(config, BF16, None, False))
+            spilled = max(int(word.split(" bytes spill")[0].split()[-1]) for word in log.split(",") if "spill" in word)
+            assert spilled <= 64, f"{config}: {log}"
