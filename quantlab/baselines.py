@@ -44,7 +44,7 @@ class Baseline:
         lazy = LazyModel(self.source, device, self.hidden.dtype, trust_remote_code=self.trust_remote_code)
         base = base_of(lazy.model)
         path = next(name for name, module in lazy.model.named_modules() if module is base)
-        load_when_called(lazy.model, path, lazy.load)
+        load_when_called(lazy.model, path, lazy)
         return head_of(lazy.model)
 
 

@@ -213,7 +213,7 @@ def _observe(
 ) -> None:
     total = len(lazy.model.get_submodule(blocks)) if blocks else 1
     for number, block in enumerate(
-        capture(lazy.model, list(batches), lazy.load, lazy.release, device=lazy.device, blocks=blocks), start=1
+        capture(lazy.model, list(batches), lazy, device=lazy.device, blocks=blocks), start=1
     ):
         _keep(statistics, block, number, wanted)
         if progress is not None:

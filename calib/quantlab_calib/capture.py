@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,15 @@ from torch.overrides import TorchFunctionMode
 
 from quantlab_calib.observers import InputObserver
 
-Load = Callable[[str, bool], None]
+
+class Weights(Protocol):
+    """Where the weights of a model come from, and go."""
+
+    def load(self, path: str, recurse: bool = True) -> None:
+        """Fill the parameters of the module at `path`, and below it if `recurse`; called again, do nothing."""
+
+    def release(self, path: str) -> None:
+        """Give the memory of all parameters below `path` back."""
 
 
 class CaptureError(Exception):
@@ -63,8 +71,7 @@ def find_blocks(model: nn.Module) -> str | None:
 def capture(
     model: nn.Module,
     batches: Sequence[Tensor],
-    load: Load,
-    release: Callable[[str], None],
+    weights: Weights,
     *,
     device: torch.device,
     blocks: str | None,
@@ -72,36 +79,34 @@ def capture(
     """Yield each block of the list at path `blocks` after it has seen all `batches` (token ids, int64 [rows, length]).
 
     model    its parameters may be on the meta device
-    load     load(path, recurse) fills the parameters under a module path, on `device`; called again, does nothing
-    release  release(path) gives their memory back
+    weights  loads parts of it to `device` and releases them
     blocks   from `find_blocks`; None runs the model as a whole, with all its weights in memory
     Raises CaptureError where the model does not run so.
     """
     model.eval()
     if blocks is None:
-        load("", True)
+        weights.load("")
         captured = Captured("", model)
         with observing(captured):
             for batch in batches:
                 with _as_capture_error():
                     model(**_inputs(model, batch.to(device)))
         yield captured
-        release("")
+        weights.release("")
         return
-    hooks = load_when_called(model, blocks, load)
+    hooks = load_when_called(model, blocks, weights)
     try:
-        yield from _block_by_block(model, batches, load, release, device, blocks)
+        yield from _block_by_block(model, batches, weights, device, blocks)
     finally:
         for hook in hooks:
             hook.remove()
-        release("")
+        weights.release("")
 
 
 def _block_by_block(
     model: nn.Module,
     batches: Sequence[Tensor],
-    load: Load,
-    release: Callable[[str], None],
+    weights: Weights,
     device: torch.device,
     path: str,
 ) -> Iterator[Captured]:
@@ -109,13 +114,13 @@ def _block_by_block(
     hidden: list[Tensor | None] = [None] * len(batches)  # what enters the next block, per batch, on the CPU
     for index, block in enumerate(walk.blocks):
         name = f"{path}.{index}"
-        load(name, True)
+        weights.load(name)
         captured = Captured(name, block)
         with observing(captured):
             for i, batch in enumerate(batches):
                 hidden[i] = walk.through(index, hidden[i], batch)
         yield captured
-        release(name)
+        weights.release(name)
 
 
 class _AnsweredError(Exception):
@@ -207,7 +212,7 @@ def _inputs(model: nn.Module, batch: Tensor) -> dict[str, Any]:
     return inputs
 
 
-def load_when_called(model: nn.Module, except_below: str, load: Load) -> list[Any]:
+def load_when_called(model: nn.Module, except_below: str, weights: Weights) -> list[Any]:
     """Modules get their weights when they first run: what never runs is never loaded. Returns the hooks."""
     hooks = []
     for path, module in model.named_modules():
@@ -217,7 +222,7 @@ def load_when_called(model: nn.Module, except_below: str, load: Load) -> list[An
             or not any(True for _ in module.parameters(recurse=False))
         ):
             continue
-        hooks.append(module.register_forward_pre_hook(lambda _module, _args, path=path: load(path, False)))
+        hooks.append(module.register_forward_pre_hook(lambda _module, _args, path=path: weights.load(path, False)))
     return hooks
 
 
@@ -228,11 +233,11 @@ def observing(captured: Captured) -> Iterator[None]:
     Layers are known by their weights, at the one function that all of them call, and not by hooks on modules: experts
     that live in one fused parameter have no modules, and their inputs exist only inside their forward.
     """
-    with _LinearInputs(captured.inputs, _weights(captured)):
+    with _LinearInputs(captured.inputs, _addresses(captured)):
         yield
 
 
-def _weights(captured: Captured) -> dict[int, tuple[str, int]]:
+def _addresses(captured: Captured) -> dict[int, tuple[str, int]]:
     """Address of each weight, or of each expert's part of a fused one -> (its name, input channels)."""
     addresses = {}
     for path, module in captured.module.named_modules(prefix=captured.path):

@@ -55,7 +55,7 @@ class Loads:
         self.ever: set[str] = set()
         self.most_blocks = 0
 
-    def load(self, path: str, recurse: bool) -> None:
+    def load(self, path: str, recurse: bool = True) -> None:
         self.held.add(path)
         self.ever.add(path)
         self.most_blocks = max(self.most_blocks, sum(p.startswith("layers.") for p in self.held))
@@ -72,7 +72,7 @@ def batches():
 def run(model, blocks, loads=None):
     loads = loads or Loads()
     found = {}
-    for block in capture(model, batches(), loads.load, loads.release, device=CPU, blocks=blocks):
+    for block in capture(model, batches(), loads, device=CPU, blocks=blocks):
         found |= block.inputs
     return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -81,7 +82,7 @@ def test_statistics_are_those_of_the_model_that_transformers_loads(with_tokenize
     lazy = LazyModel(source, CPU, torch.float32)
     batches = calibrated._windows(source, lazy, data, False).split(8)
     names = {tensor: name for name, tensors in calibrated._wanted(lazy, made).items() for tensor in tensors}
-    (whole,) = capture(loaded.eval(), batches, lambda *_: None, lambda *_: None, device=CPU, blocks=None)
+    (whole,) = capture(loaded.eval(), batches, Mock(), device=CPU, blocks=None)
     assert found.inputs
     for tensor, seen in found.inputs.items():
         expected = whole.inputs[names[tensor]]
@@ -137,7 +138,7 @@ def test_rounding_lowers_the_error_of_the_outputs(with_tokenizer, tmp_path, sche
     ours = found.rounded(decision, weight)
     lazy = LazyModel(made.source, CPU, torch.float32)
     batches = calibrated._windows(made.source, lazy, calibration, False).split(16)
-    (whole,) = capture(lazy.model, batches, lazy.load, lambda _: None, device=CPU, blocks=None)
+    (whole,) = capture(lazy.model, batches, lazy, device=CPU, blocks=None)
     moments = whole.inputs["model.layers.1.mlp.down_proj.weight"].moments()
 
     def error(values):
