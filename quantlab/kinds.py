@@ -24,6 +24,10 @@ HEAD = re.compile(
     r"^(lm_head|embed_out|output|head|classifier|score|proj_out|qa_outputs|decoder|fc_out|logits?|class_embed|bbox_embed"
     r"|class_head|bbox_head|heads?|.*_head|.*_classifier|classification_head|enc_score_head|enc_bbox_head)$"
 )
+# Output layers that no module tree marks as such: what classifies, scores or places boxes.
+PREDICTION = re.compile(
+    r"(^|\.)(classifier|score|qa_outputs|class_embed|bbox_embed|enc_score_head|enc_bbox_head|\w+_classifier)(\.|$)"
+)
 ROUTER = re.compile(r"^(gate|router|gate_network|wg|shared_expert_gate|shared_expert_router|switch)$")
 NORM = re.compile(r"norm|(^|_)ln(_|\d|$)|^bn\d*$|batch_?norm", re.IGNORECASE)
 TOWER = re.compile(

@@ -2,6 +2,11 @@
 
 All that can be refused is refused here, before work: errors found after hours are the most common complaint about
 quantization tools. Decisions are values; `stream` carries them out and adds none of its own.
+
+What is quantized: linear layers of language models, of encoders (BERT) and of models that only see or hear (ViT,
+RT-DETR, Whisper), and routed experts. What stays, each with its reason: embeddings, output layers, routers, norms,
+convolutions, multi-token prediction, the vision and audio towers of a multimodal model (a rule of the recipe may ask
+for them), shapes that are no whole blocks, and all that engines fuse with something that stays.
 """
 
 from __future__ import annotations
@@ -214,6 +219,8 @@ def _decide(
     module = module_of(info.name)
     known = architecture.kinds.get(info.name) if architecture else None
     kind = known or kinds.kind_of(info, model)
+    if kind == "linear" and kinds.PREDICTION.search(module):
+        kind = "head"
     decision = Decision(info.name, module, kind, None, "", info)
     if kinds.is_mtp(info.name, model):
         return decision.left("multi-token prediction: carried over as it is")

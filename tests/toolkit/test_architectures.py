@@ -36,8 +36,8 @@ LAYERS = {
     "whisper": {"fp8-block": (26, 0), "fp8-dynamic": (26, 0)},
     "t5": {"fp8-block": (28, 0), "fp8-dynamic": (28, 0)},
     "vit": {"fp8-block": (12, 0), "fp8-dynamic": (12, 0)},
-    "rt_detr": {"fp8-block": (30, 0), "fp8-dynamic": (34, 0)},
-    "d_fine": {"fp8-block": (26, 0), "fp8-dynamic": (30, 0)},
+    "rt_detr": {"fp8-block": (24, 0), "fp8-dynamic": (28, 0)},
+    "d_fine": {"fp8-block": (24, 0), "fp8-dynamic": (28, 0)},
 }
 MATRIX = [(name, scheme) for name, schemes in LAYERS.items() for scheme in schemes]
 SCALE = {"fp8-block": "weight_scale_inv", "fp8-dynamic": "weight_scale"}

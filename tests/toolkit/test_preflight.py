@@ -285,6 +285,30 @@ def test_names_that_skip_lists_confuse_stay_together(stays: str, raw_checkpoint:
     assert set(made.skip_modules) == {stays, other}
 
 
+@pytest.mark.parametrize(
+    ("name", "stay"),
+    [("vit", "classifier"), ("rt_detr", "model.decoder.class_embed.0"), ("d_fine", "model.enc_score_head")],
+)
+def test_vision_models_keep_their_output_layers_only(name: str, stay: str, tiny: Callable[[str], Any]) -> None:
+    made = plan(tiny(name).folder, "fp8-dynamic")
+    assert reasons(made)[stay].startswith("output head")
+    assert any("self_attn.q_proj" in d.module or "attention.query" in d.module or "attention.q_proj" in d.module
+               for d in made.quantized)  # fmt: skip
+    assert not any(d.reason.startswith("vision") for d in made.decisions)
+
+
+def test_code_of_a_model_runs_only_with_the_flag(raw_checkpoint: Make, tmp_path: Path) -> None:
+    code = "from pathlib import Path\nPath({!r}).touch()\nfrom transformers import PreTrainedConfig\n"
+    folder = raw_checkpoint(
+        auto_map={"AutoConfig": "configuration_x.XConfig", "AutoModelForCausalLM": "modeling_x.XModel"},
+        architectures=["XModel"],
+    )
+    for module in ("configuration_x", "modeling_x"):
+        (folder / f"{module}.py").write_text(code.format(str(tmp_path / "ran")))
+    assert len(plan(folder).quantized) == 14
+    assert not (tmp_path / "ran").exists()
+
+
 def test_weights_and_config_of_two_models(tiny: Callable[[str], Any], tmp_path: Path) -> None:
     folder = shutil.copytree(tiny("llama").folder, tmp_path / "mixed")
     config = json.loads((folder / "config.json").read_text())
