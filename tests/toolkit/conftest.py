@@ -5,6 +5,8 @@ All are made once a session. Extents are multiples of 128 where a scheme needs i
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -176,8 +178,9 @@ def decoder_weights(layers: int = 2, hidden: int = 256, inner: int = 384, vocabu
     """The tensors of a small decoder under the names that most checkpoints use, bfloat16, from a fixed seed."""
     generator = torch.Generator().manual_seed(7)
     shapes = {
-        "self_attn.q_proj": (hidden, hidden), "self_attn.k_proj": (hidden, hidden), "self_attn.v_proj": (hidden, hidden),
-        "self_attn.o_proj": (hidden, hidden), "mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden),
+        "self_attn.q_proj": (hidden, hidden), "self_attn.k_proj": (hidden, hidden),
+        "self_attn.v_proj": (hidden, hidden), "self_attn.o_proj": (hidden, hidden),
+        "mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden),
         "mlp.down_proj": (hidden, inner), "input_layernorm": (hidden,), "post_attention_layernorm": (hidden,),
     }  # fmt: skip
     all_shapes = {"model.embed_tokens": (vocabulary, hidden)}
@@ -185,22 +188,26 @@ def decoder_weights(layers: int = 2, hidden: int = 256, inner: int = 384, vocabu
         all_shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in shapes.items()}
     all_shapes |= {"model.norm": (hidden,), "lm_head": (vocabulary, hidden)}
     return {
-        f"{name}.weight": torch.randn(shape, generator=generator).to(torch.bfloat16) for name, shape in all_shapes.items()
+        f"{name}.weight": torch.randn(shape, generator=generator).to(torch.bfloat16)
+        for name, shape in all_shapes.items()
     }
 
 
 @pytest.fixture
 def raw_checkpoint(tmp_path: Path) -> Callable[..., Path]:
-    """Write a checkpoint of an architecture that transformers does not know: raw_checkpoint(tensors, shards, **config)."""
-    import json
-
+    """Write a checkpoint of an architecture unknown to transformers: raw_checkpoint(tensors, shards, **config)."""
     from safetensors.torch import save_file
 
     def make(tensors: dict[str, Any] | None = None, shards: int = 1, name: str = "model", **config: Any) -> Path:
         tensors = decoder_weights() if tensors is None else tensors
         folder = tmp_path / name
         folder.mkdir()
-        config = {"model_type": "unheard_of", "vocab_size": 320, "num_hidden_layers": 2, "num_attention_heads": 2} | config
+        config = {
+            "model_type": "unheard_of",
+            "vocab_size": 320,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+        } | config
         (folder / "config.json").write_text(json.dumps(config))
         (folder / "tokenizer.json").write_text('{"version": "1.0"}')
         names = sorted(tensors)
@@ -216,3 +223,20 @@ def raw_checkpoint(tmp_path: Path) -> Callable[..., Path]:
         return folder
 
     return make
+
+
+@pytest.fixture(scope="session")
+def edited() -> Callable[..., Path]:
+    """Copies a checkpoint with fields of its quantization config changed; None removes one."""
+
+    def copy(source: Tiny, to: Path, **quantization: Any) -> Path:
+        shutil.copytree(source.folder, to, dirs_exist_ok=True)
+        config = json.loads((to / "config.json").read_text())
+        for key, value in quantization.items():
+            config["quantization_config"][key] = value
+            if value is None:
+                del config["quantization_config"][key]
+        (to / "config.json").write_text(json.dumps(config))
+        return to
+
+    return copy
