@@ -147,8 +147,5 @@ def expand_blocks(scale: Tensor, block: tuple[int, int], shape: torch.Size | tup
     """Inverse layout of `block_reduce`: one number per block to one per element (broadcastable where possible)."""
     for dim, extent in enumerate(block):
         if extent not in (-1, 1):
-            # A view and one copy: four times as fast on CPUs as `repeat_interleave`.
-            repeated = scale.unsqueeze(dim + 1)
-            repeated = repeated.expand(*repeated.shape[: dim + 1], extent, *repeated.shape[dim + 2 :])
-            scale = repeated.flatten(dim, dim + 1).narrow(dim, 0, shape[dim])
+            scale = scale.repeat_interleave(extent, dim=dim).narrow(dim, 0, shape[dim])
     return scale

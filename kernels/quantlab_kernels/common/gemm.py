@@ -50,7 +50,9 @@ def empty_group_scale(like: Tensor, m: int, groups: int) -> Tensor:
 
     A column of M scales starts on a 16-byte boundary, which is what a TMA load and cuBLASLt ask for.
     """
-    return like.new_empty((groups, round_up(m, 4)), dtype=torch.float32).t()[:m]
+    padded = round_up(m, 4)
+    scale = like.new_empty_strided((padded, groups), (1, padded), dtype=torch.float32)
+    return scale[:m] if m != padded else scale
 
 
 def is_group_scale(scale: Tensor) -> bool:

@@ -39,7 +39,7 @@ def reject(config: Config, problem: Problem) -> str | None:
 
 
 def default(problem: Problem) -> Config:
-    """32 elements a thread, which is within 3 % of the best of a sweep on an H200; hence no table for it."""
+    """32 elements a thread, which is within 4 % of the best of a sweep on an H200; hence no table for it."""
     if problem.granularity == "block":
         return Config(128, 128, 8)
     if problem.granularity == "group":
