@@ -27,7 +27,7 @@ from quantlab.errors import PreflightError, UsageError
 from quantlab.kinds import context_length
 from quantlab.lazy import LazyModel
 from quantlab.output import Output
-from quantlab.preflight import Decision, Plan
+from quantlab.preflight import Plan
 from quantlab.scheme import Calibration
 from quantlab.shards import TensorSlot, layout
 from quantlab_calib import data
@@ -47,7 +47,7 @@ Progress = Callable[[str, int, int], None]
 class Statistics:
     """What a calibration pass saw.
 
-    inputs   weight's name in the checkpoint -> statistics of the layer's input
+    inputs   module, by its name in the quantized checkpoint -> statistics of its input
     notes    what the user should know: layers without data, the way the model was run
     folder   holds the `Feedback` of each layer, and goes with this object; `files` says in which file, under which name
     """
@@ -63,11 +63,11 @@ class Statistics:
     def __post_init__(self) -> None:
         weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
 
-    def rounded(self, decision: Decision, weight: Tensor) -> QuantizedTensor | None:
+    def rounded(self, module: str, weight: Tensor) -> QuantizedTensor | None:
         """A weight, or a band of its rows, quantized for the layer's output; None for a layer that saw too little."""
-        if decision.tensor not in self.files:
+        if module not in self.files:
             return None
-        path, name = self.files[decision.tensor]
+        path, name = self.files[module]
         with safe_open(path, "pt") as file:
             feedback = Feedback(file.get_tensor(f"{name}.pass_on"), file.get_tensor(f"{name}.energy"))
         return feedback.to(weight.device).quantize(weight, self.plan.stored.weight)
@@ -75,10 +75,7 @@ class Statistics:
     def activation_scales(self) -> dict[str, Tensor]:
         """Module -> static scale of each group of 128 input channels, float32 [ceil(K / 128)]: absmax / 448."""
         spec = TensorSpec(E4M3, (1, GROUP))
-        grouped = [d for d in self.plan.quantized if d.scheme and d.scheme.input and d.scheme.input.block == (1, GROUP)]
-        return {
-            d.module: scale_of(self.inputs[d.tensor].group_amax(), spec) for d in grouped if d.tensor in self.inputs
-        }
+        return {module: scale_of(seen.group_amax(), spec) for module, seen in self.inputs.items()}
 
     def save(self, out: Output) -> None:
         """Write the static activation scales, where the recipe asks for them."""
@@ -96,13 +93,13 @@ class Statistics:
         """For the closing summary: how much was seen, and the layers with the worst outliers."""
         found: dict[str, Any] = {
             "data": f"{self.calibration.data}: {self.tokens} tokens",
-            "layers": f"{len(self.files)} of {len(self.plan.quantized)} rounded for their output",
+            "layers": f"{len(self.files)} of {len(_modules(self.plan))} rounded for their output",
             "activations": self.calibration.activations,
         }
         worst = sorted(self.inputs.items(), key=lambda item: -item[1].outlier_ratio())
-        for number, (tensor, seen) in enumerate(worst[:5], start=1):
+        for number, (module, seen) in enumerate(worst[:5], start=1):
             ratio = f"{float(seen.amax.amax()):.3g}, {seen.outlier_ratio():.0f}x the median channel"
-            found[f"outlier {number}"] = f"input of {tensor.removesuffix('.weight')}: absmax {ratio}"
+            found[f"outlier {number}"] = f"input of {module}: absmax {ratio}"
         found |= {f"note {number}": note for number, note in enumerate(self.notes, start=1)}
         return found
 
@@ -190,16 +187,24 @@ def _windows(source: Source, lazy: LazyModel, calibration: Calibration, trust_re
     return windows
 
 
+def _modules(plan: Plan) -> list[str]:
+    """All quantized matrices, by the names that they get: each expert of a fused tensor is one."""
+    return [module for decision in plan.quantized for module, _ in decision.parts]
+
+
 def _wanted(lazy: LazyModel, plan: Plan) -> dict[str, list[str]]:
-    """Name of a linear layer as `capture` gives it -> the quantized tensors of the checkpoint that read its input."""
+    """Name of a linear layer as `capture` gives it -> the modules of the quantized checkpoint that read its input."""
     wanted: dict[str, list[str]] = {}
     parameters = dict(lazy.model.named_parameters(remove_duplicate=False))
-    for tensor, target in load_targets(lazy.model, [d.tensor for d in plan.quantized]).items():
-        name = target.parameter
-        expert = re.search(r"experts\.(\d+)\.", tensor)
-        if expert and name in parameters and parameters[name].ndim == 3:
-            name = f"{name}[{expert[1]}]"
-        wanted.setdefault(name, []).append(tensor)
+    targets = load_targets(lazy.model, [d.tensor for d in plan.quantized])
+    for decision in plan.quantized:
+        if decision.tensor not in targets:
+            continue
+        name = targets[decision.tensor].parameter
+        for module, _ in decision.parts:
+            expert = re.search(r"experts\.(\d+)\.", module)
+            fused = expert and name in parameters and parameters[name].ndim == 3
+            wanted.setdefault(f"{name}[{expert[1]}]" if expert and fused else name, []).append(module)
     return wanted
 
 
@@ -237,21 +242,21 @@ def _keep(statistics: Statistics, block: Captured, number: int, wanted: dict[str
         if shared == name and seen.tokens >= FEWEST_TOKENS:
             feedback = Feedback.of(observer.moments()).to(torch.device("cpu"))
             parts |= {f"{name}.pass_on": feedback.pass_on, f"{name}.energy": feedback.energy}
-        for tensor in wanted[name]:
-            statistics.inputs[tensor] = seen
+        for module in wanted[name]:
+            statistics.inputs[module] = seen
             if seen.tokens >= FEWEST_TOKENS:
-                statistics.files[tensor] = (path, shared)
+                statistics.files[module] = (path, shared)
     if parts:
         save_file(parts, path)
 
 
 def _note_unseen(statistics: Statistics) -> None:
-    tensors = [d.tensor for d in statistics.plan.quantized]
-    unseen = [tensor for tensor in tensors if tensor not in statistics.inputs]
-    few = [tensor for tensor in tensors if tensor in statistics.inputs and tensor not in statistics.files]
+    modules = _modules(statistics.plan)
+    unseen = [module for module in modules if module not in statistics.inputs]
+    few = [module for module in modules if module in statistics.inputs and module not in statistics.files]
     if unseen:
         statistics.notes.append(f"{len(unseen)} layers saw no data and are rounded plainly: {unseen[0]}, ...")
     if few:
-        least = min(statistics.inputs[tensor].tokens for tensor in few)
+        least = min(statistics.inputs[module].tokens for module in few)
         what = f"under {FEWEST_TOKENS} tokens (as few as {least})"
         statistics.notes.append(f"{len(few)} layers saw {what} and are rounded plainly: {few[0]}, ...")

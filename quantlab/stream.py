@@ -23,14 +23,14 @@ from quantlab.checkpoint import INDEX, SINGLE, module_of
 from quantlab.errors import UsageError
 from quantlab.jobs import PIECE_ELEMENTS, Copy, Job, Lane, Piece, Quantize
 from quantlab.output import Output, ShardWriter
-from quantlab.preflight import Decision, Plan
+from quantlab.preflight import Plan
 from quantlab.shards import ShardReader, TensorSlot, layout
 from quantlab_kernels.qtensor import QuantizedTensor
 
 SHARD_BYTES = 2_000_000_000
 GPU_LANES = 8
 Progress = Callable[[str, int, int], None]
-Rounded = Callable[[Decision, Tensor], QuantizedTensor | None]
+Rounded = Callable[[str, Tensor], QuantizedTensor | None]
 
 
 def convert(
@@ -44,7 +44,7 @@ def convert(
 ) -> dict[str, float]:
     """Carry out the plan's decisions; shards that the output has finished before are not made again.
 
-    rounded  (decision, rows of its weight) -> those rows quantized; None, or no such function, rounds to nearest
+    rounded  (module, rows of its weight) -> those rows quantized; None, or no such function, rounds to nearest
 
     Returns seconds spent reading, quantizing and writing, summed over the workers.
     """
@@ -59,7 +59,7 @@ def _jobs(plan: Plan, rounded: Rounded | None) -> Iterator[Job]:
         if decision.scheme is None:
             yield Copy(decision.info, decision.tensor)
         for module, part in decision.parts:
-            yield Quantize(part, module, stored, partial(rounded, decision) if rounded else None)
+            yield Quantize(part, module, stored, partial(rounded, module) if rounded else None)
 
 
 @dataclass

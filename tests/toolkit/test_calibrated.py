@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from unittest.mock import Mock
 
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from quantlab import calibrated
 from quantlab.checkpoint import ACTIVATION_SCALES, Source
@@ -62,12 +63,12 @@ def calibrate(model, calibration, scheme="fp8-block"):
 def test_every_layer_of_the_text_model_is_seen(with_tokenizer, name, data):
     made, found = calibrate(with_tokenizer(name), data)
     others = ("vision", "multi_modal", "cls.", "pooler")  # not run by text, or after the last block
-    expected = {d.tensor for d in made.quantized if not any(other in d.tensor for other in others)}
+    shapes = {module: info.shape for d in made.quantized for module, info in d.parts}
+    expected = {module for module in shapes if not any(other in module for other in others)}
     assert expected
     assert set(found.inputs) == expected
-    shapes = {d.tensor: d.info.shape for d in made.quantized}
-    for tensor, seen in found.inputs.items():
-        assert seen.amax.shape == seen.energy.shape == (shapes[tensor][1],)
+    for module, seen in found.inputs.items():
+        assert seen.amax.shape == seen.energy.shape == (shapes[module][1],)
         assert seen.tokens > 0
     whole = any("as a whole" in note for note in found.notes)
     assert whole == (name == "t5")
@@ -81,28 +82,28 @@ def test_statistics_are_those_of_the_model_that_transformers_loads(with_tokenize
     loaded = model.model_class.from_pretrained(model.folder, dtype=torch.float32, experts_implementation="eager")
     lazy = LazyModel(source, CPU, torch.float32)
     batches = calibrated._windows(source, lazy, data, False).split(8)
-    names = {tensor: name for name, tensors in calibrated._wanted(lazy, made).items() for tensor in tensors}
+    names = {module: name for name, modules in calibrated._wanted(lazy, made).items() for module in modules}
     (whole,) = capture(loaded.eval(), batches, Mock(), device=CPU, blocks=None)
     assert found.inputs
-    for tensor, seen in found.inputs.items():
-        expected = whole.inputs[names[tensor]]
+    for module, seen in found.inputs.items():
+        expected = whole.inputs[names[module]]
         assert seen.tokens == expected.tokens
         torch.testing.assert_close(seen.amax, expected.amax(), rtol=1e-4, atol=1e-6)
 
 
 def test_experts_have_statistics_of_their_own(with_tokenizer, data):
     _, found = calibrate(with_tokenizer("qwen3_moe"), data)
-    experts = [f"model.layers.1.mlp.experts.{e}.down_proj.weight" for e in range(4)]
-    tokens = [found.inputs[tensor].tokens for tensor in experts]
+    experts = [f"model.layers.1.mlp.experts.{e}.down_proj" for e in range(4)]
+    tokens = [found.inputs[module].tokens for module in experts]
     assert sum(tokens) == 2 * 16 * 32  # two experts a token
-    assert len({tuple(found.inputs[tensor].energy.tolist()) for tensor in experts}) == 4
+    assert len({tuple(found.inputs[module].energy.tolist()) for module in experts}) == 4
 
 
 def test_layers_that_saw_too_little_keep_plain_rounding_and_are_named(with_tokenizer, text):
     made, found = calibrate(with_tokenizer("qwen3_moe"), Calibration(text, samples=1, length=40))
     assert any("saw under 128 tokens" in note for note in found.notes)
     assert not found.files
-    assert found.rounded(made.quantized[0], torch.zeros(made.quantized[0].info.shape)) is None
+    assert found.rounded(made.quantized[0].module, torch.zeros(made.quantized[0].info.shape)) is None
 
 
 def test_one_block_is_in_memory_at_a_time(with_tokenizer):
@@ -135,7 +136,7 @@ def test_rounding_lowers_the_error_of_the_outputs(with_tokenizer, tmp_path, sche
     made, found = calibrate(model, calibration, scheme)
     decision = next(d for d in made.quantized if d.tensor.endswith("layers.1.mlp.down_proj.weight"))
     weight = made.source.read(decision.tensor).float()
-    ours = found.rounded(decision, weight)
+    ours = found.rounded(decision.module, weight)
     lazy = LazyModel(made.source, CPU, torch.float32)
     batches = calibrated._windows(made.source, lazy, calibration, False).split(16)
     (whole,) = capture(lazy.model, batches, lazy, device=CPU, blocks=None)
@@ -181,7 +182,7 @@ def test_static_activation_scales_lie_in_a_side_file(with_tokenizer, tmp_path, t
         for decision in made.quantized:
             scale = file.get_tensor(decision.module)
             assert scale.dtype == torch.float32
-            torch.testing.assert_close(scale * 448, found.inputs[decision.tensor].group_amax())
+            torch.testing.assert_close(scale * 448, found.inputs[decision.module].group_amax())
 
 
 def test_data_and_models_that_do_not_serve(with_tokenizer, tiny, tmp_path, data, text):
@@ -203,8 +204,6 @@ def test_a_model_without_a_tokenizer(tiny, data):
 
 
 def test_activations_that_are_not_finite_name_their_layer(with_tokenizer, tmp_path, data):
-    from safetensors.torch import save_file
-
     model = with_tokenizer("llama")
     tensors = load_file(model.folder / "model.safetensors")
     tensors["model.layers.1.input_layernorm.weight"][:] = 3e38
@@ -217,8 +216,6 @@ def test_activations_that_are_not_finite_name_their_layer(with_tokenizer, tmp_pa
 
 
 def test_a_checkpoint_that_lacks_a_tensor(with_tokenizer, tmp_path):
-    from safetensors.torch import save_file
-
     model = with_tokenizer("llama")
     tensors = load_file(model.folder / "model.safetensors")
     del tensors["model.layers.0.mlp.up_proj.weight"]
@@ -226,3 +223,17 @@ def test_a_checkpoint_that_lacks_a_tensor(with_tokenizer, tmp_path):
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(PreflightError, match=r"the checkpoint has no tensor for model.layers.0.mlp.up_proj.weight"):
         LazyModel(Source.open(tmp_path), CPU).load("model.layers.0")
+
+
+def test_experts_that_the_checkpoint_holds_fused_are_seen_one_by_one(with_tokenizer, tmp_path, data):
+    model = with_tokenizer("qwen3_moe")
+    state = model.model_class.from_pretrained(model.folder).state_dict()
+    assert state["model.layers.0.mlp.experts.gate_up_proj"].ndim == 3
+    for file in model.folder.glob("*.json"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, tmp_path / "model.safetensors")
+    made, found = calibrate(replace(model, folder=tmp_path), data)
+    _, apart = calibrate(model, data)
+    assert set(found.inputs) == set(apart.inputs)
+    assert all(torch.equal(found.inputs[name].energy, seen.energy) for name, seen in apart.inputs.items())
+    assert "model.layers.0.mlp.experts.3.up_proj" in found.inputs
