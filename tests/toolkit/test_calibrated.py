@@ -232,7 +232,7 @@ def test_experts_that_the_checkpoint_holds_fused_are_seen_one_by_one(with_tokeni
     for file in model.folder.glob("*.json"):
         (tmp_path / file.name).write_bytes(file.read_bytes())
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, tmp_path / "model.safetensors")
-    made, found = calibrate(replace(model, folder=tmp_path), data)
+    _, found = calibrate(replace(model, folder=tmp_path), data)
     _, apart = calibrate(model, data)
     assert set(found.inputs) == set(apart.inputs)
     assert all(torch.equal(found.inputs[name].energy, seen.energy) for name, seen in apart.inputs.items())
