@@ -11,6 +11,7 @@ for them), shapes that are no whole blocks, and all that engines fuse with somet
 
 from __future__ import annotations
 
+import difflib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -29,7 +30,7 @@ from quantlab.checkpoint import (
 from quantlab.errors import PreflightError, UsageError
 from quantlab.loaders import SkipList, View, broken_rules
 from quantlab.parallel import largest_tensor_parallel
-from quantlab.scheme import Recipe, Rule, Scheme, did_you_mean, scheme_named
+from quantlab.scheme import Recipe, Rule, Scheme, scheme_named
 from quantlab.shards import TensorInfo
 from quantlab.summary import sizes
 
@@ -152,7 +153,7 @@ def plan(source: Source, recipe: Recipe, *, trust_remote_code: bool = False) -> 
     architecture, doubts = known_architecture(source, trust_remote_code=trust_remote_code)
     _check_shapes(source, architecture)
     decisions = [_decide(info, source, recipe, model, architecture) for info in source.tensors.values()]
-    _check_patterns(recipe.rules, decisions)
+    _check_patterns(recipe.rules, decisions, architecture)
     decisions = _drop_together(decisions)
     decisions = _drop_what_skip_lists_confuse(decisions, model, architecture)
     _check_coverage(decisions, source)
@@ -277,15 +278,15 @@ def _misfit(
 
 def _check_patterns(rules: Iterable[Rule], decisions: list[Decision]) -> None:
     """A pattern that matches nothing is a typing error; silence would quantize what the user wanted to keep."""
-    modules = list(dict.fromkeys(d.module for d in decisions))
     for rule in rules:
         if any(rule.matches(d.module) or rule.matches(d.tensor) for d in decisions):
             continue
-        leaves = {kinds.leaf_of(module) for module in modules} - {""}
-        leaf = kinds.leaf_of(rule.match.removeprefix("re:"))
-        hint = f"*.{leaf}" if leaf in leaves else None
-        tail = f"did you mean {hint!r}?" if hint and hint != rule.match else f"layers are {did_you_mean(leaf, leaves)}"
-        raise UsageError(f"pattern {rule.match!r} matches no module (it must match a whole name); {tail}")
+        leaves = sorted(
+            {kinds.leaf_of(d.module) for d in decisions if d.kind in ("linear", "expert", "head", "router")}
+        )
+        close = difflib.get_close_matches(kinds.leaf_of(rule.match.removeprefix("re:")), leaves, n=1, cutoff=0.5)
+        hint = f"did you mean '*.{close[0]}'?" if close else f"layers end in: {', '.join(leaves)}"
+        raise UsageError(f"pattern {rule.match!r} matches no module; patterns match whole names; {hint}")
 
 
 def _drop_together(decisions: list[Decision]) -> list[Decision]:

@@ -143,14 +143,22 @@ def test_recipe_rules_leave_layers_alone_and_drag_their_groups_along(raw_checkpo
     ("pattern", "hint"),
     [
         ("down_proj", "did you mean '*.down_proj'?"),
-        ("*.dwn_proj", "did you mean 'down_proj'?"),
-        ("re:nothing.*", "layers are known: "),
+        ("*.dwn_proj", "did you mean '*.down_proj'?"),
+        ("re:zzz", "patterns match whole names; layers end in: down_proj, gate_proj, k_proj, lm_head, o_proj"),
     ],
 )
 def test_a_pattern_that_matches_nothing(pattern: str, hint: str, raw_checkpoint: Make) -> None:
     with pytest.raises(UsageError, match=re.escape(f"pattern {pattern!r} matches no module")) as error:
         plan(raw_checkpoint(), Recipe(rules=(Rule(pattern, "none"),)))
     assert hint in str(error.value)
+
+
+def test_patterns_in_the_names_of_transformers(tiny: Callable[[str], Any]) -> None:
+    """Mixtral's experts are `block_sparse_moe.experts.0.w1` on disk and `mlp.experts` in transformers."""
+    recipe = Recipe(rules=(Rule("model.layers.0.mlp.experts", "none"),))
+    found = reasons(plan(tiny("mixtral").folder, recipe))
+    assert found["model.layers.0.block_sparse_moe.experts.0.w1"] == "recipe: model.layers.0.mlp.experts"
+    assert found["model.layers.1.block_sparse_moe.experts.0.w1"] == "quantized"
 
 
 def test_the_coverage_gate(raw_checkpoint: Make) -> None:
