@@ -276,14 +276,15 @@ def _misfit(
     return None
 
 
-def _check_patterns(rules: Iterable[Rule], decisions: list[Decision]) -> None:
+def _check_patterns(rules: Iterable[Rule], decisions: list[Decision], architecture: Architecture | None) -> None:
     """A pattern that matches nothing is a typing error; silence would quantize what the user wanted to keep."""
+    names = {name for d in decisions for name in (d.module, d.tensor)}
+    names.update(architecture.modules.values() if architecture else ())
+    layers = [d.module for d in decisions if d.kind in ("linear", "expert", "head", "router")]
     for rule in rules:
-        if any(rule.matches(d.module) or rule.matches(d.tensor) for d in decisions):
+        if any(map(rule.matches, names)):
             continue
-        leaves = sorted(
-            {kinds.leaf_of(d.module) for d in decisions if d.kind in ("linear", "expert", "head", "router")}
-        )
+        leaves = sorted({kinds.leaf_of(layer) for layer in layers})
         close = difflib.get_close_matches(kinds.leaf_of(rule.match.removeprefix("re:")), leaves, n=1, cutoff=0.5)
         hint = f"did you mean '*.{close[0]}'?" if close else f"layers end in: {', '.join(leaves)}"
         raise UsageError(f"pattern {rule.match!r} matches no module; patterns match whole names; {hint}")
