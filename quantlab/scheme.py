@@ -19,7 +19,7 @@ import fnmatch
 import re
 import tomllib
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -144,7 +144,6 @@ class Recipe:
     scheme: str = "fp8-block"
     rules: tuple[Rule, ...] = ()
     calibration: Calibration | None = None
-    power2_scales: bool | None = field(default=None)  # None: as the scheme says
 
     def __post_init__(self) -> None:
         layouts = {s.layout for s in self.schemes()}
@@ -205,8 +204,6 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """Plain data that `from_dict` reads back; also what `to_toml` writes."""
         data: dict[str, Any] = {"scheme": self.scheme}
-        if self.power2_scales is not None:
-            data["power2_scales"] = self.power2_scales
         data["layers"] = [asdict(rule) for rule in self.rules]
         if self.calibration is not None:
             data["calibration"] = asdict(self.calibration)
@@ -231,7 +228,7 @@ def _build(kind: type, data: Any, where: str) -> Any:
     for key, value in data.items():
         if key not in known:
             raise UsageError(f"[{where}]: unknown key {key!r}; {did_you_mean(key, known)}")
-        wanted = {"str": str, "int": int, "bool | None": bool}.get(known[key])
+        wanted = {"str": str, "int": int}.get(known[key])
         if wanted is not None and type(value) is not wanted:
             raise UsageError(f"[{where}]: {key} = {value!r}, needs {wanted.__name__}")
     try:

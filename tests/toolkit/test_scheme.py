@@ -20,7 +20,6 @@ recipes = st.builds(
     scheme=st.just("fp8-block"),
     rules=st.lists(rules, max_size=4).map(tuple),
     calibration=st.none() | st.builds(Calibration, data=names, samples=st.integers(1, 9), length=st.integers(2, 99)),
-    power2_scales=st.sampled_from([None, True, False]),
 )
 
 
