@@ -14,6 +14,7 @@ import importlib.util
 import sys
 import warnings
 from importlib.machinery import ModuleSpec
+from operator import attrgetter
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,6 +26,17 @@ __all__ = ["Architecture", "IntegrationWarning", "architecture", "disable", "ena
 
 _REGISTRY = "transformers.quantizers.auto"
 _METHODS = ("fp8", "compressed-tensors")
+# What `quantizers` and `architecture` lean on beyond the public interface; looked up before anything is replaced.
+_NEEDED = (
+    "core_model_loading.rename_source_key",
+    "core_model_loading.WeightConverter._original_source_patterns",
+    "core_model_loading.WeightConverter._original_target_patterns",
+    "core_model_loading.WeightConverter.scope_prefix",
+    "core_model_loading.WeightConverter.base_model_prefix",
+    "quantizers.base.HfQuantizer.update_weight_conversions",
+    "quantizers.base.HfQuantizer._process_model_before_weight_loading",
+    "quantizers.base.HfQuantizer._process_model_after_weight_loading",
+)
 _replaced: dict[str, tuple[Any, Any]] = {}
 _failure: str | None = None
 
@@ -166,6 +178,8 @@ def _replace(registry: ModuleType) -> None:
     if _replaced:
         return
     try:
+        for name in _NEEDED:
+            attrgetter(name)(sys.modules["transformers"])
         from quantlab import quantizers
 
         entries = {

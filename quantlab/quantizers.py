@@ -265,7 +265,7 @@ def fp8_reason(config: Any) -> str | None:
         return f"weight_block_size = {config.weight_block_size}, our kernels take [128, 128]"
     if config.activation_scheme != "dynamic":
         return f"activation_scheme = {config.activation_scheme!r}, our kernels take 'dynamic'"
-    if config.modules_to_convert:
+    if getattr(config, "modules_to_convert", None):
         return "modules_to_convert names embeddings"
     if getattr(config, "expert_dtype", "fp8") != "fp8":
         return f"expert_dtype = {config.expert_dtype!r}, our kernels take 'fp8'"
@@ -348,11 +348,12 @@ def with_scales(converter: Any, scale_name: str) -> list[Any]:
     if not all(re.search(r"\.weight\$?$", source) for source in sources):
         return [converter]  # the pattern ends before the tensor's name, so the scales match it as they are
     added = scale_name.removeprefix("weight")
+    options = {"force_cpu": converter.force_cpu} if hasattr(converter, "force_cpu") else {}  # newer than 5.15
     twin = WeightConverter(
         [re.sub(r"\$$", "", source) + added for source in sources],
         [re.sub(r"\$$", "", target) + added for target in targets],
         operations=[StackScales(op.dim) if type(op) is MergeModulelist else op for op in converter.operations],
-        force_cpu=converter.force_cpu,
+        **options,
     )
     twin.scope_prefix, twin.base_model_prefix = converter.scope_prefix, converter.base_model_prefix
     converter._original_target_patterns = [target.removesuffix("$") + "$" for target in targets]
