@@ -20,7 +20,6 @@ looks for weights: `manifest.json`, `recipe.toml`, `summary.json`, `eval*.json`,
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from quantlab.errors import PreflightError, UsageError
+from quantlab.locate import locate
 from quantlab.scheme import SCHEMES, Scheme
 from quantlab.shards import TAGS, TORCH_DTYPES, ShardReader, TensorInfo, TensorSlot, read_header
 from quantlab_kernels.formats import E4M3
@@ -81,7 +81,8 @@ class Source:
         """
         if not isinstance(model, (str, Path)):
             raise UsageError(f"model is a {type(model).__name__}; give the folder or the hub id it was loaded from")
-        folder = _locate(str(model), revision)
+        others = [f"*{suffix}" for suffix in OTHER_WEIGHTS] + [f"{name}/*" for name in OTHER_WEIGHT_FOLDERS]
+        folder = locate(str(model), revision, others)
         try:
             shards, index = _weight_files(folder)
             config = read_config(folder)
@@ -98,51 +99,6 @@ class Source:
     def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
         """One tensor, or some of its rows, on the CPU."""
         return self.reader.read(self.tensors[name], rows)
-
-
-def _locate(model: str, revision: str | None) -> Path:
-    folder = Path(model).expanduser()
-    if folder.suffix == ".gguf":
-        raise PreflightError(f"{model}: GGUF files are already quantized; give the original model in safetensors")
-    if folder.is_dir():
-        if revision is not None:
-            raise UsageError(f"{model}: --revision {revision} needs a model on the hub, this is a folder")
-        return folder
-    if folder.exists():
-        raise UsageError(f"{model}: is a file; give the folder that holds config.json and the weights")
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model) or model.startswith("."):
-        raise UsageError(f"{model}: no such folder")
-    return _download(model, revision)
-
-
-def _download(model: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    ignored = [f"*{suffix}" for suffix in OTHER_WEIGHTS] + [f"{name}/*" for name in OTHER_WEIGHT_FOLDERS]
-    try:
-        return Path(snapshot_download(model, revision=revision, ignore_patterns=ignored))
-    except RevisionNotFoundError:
-        raise UsageError(f"{model}: no revision {revision!r} on the hub") from None
-    except GatedRepoError:
-        raise UsageError(f"{model}: gated on the hub; accept its licence there and run `hf auth login`") from None
-    except LocalEntryNotFoundError:
-        raise UsageError(f"{model}: no such folder, not in the local hub cache, and the hub is out of reach") from None
-    except RepositoryNotFoundError:
-        raise UsageError(f"{model}: no such folder, and no such model on the hub") from None
-    except ValueError as error:  # not a repository name at all
-        raise UsageError(f"{model}: no such folder or model: {_one_line(error)}") from None
-    except Exception as error:  # the network fails in many ways, and its libraries name them differently
-        raise PreflightError(f"{model}: download failed: {_one_line(error)}") from None
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
 
 
 def read_config(folder: Path) -> dict[str, Any]:
