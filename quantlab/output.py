@@ -147,13 +147,18 @@ class Output:
         self._journal(lines[0])  # written anew: its last line may be torn
         for record in (FileRecord(**line) for line in lines[1:]):
             path = self.partial / record.name
-            if path.is_file() and path.stat().st_size == record.bytes and hash_file(path) == record.sha256:
+            whole = path.is_file() and path.stat().st_size == record.bytes and hash_file(path) == record.sha256
+            if whole and _is_shard(record.name):  # all else is quickly written anew
                 self.finished[record.name] = record
                 self._journal(asdict(record))
+        for path in self.partial.rglob("*"):
+            name = path.relative_to(self.partial).as_posix()
+            if path.is_file() and name not in self.finished and name != JOURNAL:
+                path.unlink()
 
     @property
     def finished_shards(self) -> int:
-        return sum(name.endswith(".safetensors") for name in self.finished)
+        return sum(map(_is_shard, self.finished))
 
     def _journal(self, line: dict[str, Any]) -> None:
         with self._journal_lock, (self.partial / JOURNAL).open("a", encoding="utf-8") as file:
@@ -311,6 +316,10 @@ def _acquire(path: Path) -> int | None:
         pass
     os.close(lock)
     return None
+
+
+def _is_shard(name: str) -> bool:
+    return name.endswith(".safetensors") and "/" not in name
 
 
 def _journal_lines(path: Path) -> list[dict[str, Any]]:

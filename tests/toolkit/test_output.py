@@ -25,6 +25,7 @@ from quantlab.errors import PreflightError, UsageError, VerificationError
 from quantlab.output import Output
 from quantlab.pipeline import quantize
 from quantlab.summary import Summary
+from quantlab.verify import verify
 
 Make = Callable[..., Path]
 ROOT = Path(__file__).parents[2]
@@ -216,6 +217,22 @@ def test_a_run_of_another_kind_or_a_changed_source_starts_over(raw_checkpoint: M
         if stamp:
             os.utime(source / "model.safetensors", stamp)
         assert quantize(source, scheme, out, device="cpu").resumed == 0
+
+
+def test_side_files_that_went_away_do_not_come_back(
+    raw_checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = raw_checkpoint(), tmp_path / "out"
+    (source / "old.txt").write_text("old")
+    with monkeypatch.context() as patch:
+        patch.setattr(Output, "publish", lambda _: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            run(source, out)
+    assert (tmp_path / "out.partial" / "old.txt").is_file()
+    (source / "old.txt").unlink()
+    assert run(source, out).resumed > 3
+    assert not (out / "old.txt").exists()
+    assert verify(out).problems == ()
 
 
 def test_a_finished_shard_that_was_damaged_is_made_again(raw_checkpoint: Make, tmp_path: Path) -> None:
