@@ -353,12 +353,7 @@ def stored_in(config: dict[str, Any]) -> Stored | None:
     method = found.get("quant_method")
     try:
         stored = readers[method](found) if isinstance(method, str) and method in readers else None
-    except (
-        TypeError,
-        ValueError,
-        LookupError,
-        AttributeError,
-    ):  # a field is missing or of another type than it should be
+    except (TypeError, ValueError, LookupError, AttributeError, OverflowError):  # a field is missing or malformed
         raise PreflightError(f"quantization_config: {describe_quantization(found)}: a field is malformed") from None
     if stored is None:
         said = describe_quantization(found)
