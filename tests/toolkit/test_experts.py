@@ -13,6 +13,11 @@ NAMES = {Fp8BlockExperts: "weight_scale_inv", Fp8RowExperts: "weight_scale"}
 BOTH = pytest.mark.parametrize("kind", SCHEME, ids=lambda kind: kind.__name__)
 
 
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
 class Dense(nn.Module):
     """Experts as transformers holds them."""
 
