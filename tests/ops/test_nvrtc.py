@@ -125,9 +125,8 @@ def test_without_nvrtc_the_error_says_what_to_install(monkeypatch):
 
 @pytest.mark.gpu(sm=80)
 def test_the_real_compiler_and_its_errors(cache):
-    code, log = nvrtc.compile_source(Source("add", SOURCE.text, macros={"N": 1}, arch="sm_90a"))
+    code, _ = nvrtc.compile_source(SOURCE)
     assert code[:4] == b"\x7fELF"
-    assert "registers" in log
     with pytest.raises(CompileError, match=r"add does not compile with NVRTC(.|\n)*identifier \"N\" is undefined"):
         nvrtc.cubin(Source("add", SOURCE.text))
 

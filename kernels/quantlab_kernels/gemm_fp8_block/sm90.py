@@ -172,16 +172,26 @@ def _params(
     return b"".join(maps) + scalars
 
 
-_FLAGS: dict[tuple[int, int], Tensor] = {}
+# Flags of hand-over, zeros which a launch leaves as zeros. Launches of one stream cannot overlap and share theirs. A
+# captured launch may be replayed beside anything, so it takes its own out of a pool, for good; a graph's own memory
+# would do as well, but has to be cleared by one more node.
+_POOL = 1 << 18
+_STREAM_FLAGS: dict[tuple[int, int], Tensor] = {}
+_CAPTURE_FLAGS: dict[int, Tensor] = {}
 
 
 def _flags(device: int, count: int) -> Tensor:
-    """At least `count` zeros, which the launch leaves as zeros, so that launches that cannot overlap share them: those
-    of one stream. A captured launch may be replayed on any stream beside anything and gets its own."""
+    """At least `count` zeros for one launch on the current stream."""
     if torch.cuda.is_current_stream_capturing():
-        return torch.zeros(count, dtype=torch.int32, device=f"cuda:{device}")
+        pool = _CAPTURE_FLAGS.get(device)
+        if pool is None or pool.numel() < count:
+            return torch.zeros(count, dtype=torch.int32, device=f"cuda:{device}")
+        _CAPTURE_FLAGS[device] = pool[count:]
+        return pool[:count]
+    if device not in _CAPTURE_FLAGS:
+        _CAPTURE_FLAGS[device] = torch.zeros(_POOL, dtype=torch.int32, device=f"cuda:{device}")
     key = device, torch._C._cuda_getCurrentRawStream(device)
-    flags = _FLAGS.get(key)
+    flags = _STREAM_FLAGS.get(key)
     if flags is None or flags.numel() < count:
-        flags = _FLAGS[key] = torch.zeros(max(count, 1024), dtype=torch.int32, device=f"cuda:{device}")
+        flags = _STREAM_FLAGS[key] = torch.zeros(max(count, 1024), dtype=torch.int32, device=f"cuda:{device}")
     return flags
