@@ -233,7 +233,8 @@ def test_gpu_loads_and_agrees_with_cpu(quantized, name: str, scheme: str):
         expected = on_cpu(**source.inputs()).logits
         found = on_gpu(**{k: v.to("cuda") for k, v in source.inputs().items()}).logits.cpu()
         for path, (x, out) in seen.items():
-            assert ((layers[path](x.to("cuda")).cpu() - out).norm() / out.norm()).item() < 1e-5, path
+            # Hopper's FP8 tensor core truncates inside each 128 products: 1.3e-4 measured here on an H200
+            assert ((layers[path](x.to("cuda")).cpu() - out).norm() / out.norm()).item() < 5e-4, path
     # Layers agree to the last bits, which now and then moves an input of the next one by a code, 2^-4; through two
     # blocks of random weights that becomes a few percent.
     assert ((found - expected).norm() / expected.norm()).item() < 0.1
