@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import pytest
@@ -89,6 +90,7 @@ def test_a_weight_is_settled_once_it_was_read_as_it_is():
     assert [sm90._settled(weight), sm90._settled(weight)] == [False, True]
     weight.add_(1)
     assert [sm90._settled(weight), sm90._settled(weight)] == [False, True]
+    assert not sm90._settled(copy.deepcopy(weight))
     with torch.inference_mode():
         fresh = torch.zeros(2)
         assert not sm90._settled(fresh)

@@ -45,7 +45,12 @@ def supports(problem: GemmProblem) -> str | None:
 
 def config(problem: GemmProblem) -> Config:
     """Tuned for this GPU and weight shape, else the model's choice."""
-    return _config(problem, torch.cuda.current_device() if torch.cuda.is_available() else -1)
+    return _config(problem, torch.cuda.current_device() if _has_gpu() else -1)
+
+
+@functools.cache
+def _has_gpu() -> bool:
+    return torch.cuda.is_available()
 
 
 @functools.cache
@@ -90,21 +95,20 @@ def launch(
 
     Rows of a, b and out may be strided, by multiples of 16 bytes, and out starts at a multiple of 16 bytes.
     """
-    a, a_scale, b = _aligned(a), _aligned(a_scale), _aligned(b)
-    code = kernel(config, out.dtype, None if bias is None else bias.dtype, accumulate)
+    a_at, a_scale_at, b_at = a.data_ptr(), a_scale.data_ptr(), b.data_ptr()
+    if (a_at | a_scale_at | b_at) % 16:
+        return launch(_aligned(a), _aligned(a_scale), _aligned(b), b_scale, bias, out, config, accumulate)
     device = a.get_device()
     m, k = a.shape
-    n = b.shape[0]
-    prefetch = _settled(b)
-    shape = _shape(config, m, n, device, prefetch)
     partials = flags = None
     if config.tail > 1:
-        partials = torch.empty(shape.grid * config.bx * config.by, dtype=torch.float32, device=a.device)
-        flags = _flags(device, shape.grid * config.math_groups)
-    params = _params(
-        config, out.dtype, m, n, k, a.data_ptr(), a.stride(0), a_scale.data_ptr(), a_scale.stride(1), b.data_ptr(),
-        b.stride(0), b_scale.data_ptr(), _address(bias), out.data_ptr(), out.stride(0), _address(partials),
-        _address(flags), prefetch,
+        ctas = _sms(device)
+        partials = torch.empty(ctas * config.bx * config.by, dtype=torch.float32, device=a.device)
+        flags = _flags(device, ctas * config.math_groups)
+    code, shape, params = _prepared(
+        config, out.dtype, None if bias is None else bias.dtype, accumulate, device, _settled(b) & _settled(b_scale),
+        (m, b.shape[0], k), (a_at, a.stride(0)), (a_scale_at, a_scale.stride(1)), (b_at, b.stride(0)),
+        b_scale.data_ptr(), _address(bias), (out.data_ptr(), out.stride(0)), _address(partials), _address(flags),
     )  # fmt: skip
     code.launch(shape, params, device)
 
@@ -129,47 +133,58 @@ def _settled(weight: Tensor) -> bool:
     """
     if weight.is_inference():  # these do not count their versions
         return False
-    version = weight._version
-    if getattr(weight, "_quantlab_read", None) == version:
+    read = id(weight), weight._version  # the identity too: a deep copy takes attributes along
+    if getattr(weight, "_quantlab_read", None) == read:
         return True
-    weight._quantlab_read = version  # type: ignore[attr-defined]
+    weight._quantlab_read = read  # type: ignore[attr-defined]
     return False
 
 
+@functools.cache
+def _sms(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 @functools.lru_cache(maxsize=4096)
-def _shape(config: Config, m: int, n: int, device: int, early: bool) -> driver.Launch:
-    sms = torch.cuda.get_device_properties(device).multi_processor_count
+def _prepared(
+    config: Config, out_dtype: torch.dtype, bias_dtype: torch.dtype | None, accumulate: bool, device: int,
+    prefetch: bool, extents: tuple[int, int, int], a: tuple[int, int], a_scale: tuple[int, int], b: tuple[int, int],
+    b_scale: int, bias: int, out: tuple[int, int], partials: int, flags: int,
+) -> tuple[driver.Kernel, driver.Launch, bytes]:  # fmt: skip
+    """Kernel, shape of the launch and the kernel's `Params`, for addresses and (address, stride) of the operands."""
+    m, n, k = extents
+    maps = _operand_maps(config, extents, a, b)
+    tokens = config.by if config.swap else config.bx
+    column = round_up(4 * max(a_scale[1], 4), 16)  # a single column of scales may report any stride
+    maps.append(driver.tensor_map(driver.FLOAT32, a_scale[0], m, k // 128, column, tokens, 1, driver.NO_SWIZZLE))
+    maps.append(_output_map(config, extents, out, out_dtype) if config.output_tma else bytes(128))
+    scalars = struct.pack("<QQQqQQiiii", b_scale, bias, *out, partials, flags, m, n, k // 128, int(prefetch))
+    code = kernel(config, out_dtype, bias_dtype, accumulate)
+    return code, _shape(config, m, n, _sms(device), prefetch), b"".join(maps) + scalars
+
+
+def _operand_maps(config: Config, extents: tuple[int, int, int], a: tuple[int, int], b: tuple[int, int]) -> list[bytes]:
+    """Of the MMA's M side and its N side; a CTA of a cluster fetches its share of a common tile."""
+    m, n, k = extents
+    x, y = ((*b, n), (*a, m)) if config.swap else ((*a, m), (*b, n))
+    boxes = (x, config.bx // config.cluster_y), (y, config.by // config.cluster_x)
+    return [
+        driver.tensor_map(driver.UINT8, pointer, k, rows, stride, 128, box, driver.SWIZZLE_128)
+        for (pointer, stride, rows), box in boxes
+    ]
+
+
+def _output_map(config: Config, extents: tuple[int, int, int], out: tuple[int, int], dtype: torch.dtype) -> bytes:
+    columns = config.piece_columns
+    kind, swizzle = _OUTPUT_MAP[dtype], _SWIZZLE[columns]
+    return driver.tensor_map(kind, out[0], extents[1], extents[0], 2 * out[1], columns, 64, swizzle)
+
+
+def _shape(config: Config, m: int, n: int, sms: int, early: bool) -> driver.Launch:
     tiles, at_once = config.grid(m, n, sms)
     clusters = at_once if config.tail > 1 else min(tiles // (config.cluster_x * config.cluster_y), at_once)
     threads = 128 * (config.math_groups + 1)
     return driver.Launch(clusters * config.cluster, threads, config.cluster, config.shared_bytes(), early)
-
-
-@functools.lru_cache(maxsize=4096)
-def _params(
-    config: Config, out_dtype: torch.dtype, m: int, n: int, k: int, a: int, a_stride: int, a_scale: int,
-    a_scale_stride: int, b: int, b_stride: int, b_scale: int, bias: int, out: int, out_stride: int, partials: int,
-    flags: int, prefetch: bool,
-) -> bytes:  # fmt: skip
-    """The kernel's `Params`. A pure function of its arguments."""
-    operand_a, operand_b = (a, m, a_stride), (b, n, b_stride)
-    x, y = (operand_b, operand_a) if config.swap else (operand_a, operand_b)
-    boxes = (x, config.bx // config.cluster_y), (y, config.by // config.cluster_x)
-    maps = [
-        driver.tensor_map(driver.UINT8, pointer, k, rows, stride, 128, box, driver.SWIZZLE_128)
-        for (pointer, rows, stride), box in boxes
-    ]
-    tokens = config.by if config.swap else config.bx
-    column = round_up(4 * max(a_scale_stride, 4), 16)  # a single column of scales may report any stride
-    maps.append(driver.tensor_map(driver.FLOAT32, a_scale, m, k // 128, column, tokens, 1, driver.NO_SWIZZLE))
-    if config.output_tma:
-        columns = config.piece_columns
-        swizzle = _SWIZZLE[columns]
-        maps.append(driver.tensor_map(_OUTPUT_MAP[out_dtype], out, n, m, 2 * out_stride, columns, 64, swizzle))
-    else:
-        maps.append(bytes(128))
-    scalars = struct.pack("<QQQqQQiiii", b_scale, bias, out, out_stride, partials, flags, m, n, k // 128, int(prefetch))
-    return b"".join(maps) + scalars
 
 
 # Flags of hand-over, zeros which a launch leaves as zeros. Launches of one stream cannot overlap and share theirs. A
