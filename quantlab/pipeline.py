@@ -72,7 +72,9 @@ def quantize(
         if recipe.calibration is not None:
             from quantlab import calibrated
 
-            found = calibrated.run(made.source, made, recipe.calibration, where, progress)
+            found = calibrated.run(
+                made.source, made, recipe.calibration, where, progress, trust_remote_code=trust_remote_code
+            )
         rounded = found.rounded if found else None
         stages = stream.convert(made, out, device=where, workers=workers, progress=progress, rounded=rounded)
         checkpoint.write_side_files(out, made.source, made.stored)

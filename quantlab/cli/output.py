@@ -84,17 +84,19 @@ def _bar() -> Iterator[Progress]:
 
 
 def _line_per_label() -> Progress:
-    start = time.monotonic()
+    first: tuple[float, int] | None = None  # when the first report came, and how much was done by then
     last = ""
 
     def report(label: str, done: int, total: int) -> None:
-        nonlocal last
+        nonlocal first, last
+        if first is None or done < first[1]:
+            first = time.monotonic(), done
         if label == last:
             return
         last = label
-        elapsed = time.monotonic() - start
-        told = elapsed > 1 and total and 0.01 < done / total < 1  # before that the estimate is noise
-        eta = f", {elapsed * (total - done) / done:.0f} s left" if told else ""
+        elapsed, gained = time.monotonic() - first[0], done - first[1]
+        told = elapsed > 1 and gained > 0.01 * total and done < total  # before that the estimate is noise
+        eta = f", {elapsed * (total - done) / gained:.0f} s left" if told else ""
         share = f"{100 * done / total:3.0f} %" if total else ""
         print(f"{share} {label}{eta}", file=sys.stderr, flush=True)
 
