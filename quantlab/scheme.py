@@ -117,7 +117,7 @@ class Rule:
 class Calibration:
     """The data of a calibration pass, and what it is used for.
 
-    data         "bundled", a local text or JSONL file, or a `datasets` name ("name", "name:config" or "name:config:split")
+    data         "bundled", a local text or JSONL file, or a `datasets` name ("name[:config[:split]]")
     samples      number of sequences
     length       tokens per sequence
     seed         of the choice of sequences
