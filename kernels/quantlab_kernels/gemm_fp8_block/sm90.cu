@@ -12,12 +12,10 @@
 //   MATH_GROUPS   math warpgroups, each with WAVES blocks of 64 rows of X;   BX = 64 * WAVES * MATH_GROUPS
 //   BY            rows of Y in a tile, a multiple of 8 (of 16 for OUTPUT_TMA)
 //   STAGES        length of the ring
-//   CLUSTER_X/Y   CTAs of a cluster along X, which share the tile of Y by multicast / along Y, sharing X
+//   CLUSTER_X     CTAs of a cluster along X, which share the tile of Y by multicast
 //   SPLIT         CTAs of a cluster along K; their sums are added in a fixed order through distributed shared memory
 //   TAIL          more than 1: the tiles of the last, incomplete wave are cut along K into at most so many parts
 //   TEMPS         1, or 2 temporary accumulators: then block k is promoted under the MMA of block k + 1
-//   ORDERED       1, 2: the two math groups take turns with the tensor cores, so that one promotes while the other
-//                 multiplies, see `take_turn`; 0: no turns
 //   OUTPUT        0 float32, 1 bfloat16, 2 float16;  BIAS 0 none, else 1 + the same;  ACCUMULATE 0 or 1
 //   OUTPUT_TMA    1: 16-bit tiles leave through PIECES buffers per group and the copy engine; 0: through a float32 tile
 //   SHARED        bytes of dynamic shared memory that the launch provides
@@ -29,10 +27,9 @@ constexpr int BK = 128;  // elements of K in a stage = bytes of a swizzled row =
 constexpr int BX = 64 * WAVES * MATH_GROUPS;
 constexpr int MATH_THREADS = 128 * MATH_GROUPS;
 constexpr int MATH_WARPS = 4 * MATH_GROUPS;
-constexpr int MULTICAST = CLUSTER_X * CLUSTER_Y;
-constexpr int CLUSTER = MULTICAST * SPLIT;
-static_assert(SPLIT == 1 || MULTICAST == 1, "a cluster shares tiles or splits K");
-static_assert(TAIL == 1 || (CLUSTER == 1 && ORDERED == 0), "the parts of a tile belong to single CTAs");
+constexpr int CLUSTER = CLUSTER_X * SPLIT;
+static_assert(SPLIT == 1 || CLUSTER_X == 1, "a cluster shares tiles or splits K");
+static_assert(TAIL == 1 || CLUSTER == 1, "the parts of a tile belong to single CTAs");
 static_assert(WAVES == 1 || TEMPS == 1, "two temporary accumulators need one wave");
 static_assert(BY / 8 % SPLIT == 0, "the CTAs that split K share out the columns of the tile in eights");
 
@@ -87,27 +84,25 @@ struct Params {
 // What every role walks through in the same order: the tiles of this cluster, and the range of K of this CTA.
 //
 // TAIL: whole waves of tiles first. The tiles that remain are fewer than the CTAs; each is cut along K into `parts` equal
-// ranges for as many CTAs. The one with the first range owns the tile, the others hand their sums over to it. (Cutting
-// all work into ranges of equal length, "stream-K", balances better still and is slower: CTAs then stand at different
-// places of K, and the L2 cache no longer serves one CTA with what another one has fetched.)
+// ranges for as many CTAs. The one with the first range owns the tile, the others hand their sums over to it. All CTAs
+// keep to the same pace along K, so that the L2 cache serves one with what another has fetched.
 struct Schedule {
-  int count_x, count_y, blocks, next, step, whole, rank_x, rank_y, first, last;
+  int count_x, count_y, blocks, next, step, whole, rank, first, last;
   int rest, parts;
   int tile_x, tile_y;
 
-  DEVICE explicit Schedule(const Params& p, u32 rank) {
+  DEVICE Schedule(const Params& p, u32 cluster_rank) {
     const int rows_x = SWAP ? p.channels : p.tokens, rows_y = SWAP ? p.tokens : p.channels;
     count_x = (rows_x + BX * CLUSTER_X - 1) / (BX * CLUSTER_X);
-    count_y = (rows_y + BY * CLUSTER_Y - 1) / (BY * CLUSTER_Y);
+    count_y = (rows_y + BY - 1) / BY;
     blocks = p.blocks;
     next = blockIdx.x / CLUSTER;
     step = gridDim.x / CLUSTER;
     whole = count_x * count_y;
     rest = 0;
-    rank_x = CLUSTER_X > 1 ? rank % CLUSTER_X : 0;
-    rank_y = CLUSTER_Y > 1 ? rank / CLUSTER_X : 0;
-    first = SPLIT > 1 ? p.blocks * static_cast<int>(rank) / SPLIT : 0;
-    last = SPLIT > 1 ? p.blocks * (static_cast<int>(rank) + 1) / SPLIT : p.blocks;
+    rank = CLUSTER_X > 1 ? cluster_rank % CLUSTER_X : 0;
+    first = SPLIT > 1 ? p.blocks * static_cast<int>(cluster_rank) / SPLIT : 0;
+    last = SPLIT > 1 ? p.blocks * (static_cast<int>(cluster_rank) + 1) / SPLIT : p.blocks;
     if constexpr (TAIL > 1) {
       rest = whole % step;
       parts = rest > 0 ? min(min(step / rest, TAIL), blocks / 4) : 0;
@@ -138,8 +133,8 @@ struct Schedule {
   DEVICE void place(int tile) {
     const int band = tile / (GROUP * count_y), within = tile - band * GROUP * count_y;
     const int height = min(GROUP, count_x - band * GROUP);
-    tile_x = (band * GROUP + within % height) * CLUSTER_X + rank_x;
-    tile_y = (within / height) * CLUSTER_Y + rank_y;
+    tile_x = (band * GROUP + within % height) * CLUSTER_X + (CLUSTER_X > 1 ? rank : 0);
+    tile_y = within / height;
   }
 };
 
@@ -201,23 +196,14 @@ DEVICE void store_shared2(u32 address, float a, float b) {
 
 DEVICE void load_x(const Params& p, const Shared& s, const Schedule& schedule, int stage, int block) {
   constexpr u64 policy = SWAP ? kEvictFirst : kEvictNormal;  // weights that few tokens use are read once
-  constexpr int part = BX / CLUSTER_Y;
-  const int row = schedule.rank_y * part, x = schedule.tile_x * BX + row;
-  if constexpr (CLUSTER_Y > 1) {
-    u16 mask = 0;
-#pragma unroll
-    for (int i = 0; i < CLUSTER_Y; ++i) mask |= u16(1) << (schedule.rank_x + i * CLUSTER_X);
-    tma_load_multicast(s.x(stage) + row * BK, &p.x, s.full(stage), block * BK, x, mask, policy);
-  } else {
-    tma_load(s.x(stage), &p.x, s.full(stage), block * BK, x, policy);
-  }
+  tma_load(s.x(stage), &p.x, s.full(stage), block * BK, schedule.tile_x * BX, policy);
 }
 
 DEVICE void load_y(const Params& p, const Shared& s, const Schedule& schedule, int stage, int block) {
-  constexpr int part = BY / CLUSTER_X;
-  const int row = schedule.rank_x * part, y = schedule.tile_y * BY + row;
+  constexpr int part = BY / CLUSTER_X;  // what this CTA fetches for all of its cluster
+  const int row = schedule.rank * part, y = schedule.tile_y * BY + row;
   if constexpr (CLUSTER_X > 1) {
-    const u16 mask = ((1 << CLUSTER_X) - 1) << (schedule.rank_y * CLUSTER_X);
+    const u16 mask = (1 << CLUSTER_X) - 1;
     tma_load_multicast(s.y(stage) + row * BK, &p.y, s.full(stage), block * BK, y, mask, kEvictNormal);
   } else {
     tma_load(s.y(stage), &p.y, s.full(stage), block * BK, y, kEvictNormal);
@@ -265,7 +251,7 @@ DEVICE void produce_tiles(const Params& p, const Shared& s, Schedule schedule) {
     load_tile(p, s, schedule, ring, schedule.first);
   }
   // A CTA must outlive what the others of its cluster still send it: their last arrivals.
-  if constexpr (MULTICAST > 1) {
+  if constexpr (CLUSTER_X > 1) {
     for (int i = 0; i < STAGES; ++i, ring.advance()) barrier_wait(s.empty(ring.stage), ring.phase ^ 1);
   }
 }
@@ -370,38 +356,22 @@ DEVICE void multiply(float (&part)[ACCUMULATORS], const Shared& s, const Positio
   pin(part);
   wgmma_fence();
 #pragma unroll
-  for (int k = 0; k < BK / 32; ++k) {
-    wgmma(part, descriptor(x + 2 * k), descriptor(y + 2 * k), k > 0);
-    if (ORDERED && k == BK / 32 - 1 - ORDERED) wgmma_commit();
-  }
+  for (int k = 0; k < BK / 32; ++k) wgmma(part, descriptor(x + 2 * k), descriptor(y + 2 * k), k > 0);
   wgmma_commit();
   pin(part);
 }
 
 // This warp no longer reads the stage: tell every CTA whose copies land in it.
 DEVICE void release(const Shared& s, const Position& at, int stage) {
-  if constexpr (MULTICAST == 1) {
+  if constexpr (CLUSTER_X == 1) {
     if (at.lane == 0) barrier_arrive(s.empty(stage));
   } else {
-    if (at.lane < MULTICAST) barrier_arrive_cluster(s.empty(stage), at.lane);
+    if (at.lane < CLUSTER_X) barrier_arrive_cluster(s.empty(stage), at.lane);
   }
 }
 
-// Turn-taking of the two math groups: named barrier 1 + g is the turn of group g. Left to themselves they fall into
-// step: both multiply at half speed, then both promote while the tensor cores stand still. A group passes the turn when
-// all but the last ORDERED of its MMAs are done, so that the other one's are queued before the tensor cores run dry.
-DEVICE void take_turn(const Position& at) {
-  if constexpr (ORDERED) named_barrier_sync(1 + at.group, 256);
-}
-DEVICE void pass_turn(const Position& at, bool last) {
-  if constexpr (ORDERED) {
-    wgmma_wait<1>();
-    if (!(last && at.group == 1)) named_barrier_arrive(2 - at.group, 256);
-  }
-}
-
-DEVICE void accumulate_one(float (&sum)[WAVES][ACCUMULATORS], const Shared& s, const Position& at, Ring& ring, int blocks,
-                           bool last_tile) {
+DEVICE void accumulate_one(float (&sum)[WAVES][ACCUMULATORS], const Shared& s, const Position& at, Ring& ring,
+                           int blocks) {
   float part[ACCUMULATORS];
   for (int block = 0; block < blocks; ++block, ring.advance()) {
     barrier_wait(s.full(ring.stage), ring.phase);
@@ -409,9 +379,7 @@ DEVICE void accumulate_one(float (&sum)[WAVES][ACCUMULATORS], const Shared& s, c
     for (int wave = 0; wave < WAVES; ++wave) {
       Scales scales;
       scales.load(s, at, ring.stage, wave);
-      take_turn(at);
       multiply(part, s, at, ring.stage, wave);
-      pass_turn(at, last_tile && block == blocks - 1 && wave == WAVES - 1);
       if constexpr (SWAP) {
         ColumnScales columns;
         columns.load(s, at, ring.stage);
@@ -690,13 +658,13 @@ DEVICE void store_tile(const Params& p, const Shared& s, const Position& at, con
   }
 }
 
-DEVICE void compute_sums(const Shared& s, const Position& at, const Schedule& schedule, Ring& ring, bool last_tile,
+DEVICE void compute_sums(const Shared& s, const Position& at, const Schedule& schedule, Ring& ring,
                          float (&sum)[WAVES][ACCUMULATORS]) {
 #pragma unroll
   for (int i = 0; i < WAVES * ACCUMULATORS; ++i) sum[i / ACCUMULATORS][i % ACCUMULATORS] = 0.f;
   const int blocks = schedule.last - schedule.first;
   if constexpr (TEMPS == 1) {
-    accumulate_one(sum, s, at, ring, blocks, last_tile);
+    accumulate_one(sum, s, at, ring, blocks);
   } else {
     accumulate_two(sum, s, at, ring, blocks);
   }
@@ -724,10 +692,9 @@ DEVICE void compute_tiles(const Params& p, const Shared& s, Schedule schedule, u
   int piece = 0;
   u32 phase = 0;
   bool first = true;
-  if (ORDERED && at.group == 1) named_barrier_arrive(1, 256);
   while (schedule.advance()) {
     float sum[WAVES][ACCUMULATORS];
-    compute_sums(s, at, schedule, ring, schedule.next >= schedule.whole, sum);
+    compute_sums(s, at, schedule, ring, sum);
     if (first) wait_for_previous_kernel();  // it may still read what lies where the output goes
     first = false;
     float own[WAVES][SHARE];
@@ -742,7 +709,7 @@ DEVICE void compute_tiles(const Params& p, const Shared& s, Schedule schedule, u
   if constexpr (TAIL > 1) {
     if (schedule.advance_part()) {
       float sum[WAVES][ACCUMULATORS];
-      compute_sums(s, at, schedule, ring, true, sum);
+      compute_sums(s, at, schedule, ring, sum);
       wait_for_previous_kernel();
       if (schedule.first > 0) {
         hand_over(p, at, sum);
@@ -774,7 +741,7 @@ extern "C" __global__ void __launch_bounds__(MATH_THREADS + 128, 1)
     if (OUTPUT_TMA) prefetch_tensor_map(&p.output);
     for (int stage = 0; stage < STAGES; ++stage) {
       barrier_init(s.full(stage), 2);
-      barrier_init(s.empty(stage), MATH_WARPS * MULTICAST);
+      barrier_init(s.empty(stage), MATH_WARPS * CLUSTER_X);
     }
     if constexpr (SPLIT > 1) {
       barrier_init(s.sums_ready(), 1);

@@ -167,7 +167,7 @@ def _operand_maps(config: Config, extents: tuple[int, int, int], a: tuple[int, i
     """Of the MMA's M side and its N side; a CTA of a cluster fetches its share of a common tile."""
     m, n, k = extents
     x, y = ((*b, n), (*a, m)) if config.swap else ((*a, m), (*b, n))
-    boxes = (x, config.bx // config.cluster_y), (y, config.by // config.cluster_x)
+    boxes = (x, config.bx), (y, config.by // config.cluster_x)
     return [
         driver.tensor_map(driver.UINT8, pointer, k, rows, stride, 128, box, driver.SWIZZLE_128)
         for (pointer, stride, rows), box in boxes
@@ -182,7 +182,7 @@ def _output_map(config: Config, extents: tuple[int, int, int], out: tuple[int, i
 
 def _shape(config: Config, m: int, n: int, sms: int, early: bool) -> driver.Launch:
     tiles, at_once = config.grid(m, n, sms)
-    clusters = at_once if config.tail > 1 else min(tiles // (config.cluster_x * config.cluster_y), at_once)
+    clusters = at_once if config.tail > 1 else min(tiles // config.cluster_x, at_once)
     threads = 128 * (config.math_groups + 1)
     return driver.Launch(clusters * config.cluster, threads, config.cluster, config.shared_bytes(), early)
 

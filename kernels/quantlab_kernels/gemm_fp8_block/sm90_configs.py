@@ -27,11 +27,9 @@ class Config:
     math_groups: int = 2
     stages: int = 6
     cluster_x: int = 1
-    cluster_y: int = 1
     split: int = 1
     tail: int = 1
     temps: int = 1
-    ordered: int = 0
     output_tma: int = 1
     pieces: int = 1
     swap: int = 0
@@ -43,7 +41,7 @@ class Config:
 
     @property
     def cluster(self) -> int:
-        return self.cluster_x * self.cluster_y * self.split
+        return self.cluster_x * self.split
 
     @property
     def piece_columns(self) -> int:
@@ -67,8 +65,8 @@ class Config:
     def grid(self, m: int, n: int, sms: int) -> tuple[int, int]:
         """(tiles that are made, CTA clusters that run at once)."""
         x, y = (n, m) if self.swap else (m, n)
-        tiles = -(-x // (self.bx * self.cluster_x)) * -(-y // (self.by * self.cluster_y))
-        return tiles * self.cluster_x * self.cluster_y, clusters_at_once(self.cluster, sms)
+        tiles = -(-x // (self.bx * self.cluster_x)) * -(-y // self.by)
+        return tiles * self.cluster_x, clusters_at_once(self.cluster, sms)
 
 
 def clusters_at_once(size: int, sms: int) -> int:
@@ -154,14 +152,14 @@ def estimate_us(config: Config, problem: GemmProblem, sms: int = 132) -> float:
     """Rough time of the configuration; good enough to order candidates."""
     m, n, blocks = problem.m, problem.n, problem.k // 128
     tiles, at_once = config.grid(m, n, sms)
-    at_once *= config.cluster_x * config.cluster_y
+    at_once *= config.cluster_x
     waves, rest = divmod(tiles, at_once)
     parts = min(at_once // rest, config.tail, max(blocks // 4, 1)) if rest else 1
     depth = waves + (1 / parts if rest else 0)
     mma = 2 * config.bx * config.by / 64  # cycles of the tensor cores for one block of K
     block = mma / _efficiency(config) + 40
     compute = depth * blocks / config.split * block / _CLOCK
-    loaded = tiles * blocks * 128 * (config.bx / config.cluster_y + config.by / config.cluster_x)
+    loaded = tiles * blocks * 128 * (config.bx + config.by / config.cluster_x)
     memory = (n * problem.k + m * problem.k + m * n * problem.out_dtype.itemsize) / _HBM
     fixed = 3.0 + (1.0 if config.split > 1 else 0) + (3.0 if parts > 1 else 0) + 0.3 * depth
     return max(compute, memory, loaded / _L2) + fixed
