@@ -123,6 +123,13 @@ def test_without_nvrtc_the_error_says_what_to_install(monkeypatch):
         nvrtc.library()
 
 
+def test_a_library_that_is_not_there_is_named(monkeypatch):
+    monkeypatch.setenv("QUANTLAB_NVRTC", "/nowhere/libnvrtc.so.13")
+    nvrtc.library.cache_clear()
+    with pytest.raises(CompilerMissingError, match=r"tried /nowhere/libnvrtc\.so\.13"):
+        nvrtc.library()
+
+
 @pytest.mark.gpu(sm=80)
 def test_the_real_compiler_and_its_errors(cache):
     code, _ = nvrtc.compile_source(SOURCE)

@@ -44,13 +44,6 @@ def driver() -> ctypes.CDLL:
     return ctypes.CDLL("libcuda.so.1")
 
 
-def driver_version() -> int:
-    """13000 for CUDA 13.0."""
-    version = ctypes.c_int()
-    check(driver().cuDriverGetVersion(ctypes.byref(version)), "cuDriverGetVersion")
-    return version.value
-
-
 def check(status: int, call: str) -> None:
     """Raise DriverError unless the driver call succeeded."""
     if status == 0:

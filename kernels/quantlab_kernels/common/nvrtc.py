@@ -123,15 +123,15 @@ def _write(path: Path, code: bytes) -> None:
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """NVRTC of torch's CUDA version. Raises CompilerMissingError."""
-    if torch.version.cuda is None:
-        tried = "this torch was built without CUDA"
-        override = os.environ.get("QUANTLAB_NVRTC")
-        if not override:
-            raise CompilerMissingError(tried)
-        return _open(override)
-    name = f"libnvrtc.so.{torch.version.cuda.split('.')[0]}"
-    candidates = [os.environ["QUANTLAB_NVRTC"]] if os.environ.get("QUANTLAB_NVRTC") else [*_wheel_libraries(name), name]
+    """NVRTC of torch's CUDA version, or the one that ``$QUANTLAB_NVRTC`` names. Raises CompilerMissingError."""
+    chosen = os.environ.get("QUANTLAB_NVRTC")
+    if chosen:
+        candidates = [chosen]
+    elif torch.version.cuda is None:
+        raise CompilerMissingError("this torch was built without CUDA")
+    else:
+        name = f"libnvrtc.so.{torch.version.cuda.split('.')[0]}"
+        candidates = [*_wheel_libraries(name), name]
     for candidate in candidates:
         with contextlib.suppress(OSError):
             return _open(candidate)

@@ -59,10 +59,6 @@ DEVICE void named_barrier_sync(u32 id, u32 threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-DEVICE void named_barrier_arrive(u32 id, u32 threads) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-
 // ---- clusters ----
 
 DEVICE u32 cluster_rank() {
@@ -106,7 +102,6 @@ DEVICE void prefetch_tensor_map(const TensorMap* map) {
 // Cache policies of `createpolicy`, as the fixed encodings that it returns.
 constexpr u64 kEvictNormal = 0x1000000000000000ull;
 constexpr u64 kEvictFirst = 0x12F0000000000000ull;
-constexpr u64 kEvictLast = 0x14F0000000000000ull;
 
 DEVICE void tma_load(u32 destination, const TensorMap* map, u32 barrier, int x, int y, u64 policy) {
   asm volatile(
