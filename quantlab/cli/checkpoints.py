@@ -84,7 +84,7 @@ def quantize(
             progress=callback,
             overwrite=overwrite,
         )
-    _show_summary(summary, format)
+    _show(summary, format)
 
 
 def plan(
@@ -100,7 +100,7 @@ def plan(
     import quantlab
 
     made = quantlab.plan(model, _recipe(scheme, recipe, ignore), revision=revision, trust_remote_code=trust_remote_code)
-    _show_plan(made, format)
+    _show(made, format)
 
 
 def verify(
@@ -131,7 +131,7 @@ def convert(
 
     with progress(format is Format.human) as callback:
         summary = rewrite(folder, to, output, progress=callback, overwrite=overwrite)
-    _show_summary(summary, format)
+    _show(summary, format)
 
 
 COMMANDS = (quantize, plan, verify, convert)
@@ -161,19 +161,10 @@ def _recipe(
     return recipe
 
 
-def _show_summary(summary: Summary, format: Format) -> None:
+def _show(result: Plan | Summary, format: Format) -> None:
     if format is Format.json:
-        print_json(summary.to_dict())
+        print_json(result.to_dict())
         return
-    for title, header, rows in summary.tables(size):
-        print_table(title, header, rows)
-        print()
-
-
-def _show_plan(made: Plan, format: Format) -> None:
-    if format is Format.json:
-        print_json(made.to_dict())
-        return
-    for title, header, rows in made.tables(size):
+    for title, header, rows in result.tables(size):
         print_table(title, header, rows)
         print()
