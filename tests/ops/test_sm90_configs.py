@@ -8,7 +8,7 @@ import dataclasses
 import pytest
 import torch
 
-from quantlab_kernels.common import nvrtc
+from quantlab_kernels.common import nvrtc, tuning
 from quantlab_kernels.common.backends import Mendable
 from quantlab_kernels.common.gemm import GemmProblem
 from quantlab_kernels.gemm_fp8_block import sm90, sm90_configs
@@ -32,6 +32,15 @@ def test_every_problem_has_a_legal_configuration(n, k, dtype):
             assert config.by <= 256
             assert config.cluster in (1, 2, 4, 8)
             assert config.by // 8 % config.split == 0
+
+
+def test_tuned_configurations_are_legal_where_they_were_tuned():
+    entries = tuning.table("gemm_fp8_block", "NVIDIA_H200")["sm90"]
+    assert len(entries) >= 30
+    for shape, by_m in entries.items():
+        n, k = (int(part.split("=")[1]) for part in shape.split(","))
+        for m, found in by_m.items():
+            assert sm90_configs.reject(Config(**found), GemmProblem(int(m), n, k)) is None
 
 
 def test_candidates_come_in_the_order_of_their_estimate():
