@@ -1,7 +1,7 @@
 // out[M, N] = (a * a_scale) @ (b * b_scale)^T for Hopper: E4M3 operands, 1x128 scales of a, 128x128 scales of b.
 //
 // One producer warp brings tiles of 128 bytes along K through the copy engine into a ring of stages; a second warp of
-// its warpgroup adds the scales of b; one or two math warpgroups multiply each stage with warpgroup MMA into a
+// its warpgroup adds the scales of b; one to three math warpgroups multiply each stage with warpgroup MMA into a
 // temporary accumulator and add that, scaled, to the final one in FP32 ("promotion", every 128 of K). CTAs are
 // persistent: the ring runs on into the next tile while the math warps write out the last.
 //
@@ -45,7 +45,7 @@ constexpr int Y_BYTES = BY * BK;
 constexpr int TOKEN_SCALE_BYTES = TOKENS * 4;
 constexpr int STAGE_BYTES = X_BYTES + Y_BYTES + TOKEN_SCALE_BYTES;  // what the copy engine brings
 
-constexpr int ACCUMULATORS = BY / 2;        // registers of one thread for one wave
+constexpr int ACCUMULATORS = BY / 2;         // registers of one thread for one wave
 constexpr int SHARE = ACCUMULATORS / SPLIT;  // of those, the ones that this CTA adds up and writes
 constexpr int SHARE_Y = BY / SPLIT;          // their columns
 constexpr int RECEIVED_BYTES = (SPLIT - 1) * WAVES * SHARE * 4 * MATH_THREADS;
