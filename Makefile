@@ -6,9 +6,12 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 ROOM ?= gemm_fp8_block
 VENV ?= .venv
+PINS ?=
+TESTS ?= tests
+OLDER = transformers==5.17.0
 RUN = $(VENV)/bin/python
 
-.PHONY: setup check test gpu bench tune demo
+.PHONY: setup check test test-older gpu bench tune demo
 
 setup: $(VENV)/.installed
 
@@ -16,7 +19,7 @@ $(VENV)/.installed: pyproject.toml Makefile
 	$(PYTHON) -m venv $(VENV)
 	@$(PYTHON) tools/guard_torch.py "$(VENV)/bin/python" "$(CUDA)" $(TORCH)
 	$(RUN) -m pip install --quiet --disable-pip-version-check $(TORCH)
-	$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[dev]' $(PINS)
 	@touch $@
 
 check: setup
@@ -25,7 +28,11 @@ check: setup
 	$(RUN) -m mypy
 
 test: setup
-	$(RUN) -m pytest
+	$(RUN) -m pytest $(TESTS)
+
+# What touches transformers, with the older of the two versions that are tested, in an environment of its own.
+test-older:
+	$(MAKE) test VENV=.venv-older PINS=$(OLDER) TESTS=tests/toolkit
 
 # On a machine with a GPU, with the python that has torch there: a test that skips fails.
 gpu:
