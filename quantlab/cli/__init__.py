@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from quantlab.cli import checkpoints, demo, kernels, quality
+from quantlab.cli import analysis, checkpoints, demo, kernels, quality
 from quantlab.errors import QuantlabError
 
 app = typer.Typer(
@@ -39,7 +39,7 @@ def options(
     """Quantize the linear and attention layers of Hugging Face models, and run them fast."""
 
 
-for group in (checkpoints, quality, kernels, demo):
+for group in (checkpoints, quality, analysis, kernels, demo):
     for command in group.COMMANDS:
         app.command()(command)
 

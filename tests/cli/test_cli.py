@@ -36,6 +36,7 @@ def test_surface_is_frozen():
         "explain",
         "plan",
         "quantize",
+        "report",
         "tune",
         "verify",
     ]

@@ -1,0 +1,369 @@
+"""One page that says what quantization did to a model and what it cost, with all that is needed to do it again.
+
+The page is one HTML file that loads nothing, with the same content as JSON beside it. It shows what the checkpoint's
+folder holds; with the original weights also the error of each layer's weight, and with data the error of each layer's
+output and the outliers in its input. What is missing is named, with the command that would bring it.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import shlex
+import statistics
+import tomllib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from importlib import metadata, resources
+from pathlib import Path
+from typing import Any
+
+from quantlab import checkpoint, plots
+from quantlab.checkpoint import OURS, RECIPE, SUMMARY, Source
+from quantlab.errors import PreflightError, UsageError
+from quantlab.layer_errors import Observed, Pair, observe, position, weight_errors
+from quantlab.plots import Plot
+
+Progress = Callable[[str, int, int], None]
+EVALUATION = f"{OURS}/eval.json"
+SCHEMA = 1  # of the JSON
+SHOWN_LAYERS = 4  # with a plot of their channels
+WORST = 12  # layers in a table
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that a report says, as plain data.
+
+    model       folder of the checkpoint
+    missing     what the report does not show, and how to get it
+    recipe      TOML text, summary: of the run, evaluation: of `evaluate`; None where the folder has none
+    layers      a row for each quantized layer: module, depth, type, weight_sqnr_db, output_sqnr_db
+    outliers    of every input of linear layers, the worst first
+    tokens      that ran through the model for the two
+    """
+
+    model: str
+    scheme: str
+    missing: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    recipe: str | None = None
+    summary: dict[str, Any] | None = None
+    evaluation: dict[str, Any] | None = None
+    layers: list[dict[str, Any]] = field(default_factory=list)
+    outliers: list[dict[str, Any]] = field(default_factory=list)
+    tokens: int = 0
+    commands: list[str] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What the JSON file holds. Of the channels of an input only the largest."""
+        outliers = [{key: value for key, value in layer.items() if key != "channels"} for layer in self.outliers]
+        return {"schema": SCHEMA, **self.__dict__, "outliers": outliers}
+
+
+@dataclass(frozen=True)
+class Written:
+    """The files of a report, and what it does not show."""
+
+    html: Path
+    json: Path
+    images: tuple[Path, ...]
+    missing: tuple[str, ...]
+
+
+def report(
+    folder: str | Path,
+    output: str | Path | None = None,
+    *,
+    baseline: str | Path | None = None,
+    calibration: str | None = None,
+    png: bool = False,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> Written:
+    """Write the report of a quantized checkpoint.
+
+    output       the HTML file, by default DIR/quantlab/report.html; JSON and images go beside it
+    baseline     the model that it was made from: adds the error of each weight
+    calibration  "bundled", a file or a data set: with a baseline adds output errors and outliers
+
+    Raises UsageError for an unfinished run, a folder that is no quantized checkpoint, a baseline of another model, and
+    where matplotlib is missing.
+    """
+    plots.require()
+    if calibration is not None and baseline is None:
+        raise UsageError("--calib runs data through the original model; give it as well: --baseline MODEL")
+    folder = _finished(Path(folder))
+    target = Path(output) if output is not None else folder / OURS / "report.html"
+    if target.is_dir():
+        raise UsageError(f"{target}: is a folder; give the name of an HTML file")
+    made = collect(folder, baseline, calibration, trust_remote_code=trust_remote_code, progress=progress)
+    drawn = draw(made)
+    images = {target.with_name(f"{target.stem}-{plot.name}.png"): plot for plot in drawn} if png else {}
+    beside = target.with_suffix(".json")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(render(made, drawn), encoding="utf-8")
+        beside.write_text(checkpoint.to_json(made.to_dict()), encoding="utf-8")
+        for path, plot in images.items():
+            path.write_bytes(plot.png())
+    except OSError as error:
+        raise UsageError(f"{target}: cannot be written: {error.strerror}; give another place with -o FILE") from None
+    return Written(target, beside, tuple(images), tuple(made.missing))
+
+
+def collect(
+    folder: Path,
+    baseline: str | Path | None = None,
+    calibration: str | None = None,
+    *,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> Report:
+    """Everything there is to say."""
+    source = Source.open(folder)
+    stored = checkpoint.stored_in(source.config)
+    if stored is None:
+        raise UsageError(f"{folder}: is not quantized; a report shows what `quantlab quantize` did")
+    summary, evaluation = _json(folder / SUMMARY), _json(folder / EVALUATION)
+    recipe = (folder / RECIPE).read_text(encoding="utf-8") if (folder / RECIPE).is_file() else None
+    seen = Observed(0)
+    weights: dict[str, float | None] = {}
+    if baseline is not None:
+        pair = Pair(source, Source.open(baseline))
+        weights = weight_errors(pair, progress)
+        if calibration is not None:
+            seen = observe(pair, calibration, progress=progress, trust_remote_code=trust_remote_code)
+    rows: list[dict[str, Any]] = []
+    for module, decibels in weights.items():
+        depth, kind = position(module)
+        row = {"module": module, "depth": depth, "type": kind, "weight_sqnr_db": decibels}
+        rows.append(row | {"output_sqnr_db": seen.output.get(module)})
+    model = str(baseline or (evaluation or {}).get("baseline") or "MODEL")
+    return Report(
+        model=str(folder),
+        scheme=stored.scheme or stored.layout,
+        missing=list(_missing(summary, evaluation, baseline, calibration, folder, model)),
+        notes=[*(summary or {}).get("warnings", ()), *seen.notes],
+        recipe=recipe,
+        summary=summary,
+        evaluation=evaluation,
+        layers=rows,
+        outliers=seen.outliers,
+        tokens=seen.tokens,
+        commands=list(_commands(folder, model, recipe, evaluation, calibration)),
+        versions=_versions(),
+    )
+
+
+def _finished(folder: Path) -> Path:
+    """Raise UsageError for a run that has not finished: the numbers of half a model would mislead."""
+    partial = folder if folder.name.endswith(".partial") else folder.with_name(folder.name + ".partial")
+    if partial.is_dir() and (partial == folder or not folder.exists()):
+        whole = partial.name.removesuffix(".partial")
+        raise UsageError(
+            f"{folder}: the run that makes {whole} has not finished, {partial.name} holds what there is; "
+            f"run the same `quantlab quantize` again, it continues"
+        )
+    if not folder.is_dir():
+        raise UsageError(f"{folder}: no such folder; give the one that `quantlab quantize` made")
+    return folder
+
+
+def _json(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise PreflightError(f"{path}: is not JSON; run the command that made it again") from None
+    if not isinstance(found, dict):
+        raise PreflightError(f"{path}: is not a JSON object; run the command that made it again")
+    return found
+
+
+def _missing(
+    summary: Any, evaluation: Any, baseline: Any, calibration: str | None, folder: Path, model: str
+) -> Iterable[str]:
+    where = shlex.quote(str(folder))
+    if summary is None:
+        yield f"sizes, coverage and time: {SUMMARY} is not there, another tool made this checkpoint"
+    if evaluation is None:
+        yield f"quality: not measured yet; quantlab eval {where} --baseline {model}"
+    elif evaluation.get("baseline") is None:
+        yield f"loss against the original: quantlab eval {where} --baseline {model}"
+    if baseline is None:
+        yield f"error of each layer's weight: quantlab report {where} --baseline {model}"
+    if calibration is None:
+        yield f"error of each layer's output, outliers: quantlab report {where} --baseline {model} --calib bundled"
+
+
+def _commands(
+    folder: Path, model: str, recipe: str | None, evaluation: dict[str, Any] | None, calibration: str | None
+) -> Iterable[str]:
+    where, model = shlex.quote(str(folder)), shlex.quote(model)
+    if recipe is not None:
+        yield f"quantlab quantize {model} --recipe {shlex.quote(str(folder / RECIPE))} --output {where}"
+    if evaluation is not None:
+        settings = evaluation.get("settings", {})
+        against = f" --baseline {shlex.quote(str(evaluation['baseline']))}" if evaluation.get("baseline") else ""
+        yield f"quantlab eval {where}{against} --windows {settings.get('windows')} --length {settings.get('length')}"
+    data = f" --calib {shlex.quote(calibration)}" if calibration else ""
+    yield f"quantlab report {where} --baseline {model}{data}"
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in ("quantlab-toolkit", "torch", "transformers", "safetensors", "matplotlib"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "source"
+    return found
+
+
+# --- plots ------------------------------------------------------------------------------------------------------------
+
+
+def draw(made: Report) -> list[Plot]:
+    """Every plot that there are numbers for."""
+    return [*_coverage(made), *_quality(made), *_errors(made), *_outliers(made)]
+
+
+def _coverage(made: Report) -> Iterable[Plot]:
+    groups = (made.summary or {}).get("groups")
+    if groups:
+        yield plots.bars(
+            "coverage",
+            "Where the bytes of the original went",
+            "Look for large bars that are not quantized: their reason says what to change to make the model smaller.",
+            {what: entry["bytes"] / 1e6 for what, entry in groups.items()},
+            "size in the original (MB)",
+        )
+
+
+def _quality(made: Report) -> Iterable[Plot]:
+    per_window = (made.evaluation or {}).get("windows", {}).get("kl")
+    if per_window:
+        yield plots.dots(
+            "kl",
+            "KL to the original, window by window",
+            "Look for windows far above the dashed mean: a kind of text that the quantized model handles worse.",
+            per_window,
+            ("window of the evaluation text", "KL (nats per token)"),
+        )
+
+
+def _errors(made: Report) -> Iterable[Plot]:
+    for key, what, look in (
+        ("weight", "weights", "Look for dark cells: layers whose weights lost most. 6 dB less is twice the error."),
+        (
+            "output",
+            "outputs",
+            "Each layer alone, on the original's input. Look for dark cells that the map of weights does not have: "
+            "there the activations are hard to quantize, and calibration or smoothing helps.",
+        ),
+    ):
+        cells = _cells((row["depth"], row["type"], row[f"{key}_sqnr_db"]) for row in made.layers)
+        if cells:
+            yield plots.heat_map(f"{key}-error", f"Error of the layers' {what}", look, cells, "SQNR (dB), high is good")
+
+
+def _outliers(made: Report) -> Iterable[Plot]:
+    cells = _cells((position(layer["module"])[0], layer["input"], layer["ratio"]) for layer in made.outliers)
+    if not cells:
+        return
+    yield plots.heat_map(
+        "outliers",
+        "Outliers in the layers' inputs",
+        "The largest channel over the median one. Look for dark cells, above about 100: a few channels there decide "
+        "the scale of all others.",
+        cells,
+        "largest / median channel",
+        log=True,
+        bad_is_high=True,
+    )
+    worst = made.outliers[:SHOWN_LAYERS]
+    yield plots.channels(
+        "channels",
+        f"Channels of the {len(worst)} inputs with the worst outliers",
+        "Absolute maximum of each input channel. Look for single spikes far above the dashed median.",
+        [(f"{layer['module']}: {layer['ratio']:.0f}x", layer["channels"], layer["median"]) for layer in worst],
+    )
+
+
+def _cells(rows: Iterable[tuple[int | None, str, float | None]]) -> dict[tuple[int, str], float]:
+    """Median of each cell: experts share one."""
+    found: dict[tuple[int, str], list[float]] = {}
+    for depth, kind, value in rows:
+        if depth is not None and value is not None:
+            found.setdefault((depth, kind), []).append(value)
+    return {cell: statistics.median(values) for cell, values in sorted(found.items(), key=lambda item: item[0][0])}
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+
+def render(made: Report, drawn: list[Plot]) -> str:
+    """The HTML page."""
+    from jinja2 import Environment, StrictUndefined
+    from markupsafe import Markup
+    from matplotlib.ticker import EngFormatter
+
+    page = resources.files("quantlab").joinpath("templates", "report.html").read_text(encoding="utf-8")
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["size"] = EngFormatter(unit="B", places=1)
+    environment.filters["breakable"] = lambda path: Markup(".<wbr>").join(path.split("."))
+    environment.filters["decibels"] = lambda value: "" if value is None else f"{value:.1f}"
+    measured = [row for row in made.layers if row["weight_sqnr_db"] is not None]
+    key = "output_sqnr_db" if any(row["output_sqnr_db"] is not None for row in measured) else "weight_sqnr_db"
+    worst = sorted((row for row in measured if row[key] is not None), key=lambda row: row[key])[:WORST]
+    return environment.from_string(page).render(
+        made=made,
+        plots={plot.name: plot for plot in drawn},
+        name=Path(made.model).resolve().name,
+        cards=list(_cards(made)),
+        worst=worst,
+        calibration=_calibration(made),
+    )
+
+
+def _cards(made: Report) -> Iterable[tuple[str, str, str]]:
+    """(label, value, detail) of the numbers that come first."""
+    if made.summary:
+        before, after = made.summary["bytes_before"], made.summary["bytes_after"]
+        yield "size", f"{before / max(after, 1):.2f}× smaller", f"{before / 1e6:,.1f} → {after / 1e6:,.1f} MB"
+    found = made.evaluation or {}
+    if found.get("recovery") is not None:
+        yield "recovery", f"{100 * found['recovery']:.2f} %", "of the original's quality; 100 % is no loss"
+    if found.get("kl"):
+        yield "KL to the original", *_estimate(found["kl"], "nats per token")
+    if found.get("top1"):
+        yield "top-1 agreement", *_estimate(found["top1"], "share of equal next tokens")
+    if found.get("perplexity"):
+        base = found.get("baseline_perplexity")
+        detail = f"original: {base['value']:.4g}" if base else "of the quantized model"
+        yield "perplexity", _estimate(found["perplexity"], "")[0], detail
+    ratio = found.get("perplexity_ratio")
+    if ratio:
+        yield "perplexity / original's", *_estimate(ratio, "error of the paired difference")
+
+
+def _estimate(found: dict[str, Any], detail: str) -> tuple[str, str]:
+    error = "" if found["error"] is None else f" ± {found['error']:.2g}"
+    return f"{found['value']:.4g}{error}", detail
+
+
+def _calibration(made: Report) -> list[tuple[str, str]]:
+    """Settings and findings of the calibration of the run, and the tokens that each expert saw."""
+    given = tomllib.loads(made.recipe).get("calibration", {}) if made.recipe else {}
+    found = {**given, **(made.summary or {}).get("calibration", {})}
+    rows = [(key, str(value)) for key, value in found.items()]
+    if made.tokens:
+        rows.append(("tokens of this report", f"{made.tokens:,}"))
+    experts = [layer["tokens"] for layer in made.outliers if "experts" in layer["module"]]
+    if experts:
+        spread = f"{min(experts):,} to {max(experts):,}, median {statistics.median(experts):,.0f}"
+        rows.append(("tokens per expert", spread))
+    return rows
