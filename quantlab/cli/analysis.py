@@ -1,4 +1,4 @@
-"""Commands that look closer: report."""
+"""Commands that look closer: report, compare."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from quantlab.cli.output import Format, print_json, progress
+from quantlab.cli.output import Format, print_json, print_table, progress
 
 TRUST = Annotated[bool, Option("--trust-remote-code", help="Run the Python files that come with the model.")]
 FORMAT = Annotated[Format, Option("--format", help="human or json.")]
@@ -53,4 +53,22 @@ def report(
         print(f"not in it: {line}")
 
 
-COMMANDS = (report,)
+def compare(
+    a: Annotated[str, Argument(metavar="A", help="A checkpoint that was evaluated, or its eval.json.")],
+    b: Annotated[str, Argument(metavar="B", help="Another one, measured with the same settings.")],
+    format: FORMAT = Format.human,
+) -> None:
+    """Two evaluations side by side, with the standard errors of their differences."""
+    from quantlab.compare import compare as run
+
+    result = run(a, b)
+    if format is Format.json:
+        print_json(result.to_dict())
+        return
+    header = ("measure", "A", "B", "change", "standard error", "in standard errors")
+    print_table(f"A: {result.a}\nB: {result.b}", header, result.rows())
+    for note in result.notes:
+        print(f"note: {note}")
+
+
+COMMANDS = (report, compare)

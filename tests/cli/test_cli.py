@@ -29,6 +29,7 @@ def test_surface_is_frozen():
     commands = {c.name or c.callback.__name__: c for c in app.registered_commands}
     assert sorted(commands) == [
         "bench",
+        "compare",
         "convert",
         "demo",
         "doctor",
