@@ -1,8 +1,8 @@
 """A baseline that has run: its last hidden states, kept between runs, and its head, which makes logits of them.
 
 Hidden states are exact and small (tokens x hidden x 2 bytes: 12 MB where the logits would be 2 GB); stored top-k logits
-would make KL a lower bound. They lie in the cache folder, ``$QUANTLAB_CACHE``, else ``quantlab`` under
-``$XDG_CACHE_HOME`` or ``~/.cache``, and may be deleted at any time.
+would make KL a lower bound. They lie in the cache folder (`quantlab_kernels.common.cache`) and may
+be deleted at any time.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from quantlab.lazy import LazyModel
 from quantlab.output import hash_file
 from quantlab.scoring import Logits, base_of, head_of
 from quantlab_calib.capture import load_when_called
+from quantlab_kernels.common.cache import cache_folder
 
 FORMAT = 1  # of the files; part of their name
 
@@ -56,13 +57,7 @@ def cache_file(source: Source, tokens: Tensor, settings: Mapping[str, Any]) -> P
     shards = sorted({info.shard for info in source.tensors.values()})
     key = [FORMAT, source.config, [hash_file(shard) for shard in shards], digest(tokens), dict(settings)]
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
-    return _cache_folder() / "baselines" / f"{name}.safetensors"
-
-
-def _cache_folder() -> Path:
-    if given := os.environ.get("QUANTLAB_CACHE"):
-        return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "quantlab"
+    return cache_folder("baselines") / f"{name}.safetensors"
 
 
 def digest(tokens: Tensor) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import platform
 import shutil
 from typing import Any
@@ -95,9 +94,12 @@ def _gpu() -> list[tuple[str, str]]:
 
 
 def _nvrtc() -> str:
-    if importlib.util.find_spec("cuda") is None or importlib.util.find_spec("cuda.bindings") is None:
-        return "cuda-bindings is not installed (torch's CUDA wheels bring it); Hopper kernels are off, Triton's are on"
-    return f"cuda-bindings {_version('cuda-bindings')}"
+    from quantlab_kernels.common import nvrtc
+
+    try:
+        return f"{nvrtc.compiler_version()}: the Hopper kernels can be built"
+    except nvrtc.CompilerMissingError as error:
+        return f"none: {error}"
 
 
 def _integration() -> str:

@@ -21,6 +21,8 @@ from pathlib import Path
 
 import torch
 
+from quantlab_kernels.common.cache import cache_folder
+
 _MAGIC = b"quantlab cubin 1\n"
 # ptxas gave up on asynchronous warpgroup MMA: right results, a fraction of the speed.
 _SERIALIZED = re.compile(r"C75(10|14)|[Pp]otential [Pp]erformance [Ll]oss")
@@ -79,22 +81,13 @@ def cubin(source: Source) -> bytes:
     Raises CompilerMissingError without NVRTC, CompileError when the source does not compile. A cache that cannot be
     written costs the time of a compilation in each process and nothing else.
     """
-    path = cache_folder() / f"{source.name}-{source.key(compiler_version())}.cubin"
+    path = cache_folder("cubin") / f"{source.name}-{source.key(compiler_version())}.cubin"
     code = _read(path)
     if code is None:
         code, _ = compile_source(source)
         with contextlib.suppress(OSError):
             _write(path, code)
     return code
-
-
-def cache_folder() -> Path:
-    """``$QUANTLAB_CACHE``, else ``quantlab`` under ``$XDG_CACHE_HOME`` or ``~/.cache``; its sub-folder ``cubin``."""
-    chosen = os.environ.get("QUANTLAB_CACHE")
-    if chosen:
-        return Path(chosen) / "cubin"
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "quantlab" / "cubin"
 
 
 def _read(path: Path) -> bytes | None:
@@ -116,9 +109,6 @@ def _write(path: Path, code: bytes) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
-
-
-# ---- NVRTC ----
 
 
 @functools.cache
