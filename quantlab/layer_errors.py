@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -21,7 +21,7 @@ from quantlab import fused_experts
 from quantlab.architecture import load_targets
 from quantlab.checkpoint import WEIGHT, Source, Stored, stored_in
 from quantlab.errors import PreflightError, UsageError
-from quantlab.kinds import context_length
+from quantlab.kinds import context_length, leaf_of
 from quantlab.lazy import LazyModel
 from quantlab.loaders import View
 from quantlab.shards import TensorInfo
@@ -46,6 +46,14 @@ def position(module: str) -> tuple[int | None, str]:
     if found is None:
         return None, module
     return int(found[1]), re.sub(r"\.\d+(?=\.|$)", ".*", module[found.end() :])
+
+
+def common_name(modules: Sequence[str]) -> str:
+    """One name for layers that belong together: ``model.layers.3.self_attn.q/k/v_proj``."""
+    parent, leaves = modules[0].rpartition(".")[0], [leaf_of(module) for module in modules]
+    if len(leaves) > 1 and all(leaf.endswith("_proj") for leaf in leaves):
+        leaves = ["/".join(leaf.removesuffix("_proj") for leaf in leaves) + "_proj"]
+    return (parent + "." if parent else "") + "/".join(leaves)
 
 
 @dataclass
@@ -239,7 +247,7 @@ def _outliers(block: Captured) -> list[dict[str, Any]]:
         found.append(
             {
                 "module": names[0],
-                "input": _joined(names),
+                "input": position(common_name(names))[1],
                 "absmax": float(largest.values[0]),
                 "median": median,
                 "ratio": float(largest.values[0]) / max(median, torch.finfo(torch.float32).tiny),
@@ -249,13 +257,3 @@ def _outliers(block: Captured) -> list[dict[str, Any]]:
             }
         )
     return found
-
-
-def _joined(names: list[str]) -> str:
-    """One name for the layers that read one tensor: "self_attn.q/k/v_proj"."""
-    types = [position(name)[1] for name in names]
-    parent, _, _ = types[0].rpartition(".")
-    leaves = [kind.rpartition(".")[2] for kind in types]
-    if len(leaves) > 1 and all(leaf.endswith("_proj") for leaf in leaves):
-        leaves = ["/".join(leaf.removesuffix("_proj") for leaf in leaves) + "_proj"]
-    return (parent + "." if parent else "") + "/".join(leaves)

@@ -1,4 +1,4 @@
-"""Commands that look closer: report, compare."""
+"""Commands that look closer: report, compare, sensitivity."""
 
 from __future__ import annotations
 
@@ -71,4 +71,52 @@ def compare(
         print(f"note: {note}")
 
 
-COMMANDS = (report, compare)
+def sensitivity(
+    model: Annotated[str, Argument(metavar="MODEL", help="The original model.", show_default=False)],
+    schemes: Annotated[str, Option("--schemes", help="Names, with commas between them.")] = "fp8-block",
+    calib: Annotated[str, Option("--calib", help="Text: bundled, a file, a data set.")] = "bundled",
+    samples: Annotated[int, Option("--samples", min=1, help="Windows of text.")] = 8,
+    length: Annotated[int, Option("--length", min=2, help="Tokens per window.")] = 256,
+    output: Annotated[
+        Path | None, Option("--output", "-o", help="JSON file [./MODEL-sensitivity.json].", show_default=False)
+    ] = None,
+    fast: Annotated[bool, Option("--fast", help="Estimate all layers in one pass forward and back.")] = False,
+    png: Annotated[bool, Option("--png", help="A map of the layers as PNG, beside the JSON file.")] = False,
+    device: Annotated[str, Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
+    trust_remote_code: TRUST = False,
+    format: FORMAT = Format.human,
+) -> None:
+    """Which layers suffer most: the KL to the original when each fused group alone is quantized."""
+    from quantlab import plots
+    from quantlab.sensitivity import draw, result_file
+    from quantlab.sensitivity import sensitivity as run
+
+    if png:
+        plots.require()
+    target = result_file(model, output)
+    with progress(format is Format.human) as callback:
+        result = run(
+            model,
+            [name.strip() for name in schemes.split(",") if name.strip()],
+            target,
+            calibration=calib,
+            samples=samples,
+            length=length,
+            fast=fast,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            progress=callback,
+        )
+    images = {target.with_name(f"{target.stem}-{plot.name}.png"): plot for plot in draw(result)} if png else {}
+    for path, plot in images.items():
+        path.write_bytes(plot.png())
+    if format is Format.json:
+        print_json(result.to_dict())
+        return
+    header = ("rank", "layers", "scheme", "KL (nats)", "standard error", "share")
+    print_table(f"{result.model}: each group alone, {result.method}", header, result.rows())
+    for path in (target, *images):
+        print(path)
+
+
+COMMANDS = (report, compare, sensitivity)

@@ -38,6 +38,7 @@ def test_surface_is_frozen():
         "plan",
         "quantize",
         "report",
+        "sensitivity",
         "tune",
         "verify",
     ]
