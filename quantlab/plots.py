@@ -61,12 +61,15 @@ class Plot:
         return text.replace(INK, "currentColor").replace("<svg ", '<svg role="img" ', 1)
 
     def png(self) -> bytes:
-        """On white, at 200 dots per inch."""
+        """On white, at 200 dots per inch, with its title, which a page has in its text."""
         from matplotlib import rc_context
 
         buffer = io.BytesIO()
         with rc_context(STYLE):
+            title = self.figure.suptitle(self.title, fontsize=10)
             self.figure.savefig(buffer, format="png", dpi=200, facecolor="white")
+            title.set_visible(False)
+            title.set_in_layout(False)
         return buffer.getvalue()
 
 

@@ -26,14 +26,19 @@ from quantlab_kernels.qtensor import quantize
 class Unit:
     """Layers that engines fuse, and so the least that can have a scheme of its own: q, k and v; the experts of a block.
 
-    name     the module, or the common name of the fused ones
-    modules  by their names in the checkpoint
-    elements of their weights
+    name      the module, or the common name of the fused ones
+    modules   by their names in the checkpoint
+    elements  of their weights
     """
 
     name: str
     modules: tuple[str, ...]
     elements: int
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """What matches them in a recipe."""
+        return (f"{self.name}.*",) if kinds.experts_of(self.name) == self.name else self.modules
 
 
 def units_of(plan: Plan) -> list[Unit]:

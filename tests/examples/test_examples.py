@@ -48,3 +48,9 @@ def test_use_an_op(capsys: pytest.CaptureFixture[str]):
     printed = run("04_use_an_op.py", capsys)
     by_group, by_token = map(float, re.findall(r"([\d.]+)%", printed.splitlines()[-1]))
     assert by_token > 2 * by_group
+
+
+def test_find_sensitive_layers(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    printed = run("05_find_sensitive_layers.py", capsys, str(tmp_path))
+    most, least = (float(value) for value in re.findall(r"leaving the \w+ sensitive alone: KL ([\d.]+)", printed))
+    assert most < 0.9 * least

@@ -109,6 +109,10 @@ def test_experts(moe, tmp_path, fast):
     effects = {effect.unit: effect.kl.value for effect in result.effects}
     assert {unit for unit in effects if "experts" in unit} == {f"model.layers.{i}.mlp.experts" for i in (0, 1)}
     assert all(0 < value < 0.1 for value in effects.values())
+    for effect in result.effects:  # what a recipe takes
+        rules = tuple(Rule(pattern, "none") for pattern in effect.match)
+        left = [d.module for d in plan(moe, Recipe("fp8-dynamic", rules)).decisions if d.reason.startswith("recipe: ")]
+        assert len(left) >= len(effect.match)
 
 
 def test_plot(exact):
