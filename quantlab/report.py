@@ -13,7 +13,7 @@ import shlex
 import statistics
 import tomllib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from typing import Any
 from quantlab import checkpoint, plots
 from quantlab.checkpoint import OURS, RECIPE, SUMMARY, Source
 from quantlab.errors import PreflightError, UsageError
+from quantlab.generation import agreement, write
 from quantlab.layer_errors import Observed, Pair, observe, position, weight_errors
 from quantlab.plots import Plot
 
@@ -41,6 +42,7 @@ class Report:
     layers      a row for each quantized layer: module, depth, type, weight_sqnr_db, output_sqnr_db
     outliers    of every input of linear layers, the worst first
     tokens      that ran through the model for the two
+    texts       what the quantized model and, where it was given, the original write
     """
 
     model: str
@@ -53,6 +55,7 @@ class Report:
     layers: list[dict[str, Any]] = field(default_factory=list)
     outliers: list[dict[str, Any]] = field(default_factory=list)
     tokens: int = 0
+    texts: dict[str, dict[str, Any]] = field(default_factory=dict)
     commands: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
 
@@ -78,6 +81,7 @@ def report(
     *,
     baseline: str | Path | None = None,
     calibration: str | None = None,
+    generate: bool = False,
     png: bool = False,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
@@ -87,6 +91,7 @@ def report(
     output       the HTML file, by default DIR/quantlab/report.html; JSON and images go beside it
     baseline     the model that it was made from: adds the error of each weight
     calibration  "bundled", a file or a data set: with a baseline adds output errors and outliers
+    generate     adds texts that the model writes, side by side with the baseline's, its speed and its memory
 
     Raises UsageError for an unfinished run, a folder that is no quantized checkpoint, a baseline of another model, and
     where matplotlib is missing.
@@ -99,6 +104,10 @@ def report(
     if target.is_dir():
         raise UsageError(f"{target}: is a folder; give the name of an HTML file")
     made = collect(folder, baseline, calibration, trust_remote_code=trust_remote_code, progress=progress)
+    if generate:
+        models = {"quantized": folder} | ({"original": Source.open(baseline).folder} if baseline is not None else {})
+        texts = {who: write(path, trust_remote_code=trust_remote_code) for who, path in models.items()}
+        made = replace(made, texts={who: asdict(text) for who, text in texts.items()})
     drawn = draw(made)
     images = {target.with_name(f"{target.stem}-{plot.name}.png"): plot for plot in drawn} if png else {}
     beside = target.with_suffix(".json")
@@ -325,6 +334,7 @@ def render(made: Report, drawn: list[Plot]) -> str:
         name=Path(made.model).resolve().name,
         cards=list(_cards(made)),
         worst=worst,
+        samples=list(_samples(made)),
         calibration=_calibration(made),
     )
 
@@ -353,6 +363,17 @@ def _cards(made: Report) -> Iterable[tuple[str, str, str]]:
 def _estimate(found: dict[str, Any], detail: str) -> tuple[str, str]:
     error = "" if found["error"] is None else f" ± {found['error']:.2g}"
     return f"{found['value']:.4g}{error}", detail
+
+
+def _samples(made: Report) -> Iterable[tuple[str, list[tuple[str, str, str]]]]:
+    """(prompt, [(who, the part that both write alike, the rest)])."""
+    if not made.texts:
+        return
+    every = list(made.texts.values())
+    for index, prompt in enumerate(every[0]["prompts"]):
+        texts = {who: found["texts"][index] for who, found in made.texts.items()}
+        alike = agreement(*texts.values()) if len(texts) == 2 else 0
+        yield prompt, [(who, text[:alike], text[alike:]) for who, text in texts.items()]
 
 
 def _calibration(made: Report) -> list[tuple[str, str]]:

@@ -25,6 +25,9 @@ def report(
         str | None,
         Option("--calib", help="Data for errors of outputs, outliers: bundled, file, data set.", show_default=False),
     ] = None,
+    generate: Annotated[
+        bool, Option("--generate", help="Texts that it writes, beside the baseline's; speed and memory.")
+    ] = False,
     png: Annotated[bool, Option("--png", help="The plots as PNG files too.")] = False,
     trust_remote_code: TRUST = False,
     format: FORMAT = Format.human,
@@ -40,6 +43,7 @@ def report(
             output,
             baseline=baseline,
             calibration=calib,
+            generate=generate,
             png=png,
             trust_remote_code=trust_remote_code,
             progress=callback,

@@ -17,6 +17,7 @@ import torch
 from quantlab import layer_errors, plots
 from quantlab.checkpoint import Source
 from quantlab.errors import PreflightError, UsageError
+from quantlab.generation import agreement
 from quantlab.layer_errors import Pair, observe, position, weight_errors
 from quantlab.pipeline import quantize
 from quantlab.report import report
@@ -163,6 +164,20 @@ def test_a_checkpoint_of_another_tool_shows_what_it_can(made, tmp_path):
     assert written.missing[1].startswith("quality: not measured yet; quantlab eval")
     assert len(json.loads(written.json.read_text())["layers"]) == 35
     assert Page(written.html.read_text()).loaded == []
+
+
+def test_texts_side_by_side(made, tmp_path):
+    written = report(made, tmp_path / "page.html", baseline=MODEL, generate=True)
+    texts = json.loads(written.json.read_text())["texts"]
+    assert texts["quantized"]["prompts"] == texts["original"]["prompts"]
+    assert all(len(found["texts"]) == 3 and found["tokens_per_second"] > 0 for found in texts.values())
+    assert texts["quantized"]["weight_bytes"] < 0.7 * texts["original"]["weight_bytes"]
+    shown = Page(written.html.read_text()).text
+    assert all(
+        text in shown.replace("\n", "") for found in texts.values() for text in found["texts"] if "\n" not in text
+    )
+    assert agreement("abcd", "abxd") == 2
+    assert agreement("ab", "abc") == 2
 
 
 def test_names_cannot_break_the_page(made, tmp_path):
