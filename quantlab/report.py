@@ -24,10 +24,13 @@ from quantlab.errors import PreflightError, UsageError
 from quantlab.generation import agreement, write
 from quantlab.layer_errors import Observed, Pair, observe, position, weight_errors
 from quantlab.plots import Plot
+from quantlab.scheme import Recipe
 
 Progress = Callable[[str, int, int], None]
 EVALUATION = f"{OURS}/eval.json"
 SCHEMA = 1  # of the JSON
+NEEDED = ("bytes_before", "bytes_after", "groups", "seconds", "shares", "device", "tensor_parallel", "warnings")
+NEEDED_OF_EVALUATION = ("perplexity", "baseline", "tasks", "windows", "settings")
 SHOWN_LAYERS = 4  # with a plot of their channels
 WORST = 12  # layers in a table
 
@@ -101,8 +104,8 @@ def report(
         raise UsageError("--calib runs data through the original model; give it as well: --baseline MODEL")
     folder = _finished(Path(folder))
     target = Path(output) if output is not None else folder / OURS / "report.html"
-    if target.is_dir():
-        raise UsageError(f"{target}: is a folder; give the name of an HTML file")
+    if target.is_dir() or target.suffix == ".json":
+        raise UsageError(f"{target}: cannot take the page; give the name of an HTML file, the JSON goes beside it")
     made = collect(folder, baseline, calibration, trust_remote_code=trust_remote_code, progress=progress)
     if generate:
         models = {"quantized": folder} | ({"original": Source.open(baseline).folder} if baseline is not None else {})
@@ -135,8 +138,10 @@ def collect(
     stored = checkpoint.stored_in(source.config)
     if stored is None:
         raise UsageError(f"{folder}: is not quantized; a report shows what `quantlab quantize` did")
-    summary, evaluation = _json(folder / SUMMARY), _json(folder / EVALUATION)
+    summary, evaluation = _json(folder / SUMMARY, NEEDED), _json(folder / EVALUATION, NEEDED_OF_EVALUATION)
     recipe = (folder / RECIPE).read_text(encoding="utf-8") if (folder / RECIPE).is_file() else None
+    if recipe is not None:
+        Recipe.from_toml(folder / RECIPE)  # refuses what is damaged
     seen = Observed(0)
     weights: dict[str, float | None] = {}
     if baseline is not None:
@@ -180,15 +185,17 @@ def _finished(folder: Path) -> Path:
     return folder
 
 
-def _json(path: Path) -> dict[str, Any] | None:
+def _json(path: Path, needed: tuple[str, ...]) -> dict[str, Any] | None:
+    """A JSON object that has what the page shows of it; None where there is no such file."""
     if not path.is_file():
         return None
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         raise PreflightError(f"{path}: is not JSON; run the command that made it again") from None
-    if not isinstance(found, dict):
-        raise PreflightError(f"{path}: is not a JSON object; run the command that made it again")
+    lacking = next((key for key in needed if not isinstance(found, dict) or key not in found), None)
+    if lacking is not None:
+        raise PreflightError(f"{path}: has no {lacking!r}; run the command that made it again")
     return found
 
 
@@ -217,7 +224,11 @@ def _commands(
     if evaluation is not None:
         settings = evaluation.get("settings", {})
         against = f" --baseline {shlex.quote(str(evaluation['baseline']))}" if evaluation.get("baseline") else ""
-        yield f"quantlab eval {where}{against} --windows {settings.get('windows')} --length {settings.get('length')}"
+        texts = [text for text in settings.get("texts", ()) if text != "bundled"]
+        read = "".join(f" --{'text' if Path(t).is_file() else 'dataset'} {shlex.quote(t)}" for t in texts)
+        read += "".join(f" --tasks {shlex.quote(task)}" for task in evaluation["tasks"])
+        size = f" --windows {settings.get('windows')} --length {settings.get('length')}"
+        yield f"quantlab eval {where}{against}{read}{size}"
     data = f" --calib {shlex.quote(calibration)}" if calibration else ""
     yield f"quantlab report {where} --baseline {model}{data}"
 

@@ -207,13 +207,22 @@ def test_refusals(made, tmp_path, tiny, monkeypatch):
         report(made, baseline=tiny("llama").folder)
     with pytest.raises(UsageError, match="the baseline is itself quantized"):
         report(made, baseline=made)
-    with pytest.raises(UsageError, match="is a folder"):
-        report(made, tmp_path)
+    for target in (tmp_path, tmp_path / "page.json"):
+        with pytest.raises(UsageError, match="give the name of an HTML file"):
+            report(made, target)
     damaged = tmp_path / "damaged"
     shutil.copytree(made, damaged)
-    (damaged / "quantlab/eval.json").write_text("{")
-    with pytest.raises(PreflightError, match=r"eval\.json: is not JSON"):
-        report(damaged)
+    for name, content, message in (
+        ("recipe.toml", "scheme = ", "not TOML"),
+        ("eval.json", "{", r"eval\.json: is not JSON"),
+        ("eval.json", "[]", r"eval\.json: has no 'perplexity'"),
+        ("summary.json", '{"bytes_before": 1}', r"summary\.json: has no 'bytes_after'"),
+    ):
+        before = (damaged / "quantlab" / name).read_text()
+        (damaged / "quantlab" / name).write_text(content)
+        with pytest.raises((PreflightError, UsageError), match=message):
+            report(damaged)
+        (damaged / "quantlab" / name).write_text(before)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(UsageError, match=r"pip install 'quantlab-toolkit\[report\]'"):
         report(made)
