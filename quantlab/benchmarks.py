@@ -90,7 +90,7 @@ def conversion(shape: str, scheme: str, workdir: Path | None) -> Table:
         ("output, GB", f"{summary.bytes_after / 1e9:.2f}"),
         ("device", summary.device),
         *((f"{stage}, share of the workers' time", f"{share:.0%}") for stage, share in summary.shares().items()),
-        ("peak resident memory, GB", f"{_peak_memory_gb():.2f}"),
+        *((f"peak memory of the {where}, GB", f"{n / 1e9:.2f}") for where, n in summary.peak_bytes.items()),
     ]
     return f"conversion of {shape} to {scheme}", ("what", "value"), rows
 
@@ -134,12 +134,6 @@ def _checkpoint(shape: Shape, folder: Path) -> Path:
     if not (folder / "config.json").is_file():
         make_checkpoint(shape, folder, device="cuda" if torch.cuda.is_available() else "cpu")
     return folder
-
-
-def _peak_memory_gb() -> float:
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
 def _tokens(case: str) -> int:

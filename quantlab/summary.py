@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -25,6 +27,7 @@ class Summary:
     seconds                    wall time of the whole run
     stages                     read, quantize, write: seconds summed over the workers
     resumed                    shards that an interrupted run had finished
+    peak_bytes                 largest memory of the process so far: "host", and "gpu" where torch took some
     outliers                   of a calibration pass: what it found, as rows of a table
     """
 
@@ -38,6 +41,7 @@ class Summary:
     stages: dict[str, float]
     device: str
     resumed: int = 0
+    peak_bytes: dict[str, int] = field(default_factory=lambda: peak_bytes())
     warnings: tuple[str, ...] = ()
     calibration: dict[str, Any] = field(default_factory=dict)
 
@@ -64,6 +68,7 @@ class Summary:
             ("time", f"{self.seconds:.1f} s on {self.device}, {size(rate)}/s"),
             ("of that", ", ".join(f"{stage} {100 * share:.0f} %" for stage, share in self.shares().items())),
         ]
+        facts.append(("peak memory", ", ".join(f"{where} {size(n)}" for where, n in self.peak_bytes.items())))
         if self.tensor_parallel is not None:
             facts.append(("largest tensor-parallel size", self.tensor_parallel))
         if self.resumed:
@@ -71,3 +76,12 @@ class Summary:
         facts += [(f"calibration: {key}", value) for key, value in self.calibration.items()]
         facts += [("warning", text) for text in self.warnings]
         return [("what happened to the tensors", ("what", "tensors", "bytes"), groups), (self.output, ("", ""), facts)]
+
+
+def peak_bytes() -> dict[str, int]:
+    """Largest resident memory of this process, and the most that torch has held on a GPU."""
+    peak = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        peak["gpu"] = torch.cuda.max_memory_allocated()
+    return peak
