@@ -152,6 +152,12 @@ class Join:
             setattr(whole, name, nn.Parameter(data, requires_grad=False))
             for part, view in zip(parts, data.split([len(p) for p in parts]), strict=True):
                 part.data = view
+        whole.finish_loading()
+        if whole._scale is not None:
+            for layer, view in zip(
+                self.layers, whole._scale.split([len(layer.scale) for layer in self.layers]), strict=True
+            ):
+                layer._scale = view
         self.whole = whole
 
     def fetch(self, index: int, x: Tensor) -> Tensor:

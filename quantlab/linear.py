@@ -26,6 +26,14 @@ class MovesWithoutCasting(nn.Module):
     def _quantized(self, name: str) -> bool:
         raise NotImplementedError
 
+    def finish_loading(self) -> None:
+        """Derive what is kept beside the state dict; to be called when codes and scales have come from elsewhere."""
+        raise NotImplementedError
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.finish_loading()
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         tensors = (*self._parameters.items(), *self._buffers.items())
         keep = {id(tensor) for name, tensor in tensors if tensor is not None and self._quantized(name)}
@@ -47,6 +55,8 @@ class Fp8Linear(MovesWithoutCasting, nn.Linear):
     Input [..., K] in bfloat16, float16 or float32; output [..., N] in the same dtype. The gradient of the input is that
     of the dequantized weight, the rounding of the input counting as the identity; weight and scale have none.
     """
+
+    _scale: Tensor | None
 
     def __init__(
         self,
@@ -91,9 +101,14 @@ class Fp8Linear(MovesWithoutCasting, nn.Linear):
 
     def finish_loading(self) -> None:
         """Keep a float32 copy of a scale that is stored in another dtype: converting it in every call would cost a
-        kernel launch. The copy is not in the state dict, so saving writes what was read."""
+        kernel launch. The copy is not in the state dict, so saving writes what was read. One that is there already is
+        written over: it may be a view of the copy that joined layers share."""
         stored = getattr(self, self.scale_name)
-        if stored.dtype != torch.float32:
+        if stored.dtype == torch.float32:
+            return
+        if self._scale is not None and self._scale.device == stored.device:
+            self._scale.copy_(stored.detach())
+        else:
             self._scale = stored.detach().to(torch.float32)
 
     def forward(self, x: Tensor) -> Tensor:

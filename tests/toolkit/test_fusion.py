@@ -227,3 +227,36 @@ def test_on_the_gpu_moved_and_compiled(llama):
         compiled = torch.compile(model, fullgraph=True, mode="reduce-overhead")
         for run in (model, model, compiled, compiled, compiled):
             assert (run(tokens).logits - expected).norm() < 0.02 * expected.norm()
+
+
+def row_scaled_in_bfloat16(seed: int) -> torch.nn.Module:
+    """As `fp8-dynamic` checkpoints of bfloat16 models are."""
+    torch.manual_seed(seed)
+    model = quantized(LlamaForCausalLM(LlamaConfig(**SIZES)), Fp8RowLinear)
+    for layer in model.modules():
+        if isinstance(layer, Fp8RowLinear):
+            layer.weight_scale.data = layer.weight_scale.data.to(torch.bfloat16)
+            layer.finish_loading()
+    return model
+
+
+def test_scales_in_bfloat16_are_converted_once():
+    model = row_scaled_in_bfloat16(0)
+    fuse(model)
+    for layer in model.modules():
+        if isinstance(layer, Fp8RowLinear):
+            assert layer.scale.dtype == torch.float32
+            assert layer.scale is layer.scale, "no conversion in every call"
+            if "forward" in vars(layer):
+                whole = layer.forward.join.whole
+                assert whole.scale is whole.scale
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_other_scales_in_bfloat16_replace_the_first(joined: bool):
+    model, other = row_scaled_in_bfloat16(0), row_scaled_in_bfloat16(1)
+    if joined:
+        fuse(model)
+    model.load_state_dict(other.state_dict())
+    expected = logits(other)
+    assert (logits(model) - expected).norm() < 0.02 * expected.norm()
