@@ -66,3 +66,35 @@ def as_group_scale(scale: Tensor) -> Tensor:
     if is_group_scale(scale):
         return scale
     return empty_group_scale(scale, *scale.shape).copy_(scale)
+
+
+def check_operands(
+    op: str, blocks: tuple[tuple[int, int], tuple[int, int]], a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor,
+    bias: Tensor | None, out_dtype: torch.dtype,
+) -> None:  # fmt: skip
+    """Refuse what no backend of a GEMM room takes. Shapes may be symbolic.
+
+    blocks  of the scales of a and of b, as in `TensorSpec.block`; a last extent of -1 is one scale per row
+    Raises RuntimeError that names the op, what was given and what is needed.
+    """
+    fp8 = torch.float8_e4m3fn
+    torch._check(a.dtype == fp8 and b.dtype == fp8, lambda: f"{op}: a is {a.dtype}, b is {b.dtype}, needs {fp8}")
+    torch._check(
+        a.dim() == 2 and b.dim() == 2 and a.shape[1] == b.shape[1],
+        lambda: f"{op}: a {tuple(a.shape)} and b {tuple(b.shape)} do not match, needs [M, K] and [N, K]",
+    )
+    for name, codes, scale, block in (("a_scale", a, a_scale, blocks[0]), ("b_scale", b, b_scale, blocks[1])):
+        rows = (codes.shape[0] + block[0] - 1) // block[0]
+        columns = 1 if block[1] == -1 else (codes.shape[1] + block[1] - 1) // block[1]
+        torch._check(
+            scale.dtype == torch.float32 and tuple(scale.shape) == (rows, columns),
+            lambda n=name, s=scale, r=rows, c=columns: (
+                f"{op}: {n} is {s.dtype} {tuple(s.shape)}, needs float32 {(r, c)}"
+            ),
+        )
+    if bias is not None:
+        torch._check(
+            bias.dtype.is_floating_point and tuple(bias.shape) == (b.shape[0],),
+            lambda: f"{op}: bias is {bias.dtype} {tuple(bias.shape)}, needs floats of shape {(b.shape[0],)}",
+        )
+    torch._check(out_dtype in OUT_DTYPES, lambda: f"{op}: out_dtype {out_dtype}, needs one of {OUT_DTYPES}")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from quantlab_kernels.common.backends import Backends
-from quantlab_kernels.common.gemm import OUT_DTYPES, GemmProblem
+from quantlab_kernels.common.gemm import GemmProblem, check_operands
 from quantlab_kernels.common.hardware import gpu_of
 from quantlab_kernels.common.ops import define
 from quantlab_kernels.gemm_fp8_row import reference
@@ -42,25 +42,7 @@ def gemm_fp8_row(
 
 def check(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> None:
     """Refuse what no backend takes. Shapes may be symbolic."""
-    fp8 = torch.float8_e4m3fn
-    torch._check(
-        a.dtype == fp8 and b.dtype == fp8, lambda: f"gemm_fp8_row: a is {a.dtype}, b is {b.dtype}, needs {fp8}"
-    )
-    torch._check(
-        a.dim() == 2 and b.dim() == 2 and a.shape[1] == b.shape[1],
-        lambda: f"gemm_fp8_row: a {tuple(a.shape)} and b {tuple(b.shape)} do not match, needs [M, K] and [N, K]",
-    )
-    for name, scale, rows in (("a_scale", a_scale, a.shape[0]), ("b_scale", b_scale, b.shape[0])):
-        torch._check(
-            scale.dtype == torch.float32 and tuple(scale.shape) == (rows, 1),
-            lambda n=name, s=scale, r=rows: f"gemm_fp8_row: {n} is {s.dtype} {tuple(s.shape)}, needs float32 {(r, 1)}",
-        )
-    if bias is not None:
-        torch._check(
-            bias.dtype.is_floating_point and tuple(bias.shape) == (b.shape[0],),
-            lambda: f"gemm_fp8_row: bias is {bias.dtype} {tuple(bias.shape)}, needs floats of shape {(b.shape[0],)}",
-        )
-    torch._check(out_dtype in OUT_DTYPES, lambda: f"gemm_fp8_row: out_dtype {out_dtype}, needs one of {OUT_DTYPES}")
+    check_operands("gemm_fp8_row", ((1, -1), (1, -1)), a, a_scale, b, b_scale, bias, out_dtype)
 
 
 def problem_of(a: Tensor, b: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> GemmProblem:
