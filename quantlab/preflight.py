@@ -165,7 +165,7 @@ def plan(source: Source, recipe: Recipe, *, trust_remote_code: bool = False) -> 
         tuple(decisions),
         skip,
         source.weight_bytes,
-        sum(_bytes_after(decision) for decision in decisions),
+        sum(bytes_after(decision) for decision in decisions),
         largest_tensor_parallel([d for d in decisions if d.scheme], source.config),
         (*doubts, *_warnings(decisions, source, recipe)),
         architecture.class_name if architecture else None,
@@ -382,7 +382,8 @@ def _may_be_linear(decision: Decision) -> bool:
     return decision.kind in ("linear", "expert", "head", "router") or is_weight
 
 
-def _bytes_after(decision: Decision) -> int:
+def bytes_after(decision: Decision) -> int:
+    """Size on disk of what a tensor becomes."""
     if decision.scheme is None:
         return decision.info.nbytes
     stored = Stored.of(decision.scheme)

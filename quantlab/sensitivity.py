@@ -97,15 +97,15 @@ def sensitivity(
     The model is held whole, in float32 on a CPU and in its own dtype on a GPU. Raises UsageError for models that do
     not predict tokens or are quantized, for unknown schemes and for data that do not serve.
     """
-    chosen = _schemes(schemes)
+    chosen = schemes_named(schemes)
     target = result_file(model, output)
-    source = _open(model, trust_remote_code)
+    source = open_model(model, trust_remote_code)
     plans = {
         name: preflight.plan(source, Recipe(name), trust_remote_code=trust_remote_code)
         for name in dict.fromkeys(chosen)
     }
-    tokens = _tokens(source, calibration, samples, length, trust_remote_code)
-    run = _Run(source, plans, tokens, device, trust_remote_code, progress)
+    tokens = tokens_of(source, calibration, samples, length, trust_remote_code)
+    run = Run(source, plans, tokens, device, trust_remote_code, progress)
     settings = run.settings() | {"data": calibration}
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -153,7 +153,8 @@ def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
     return float(torch.corrcoef(ranks.to(torch.float64))[0, 1])
 
 
-def _schemes(names: Sequence[str]) -> list[str]:
+def schemes_named(names: Sequence[str]) -> list[str]:
+    """The names as they are. Raises UsageError for one that is no scheme, and for none at all."""
     for name in names:
         if name not in SCHEMES:
             raise UsageError(f"unknown scheme {name!r}; {did_you_mean(name, SCHEMES)}")
@@ -162,7 +163,8 @@ def _schemes(names: Sequence[str]) -> list[str]:
     return list(names)
 
 
-def _open(model: str | Path, trust_remote_code: bool) -> Source:
+def open_model(model: str | Path, trust_remote_code: bool) -> Source:
+    """A model that predicts tokens and is not quantized; UsageError for any other."""
     source = Source.open(model)
     if config_of_quantization(source.config) is not None:
         raise UsageError(f"{model}: is itself quantized; give the original model")
@@ -174,7 +176,8 @@ def _open(model: str | Path, trust_remote_code: bool) -> Source:
     return source
 
 
-def _tokens(source: Source, calibration: str, samples: int, length: int, trust_remote_code: bool) -> Tensor:
+def tokens_of(source: Source, calibration: str, samples: int, length: int, trust_remote_code: bool) -> Tensor:
+    """Windows of text [samples, length]. Raises UsageError for data that do not serve."""
     length = min(length, context_length(source.config) or length)
     try:
         tokenizer = data.load_tokenizer(source.folder, trust_remote_code=trust_remote_code)
@@ -216,7 +219,7 @@ class _Journal:
         self.file.close()
 
 
-class _Run:
+class Run:
     """One model in memory, and what is known of its products."""
 
     def __init__(
@@ -275,7 +278,7 @@ class _Run:
         for number, (scheme, unit) in enumerate(units, start=1):
             line = journal.done.get((unit.name, scheme))
             if line is None:
-                with quantizing(self.known[scheme], unit.name, SCHEMES[scheme]):
+                with quantizing(self.known[scheme], {unit.name: SCHEMES[scheme]}):
                     hidden = self._hidden()
                 kl = estimate(self._divergence(base, hidden))
                 line = {"unit": unit.name, "scheme": scheme, "kl": kl.value, "error": kl.error}
@@ -284,6 +287,15 @@ class _Run:
             if self.progress is not None:
                 self.progress(f"{scheme}: {unit.name}", number, len(units))
         return effects
+
+    def together(self, assigned: dict[str, str]) -> Estimate:
+        """The KL with every unit in its scheme at once; those in "none" stay."""
+        schemes = {unit: SCHEMES[name] for unit, name in assigned.items() if name != "none"}
+        base = self._hidden()
+        known = {address: unit for found in self.known.values() for address, unit in found.items()}
+        with quantizing(known, schemes):
+            hidden = self._hidden()
+        return estimate(self._divergence(base, hidden))
 
     def _hidden(self) -> Tensor:
         """Last hidden states [windows, length, hidden], on the CPU."""

@@ -105,17 +105,17 @@ class Products(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def quantizing(known: dict[int, str], unit: str, scheme: Scheme) -> Products:
-    """A context in which one unit is quantized and everything else is not."""
+def quantizing(known: dict[int, str], schemes: dict[str, Scheme]) -> Products:
+    """A context in which the units in `schemes` are quantized and everything else is not."""
     weights: dict[int, Tensor] = {}
 
-    def product(_unit: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        address = weight.data_ptr()
+    def product(unit: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        address, scheme = weight.data_ptr(), schemes[unit]
         if address not in weights:
             weights[address] = quantize(weight.detach(), scheme.weight).dequantize(weight.dtype)
         return quantized_product(x, weights[address], bias, scheme)
 
-    return Products({address: name for address, name in known.items() if name == unit}, product)
+    return Products({address: name for address, name in known.items() if name in schemes}, product)
 
 
 def perturbing(known: dict[int, str], schemes: dict[str, Scheme], take: Callable[[str, str, Tensor], None]) -> Products:

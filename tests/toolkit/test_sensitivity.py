@@ -93,7 +93,7 @@ def test_it_continues_and_computes_nothing_twice(exact, tmp_path, monkeypatch):
     ran = []
     simulate = module.quantizing
     monkeypatch.setattr(
-        module, "quantizing", lambda known, unit, scheme: ran.append(unit) or simulate(known, unit, scheme)
+        module, "quantizing", lambda known, schemes: ran.extend(schemes) or simulate(known, schemes)
     )
     again = sensitivity(MODEL, ["fp8-block"], tmp_path / "again.json", **SMALL)
     assert ran == ["model.layers.4.self_attn.o_proj", "model.layers.4.self_attn.q/k/v_proj"]

@@ -1,0 +1,100 @@
+"""Mixed precision: the knapsack against every assignment, and the mixture of a real model against uniform schemes."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from quantlab.errors import UsageError
+from quantlab.mixed import GRID, Choice, allocate, mix
+from quantlab.pipeline import plan
+from quantlab.scheme import Recipe
+
+MODEL = Path(__file__).parents[2] / "examples" / "tiny-llama"
+SMALL = {"samples": 2, "length": 96, "device": "cpu"}
+
+a_choice = st.builds(Choice, st.just("s"), st.integers(1, 1000), st.floats(0, 10))
+items = st.lists(st.lists(a_choice, min_size=1, max_size=3), min_size=1, max_size=5)
+
+
+def cost(choices, picks):
+    chosen = [item[pick] for item, pick in zip(choices, picks, strict=True)]
+    return sum(c.nbytes for c in chosen), sum(c.kl for c in chosen)
+
+
+def everything(choices):
+    return [cost(choices, picks) for picks in itertools.product(*(range(len(item)) for item in choices))]
+
+
+@settings(deadline=None, max_examples=80)
+@given(items, st.integers(0, 4000))
+def test_within_a_budget_nothing_is_better(choices, budget):
+    fitting = [kl for size, kl in everything(choices) if size <= budget]
+    if not fitting:
+        with pytest.raises(UsageError, match="allow more bits"):
+            allocate(choices, budget=budget)
+        return
+    size, kl = cost(choices, allocate(choices, budget=budget))
+    assert size <= budget
+    assert kl == pytest.approx(min(fitting))
+
+
+@settings(deadline=None, max_examples=80)
+@given(items, st.floats(0, 20))
+def test_within_a_limit_nothing_is_smaller(choices, limit):
+    fitting = [size for size, kl in everything(choices) if kl <= limit - 1e-9]
+    if not any(kl <= limit + 1e-9 for _, kl in everything(choices)):
+        with pytest.raises(UsageError, match="or add the scheme none"):
+            allocate(choices, limit=limit)
+    elif fitting:
+        size, kl = cost(choices, allocate(choices, limit=limit))
+        assert kl <= limit + 1e-9
+        assert size <= min(fitting)
+
+
+def test_a_coarse_grid_never_passes_the_budget():
+    choices = [[Choice("a", 10 * GRID + 7 * i, 1.0 + i), Choice("b", 77 * GRID + i, 0.1)] for i in range(20)]
+    for budget in range(200 * GRID + 1500, 1600 * GRID, 97 * GRID):
+        size, _ = cost(choices, allocate(choices, budget=budget))
+        assert size <= budget
+
+
+def test_fewer_bits_lose_more_and_the_size_is_kept():
+    found = {bits: mix(MODEL, target_bits=bits, schemes=("fp8-dynamic", "none"), **SMALL) for bits in (9.0, 12.0)}
+    assert 8 < found[9.0].bits <= 9 < found[12.0].bits <= 12
+    assert found[9.0].measured.value > found[12.0].measured.value > 0
+    for mixture in found.values():
+        assert mixture.predicted == pytest.approx(mixture.measured.value, rel=0.5)
+        again = Recipe.from_dict(mixture.recipe.to_dict())
+        made = plan(MODEL, again)
+        quantized = {d.module: d.scheme.name if d.scheme else "none" for d in made.decisions if d.kind == "linear"}
+        assert list(quantized.values()).count("none") > 0
+        weights = sum(d.info.elements for d in made.decisions if d.kind == "linear")
+        kept = made.bytes_after - sum(d.info.nbytes for d in made.decisions if d.kind != "linear")
+        assert 8 * kept / weights == pytest.approx(mixture.bits)
+
+
+def test_a_limit_on_the_loss_is_kept():
+    loose, tight = (mix(MODEL, max_kl=kl, schemes=("fp8-dynamic", "none"), **SMALL) for kl in (4e-3, 1e-3))
+    assert loose.measured.value <= 4e-3
+    assert tight.measured.value <= 1e-3
+    assert loose.bits < tight.bits
+    assert any(what == "KL, measured" for what, _ in tight.rows())
+
+
+def test_refusals():
+    for options, message in (
+        ({}, "either target_bits or max_kl"),
+        ({"target_bits": 5.0, "max_kl": 0.1}, "either target_bits or max_kl"),
+        ({"target_bits": -1.0}, "more than 0"),
+        ({"target_bits": 3.0, "schemes": ("fp8-dynamic", "none")}, "allow more bits"),
+        ({"max_kl": 1e-9, "schemes": ("fp8-dynamic", "none")}, "less than quantizing any group costs"),
+        ({"max_kl": 1e-9, "schemes": ("fp8-dynamic",)}, "or add the scheme none"),
+        ({"target_bits": 5.0, "schemes": ("fp8-dynamik",)}, "did you mean 'fp8-dynamic'"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            mix(MODEL, **options, **SMALL)
