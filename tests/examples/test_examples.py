@@ -54,3 +54,11 @@ def test_find_sensitive_layers(tmp_path: Path, capsys: pytest.CaptureFixture[str
     printed = run("05_find_sensitive_layers.py", capsys, str(tmp_path))
     most, least = (float(value) for value in re.findall(r"leaving the \w+ sensitive alone: KL ([\d.]+)", printed))
     assert most < 0.9 * least
+
+
+def test_quantize_a_vision_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    printed = run("06_quantize_a_vision_model.py", capsys, str(tmp_path))
+    assert printed.count("quantized: fp8-dynamic") == 2
+    changes = [float(value) for value in re.findall(r"logits change by ([\d.]+)%", printed)]
+    assert len(changes) == 2
+    assert all(0 < change < 15 for change in changes)
