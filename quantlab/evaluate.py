@@ -51,6 +51,7 @@ class Evaluation:
     recovery          baseline's perplexity / perplexity; with tasks the lower of that and the mean over tasks of
                       score / baseline's score. 1 is no loss. None without a baseline
     tasks             task -> {"score", "error", "baseline", "metric"}
+    texts             text -> the estimates above on its windows alone, where there are several texts
     windows           per window means of nll (and baseline_nll, kl, top1), for paired comparisons between runs
     settings          all that decides the numbers: texts, windows, dtypes, devices, versions, hashes
     """
@@ -64,6 +65,7 @@ class Evaluation:
     top1: Estimate | None = None
     recovery: float | None = None
     tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
+    texts: dict[str, dict[str, Estimate]] = field(default_factory=dict)
     windows: dict[str, list[float]] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
 
@@ -85,6 +87,9 @@ class Evaluation:
         if self.recovery is not None:
             rows.append(("recovery", f"{self.recovery:.4f}", ""))
         tables: list[Table] = [(f"{self.model}: {self._what()}", ("measure", "value", "standard error"), rows)]
+        if self.texts:
+            header = ("text", *next(iter(self.texts.values())))
+            tables.append(("each text", header, [(text, *map(str, es.values())) for text, es in self.texts.items()]))
         if self.tasks:
             header = ("task", "metric", "score", "standard error", "baseline")
             tables.append(("tasks", header, [_task_row(name, task) for name, task in self.tasks.items()]))
@@ -92,7 +97,8 @@ class Evaluation:
 
     def _what(self) -> str:
         s = self.settings
-        return f"{s['windows']} windows of {s['length']} tokens, {s['dtype']} on {s['device']}"
+        context = f", {s['context']} of them context" if s.get("context") else ""
+        return f"{s['windows']} windows of {s['length']} tokens{context}, {s['dtype']} on {s['device']}"
 
 
 def _task_row(name: str, task: dict[str, Any]) -> tuple[Any, ...]:
@@ -109,6 +115,7 @@ def evaluate(
     tasks: Sequence[str] = (),
     windows: int | None = None,
     length: int | None = None,
+    context: int = 0,
     device_map: str = "auto",
     dtype: str = "auto",
     min_recovery: float | None = None,
@@ -122,6 +129,8 @@ def evaluate(
     windows        how many, spread evenly over the text; None takes all, at most MOST_WINDOWS
     length         tokens per window, by default 1024 or the model's context if that is less; each starts with the
                    tokenizer's own first tokens (BOS where it has one), and all tokens but the first are scored
+    context        tokens at the start of each window that are not scored: every scored token sees at least so many
+                   before it. Windows may share them with the end of the window before
     dtype          of what is not quantized, for both models; "auto" takes each checkpoint's
     min_recovery   raises VerificationError, after saving, for a recovery below this
 
@@ -129,6 +138,8 @@ def evaluate(
     finite.
     """
     _check_arguments(baseline, text, device_map, dtype, length, min_recovery)
+    if context < 0:
+        raise UsageError(f"context = {context}: needs a number of tokens, 0 or more")
     if tasks:
         lm_tasks.require()
     run = _Run(device_map, dtype, trust_remote_code, progress)
@@ -136,18 +147,19 @@ def evaluate(
     length = _fitting_length(source, length)
     reference = run.open(baseline) if baseline is not None else None
     texts = [*_listed(text), *_listed(dataset)] or ["bundled"]
-    parts = run.tokens(source, reference, texts, windows, length)
+    parts = run.tokens(source, reference, texts, windows, length, context)
     tokens = torch.cat(parts)
 
     kept = run.baseline(reference, tokens) if reference else None
     loaded = run.load(source)
-    scores = run.score(loaded, tokens, kept)
+    scores = run.score(loaded, tokens, kept).after(context)
     results = lm_tasks.run(loaded, source.folder, tasks) if tasks else {}
     settings = {
         "texts": {text: len(part) for text, part in zip(texts, parts, strict=True)},
         "windows": len(tokens),
         "length": length,
-        "tokens_scored": len(tokens) * (length - 1),
+        "context": context,
+        "tokens_scored": scores.nll.numel(),
         "tokens_sha256": baselines.digest(tokens),
         "dtype": _plain(loaded.dtype),
         "baseline_dtype": _plain(kept.hidden.dtype) if kept else None,
@@ -170,26 +182,37 @@ def summarize(
     """The numbers of an evaluation from the scores of its tokens."""
     columns = {"nll": scores.nll, "baseline_nll": scores.baseline_nll, "kl": scores.kl, "top1": scores.agree}
     per_window = {name: c.double().mean(dim=1).tolist() for name, c in columns.items() if c is not None}
-    ratio = None
-    if scores.baseline_nll is not None:
-        ratio = exponential(estimate(scores.nll - scores.baseline_nll))
+    found = _estimates(scores)
+    ratio = found.get("perplexity_ratio")
     recovery = 1 / ratio.value if ratio else None
     relative = lm_tasks.recovery(tasks)
     if recovery is not None and relative is not None:
         recovery = min(recovery, relative)
+    counts = settings.get("texts", {})
+    parts = scores.split(list(counts.values())) if len(counts) > 1 else []
     return Evaluation(
         model,
         baseline,
-        exponential(estimate(scores.nll)),
-        None if scores.baseline_nll is None else exponential(estimate(scores.baseline_nll)),
-        ratio,
-        None if scores.kl is None else estimate(scores.kl),
-        None if scores.agree is None else estimate(scores.agree),
-        recovery,
-        tasks,
-        per_window,
-        settings,
+        **found,
+        recovery=recovery,
+        tasks=tasks,
+        texts={text: _estimates(part) for text, part in zip(counts, parts, strict=False)},
+        windows=per_window,
+        settings=settings,
     )
+
+
+def _estimates(scores: Scores) -> dict[str, Estimate]:
+    """The numbers of an `Evaluation`, by their names there; without a baseline only the first."""
+    found = {"perplexity": exponential(estimate(scores.nll))}
+    if scores.baseline_nll is not None:
+        found["baseline_perplexity"] = exponential(estimate(scores.baseline_nll))
+        found["perplexity_ratio"] = exponential(estimate(scores.nll - scores.baseline_nll))
+    if scores.kl is not None:
+        found["kl"] = estimate(scores.kl)
+    if scores.agree is not None:
+        found["top1"] = estimate(scores.agree)
+    return found
 
 
 @dataclass(frozen=True)
@@ -215,15 +238,23 @@ class _Run:
         return source
 
     def tokens(
-        self, source: Source, reference: Source | None, texts: list[str], count: int | None, length: int
+        self,
+        source: Source,
+        reference: Source | None,
+        texts: list[str],
+        count: int | None,
+        length: int,
+        context: int = 0,
     ) -> list[Tensor]:
         """Windows of token ids [windows, length] of each text, the same for both models."""
-        found = [self._windows(source, text, count, length, len(texts)) for text in texts]
+        share = max(1, (count or MOST_WINDOWS) // len(texts))
+        wanted = {"count": share, "length": length, "fewest": 1 if count is None else share, "overlap": context}
+        found = [self._windows(source, text, wanted) for text in texts]
         vocabulary = _vocabulary(source)
         if reference is not None:
             both = f"{source.model} and {reference.model}"
             needed = "the baseline is the model that the other was made from"
-            other = [self._windows(reference, text, count, length, len(texts)) for text in texts]
+            other = [self._windows(reference, text, wanted) for text in texts]
             if not all(map(torch.equal, found, other)):
                 raise UsageError(f"{both} have different tokenizers; {needed}")
             if vocabulary != _vocabulary(reference):
@@ -234,12 +265,10 @@ class _Run:
             raise UsageError(f"{source.model}: its tokenizer gives token {largest}, its vocabulary has {vocabulary}")
         return found
 
-    def _windows(self, source: Source, text: str, count: int | None, length: int, texts: int) -> Tensor:
-        share = max(1, (count or MOST_WINDOWS) // texts)
-        fewest = 1 if count is None else share
+    def _windows(self, source: Source, text: str, wanted: dict[str, int]) -> Tensor:
         try:
             tokenizer = data.load_tokenizer(source.folder, trust_remote_code=self.trust_remote_code)
-            return data.windows(text, tokenizer, "evaluation", count=share, length=length, fewest=fewest)
+            return data.windows(text, tokenizer, "evaluation", **wanted)
         except data.DataError as error:
             raise UsageError(str(error)) from None
 

@@ -8,6 +8,7 @@ window of 1024 tokens and a vocabulary of 256 k would be 1 GB per model. So a ba
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -63,6 +64,19 @@ class Scores:
     baseline_nll: Tensor | None = None
     kl: Tensor | None = None
     agree: Tensor | None = None
+
+    def after(self, context: int) -> Scores:
+        """Without the tokens that only serve as context: of a window's first `context` none is scored."""
+        return self._each(lambda column: column[:, max(context - 1, 0) :])
+
+    def split(self, windows: list[int]) -> list[Scores]:
+        """Parts of so many windows each."""
+        ends = torch.tensor(windows).cumsum(0).tolist()
+        return [self._each(operator.itemgetter(slice(a, b))) for a, b in zip([0, *ends], ends, strict=False)]
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Scores:
+        rest = (None if column is None else change(column) for column in (self.baseline_nll, self.kl, self.agree))
+        return Scores(change(self.nll), *rest)
 
 
 class _BaseOutput(tuple[Tensor]):

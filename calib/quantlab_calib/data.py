@@ -179,22 +179,26 @@ def windows(
     length: int,
     seed: int | None = None,
     fewest: int | None = None,
+    overlap: int = 0,
 ) -> Tensor:
     """`count` windows of `length` tokens, int64 [count, length]; fewer, but at least `fewest`, where the text is short.
 
-    seed  None: windows spread evenly over the text, the same for everyone; a number: a random choice of windows.
+    seed     None: windows spread evenly over the text, the same for everyone; a number: a random choice of windows
+    overlap  tokens at the start of a window that may also be the end of the one before it
     Raises DataError, which says how many tokens were found and needed.
     """
     head = prefix(tokenizer)
-    step = length - len(head)
+    body = length - len(head)
+    step = body - overlap
     if step < 1:
-        raise DataError(f"windows of {length} tokens: the tokenizer's own {len(head)} leave no room for text")
-    stream = _stream(documents(source, purpose), tokenizer, head, enough=POOL * count * step)
-    slots = len(stream) // step
+        taken = f"the tokenizer's own {len(head)}" + (f" and a context of {overlap}" if overlap else "")
+        raise DataError(f"windows of {length} tokens: {taken} leave no room for text")
+    stream = _stream(documents(source, purpose), tokenizer, head, enough=POOL * count * step + overlap)
+    slots = max(0, len(stream) - overlap) // step
     least = count if fewest is None else fewest
     if slots < least:
         raise DataError(
-            f"{source}: {len(stream)} tokens found, {least * step} needed for {least} x {length}; "
+            f"{source}: {len(stream)} tokens found, {least * step + overlap} needed for {least} x {length}; "
             f"give more text, or fewer or shorter windows"
         )
     count = min(count, slots)
@@ -202,7 +206,7 @@ def windows(
         chosen = [i * slots // count for i in range(count)]
     else:
         chosen = sorted(random.Random(seed).sample(range(slots), count))
-    return torch.tensor([head + stream[i * step : (i + 1) * step] for i in chosen], dtype=torch.int64)
+    return torch.tensor([head + stream[i * step : i * step + body] for i in chosen], dtype=torch.int64)
 
 
 def _stream(every: Iterable[Document], tokenizer: Any, head: list[int], *, enough: int) -> list[int]:

@@ -31,6 +31,9 @@ def eval(
         int | None,
         Option("--length", min=2, help="Tokens per window [1024, or the context].", show_default=False),
     ] = None,
+    context: Annotated[
+        int, Option("--context", min=0, help="Tokens at the start of each window that are not scored.")
+    ] = 0,
     device_map: Annotated[str, Option("--device-map", help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[str, Option("--dtype", help="Of unquantized weights: auto, float32, bfloat16, float16.")] = "auto",
     min_recovery: Annotated[
@@ -54,6 +57,7 @@ def eval(
             tasks=tasks,
             windows=windows,
             length=length,
+            context=context,
             device_map=device_map,
             dtype=dtype,
             min_recovery=min_recovery,

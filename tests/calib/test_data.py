@@ -41,6 +41,21 @@ def test_a_window_begins_with_what_the_tokenizer_puts_in_front(character_tokeniz
     assert found.dtype == torch.int64
 
 
+def test_windows_may_begin_with_the_end_of_the_one_before(character_tokenizer, tmp_path):
+    (tmp_path / "t.txt").write_text("abcdefghijklmnopqrstuvwxyz")
+    tokenizer = character_tokenizer(bos=True)
+    found = data.windows(str(tmp_path / "t.txt"), tokenizer, "evaluation", count=9, length=11, fewest=1, overlap=6)
+    assert [decoded(tokenizer, w)[3:] for w in found] == [
+        "abcdefghij",
+        "efghijklmn",
+        "ijklmnopqr",
+        "mnopqrstuv",
+        "qrstuvwxyz",
+    ]
+    with pytest.raises(data.DataError, match="a context of 10 leave no room"):
+        data.windows(str(tmp_path / "t.txt"), tokenizer, "evaluation", count=1, length=11, overlap=10)
+
+
 def test_windows_without_a_seed_are_spread_over_the_whole_text(character_tokenizer, tmp_path):
     (tmp_path / "t.txt").write_text("a" * 40 + "b" * 40 + "c" * 40)
     found = data.windows(str(tmp_path / "t.txt"), character_tokenizer(), "evaluation", count=3, length=10)

@@ -141,6 +141,30 @@ def test_several_texts_share_the_windows(llama, text, tmp_path):
     assert found.settings["texts"] == {str(text): 3, str(tmp_path / "other.txt"): 3}
 
 
+def test_each_text_has_its_own_numbers(llama, made, text, tmp_path):
+    (tmp_path / "other.txt").write_text("A short one, again and again. " * 60)
+    both = [text, tmp_path / "other.txt"]
+    found = evaluate(made, baseline=llama, text=both, windows=8, length=32)
+    alone = [evaluate(made, baseline=llama, text=one, windows=4, length=32) for one in both]
+    assert list(found.texts) == list(map(str, both))
+    for part, whole in zip(found.texts.values(), alone, strict=True):
+        assert part == {name: getattr(whole, name) for name in part}
+        assert not whole.texts
+    assert found.kl.value == pytest.approx(sum(one.kl.value for one in alone) / 2)
+    assert found.tables()[1][0] == "each text"
+
+
+def test_context_is_read_and_not_scored(llama, text):
+    whole, late = (measure(llama, text, baseline=llama, context=context) for context in (0, 24))
+    assert late.settings["tokens_scored"] == 6 * 8
+    assert whole.settings["tokens_scored"] == 6 * 31
+    assert "24 of them context" in late.tables()[0][0]
+    assert late.perplexity.value != whole.perplexity.value
+    for context, message in ((-1, "0 or more"), (32, "no room for text")):
+        with pytest.raises(UsageError, match=message):
+            measure(llama, text, context=context)
+
+
 def test_a_gate_fails_after_the_result_is_saved(llama, made, copy, text):
     (made / "quantlab/eval.json").unlink(missing_ok=True)
     measure(made, text, baseline=llama, min_recovery=0.5)
