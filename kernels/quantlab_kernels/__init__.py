@@ -6,6 +6,8 @@ on top of torch and touches no CUDA; backends (triton, compilers) load at their 
 """
 
 from quantlab_kernels.aot import warmup
+from quantlab_kernels.attention_prefill.op import attention_8bit, attention_prefill
+from quantlab_kernels.attention_quantize.op import attention_quantize
 from quantlab_kernels.gemm_fp8_block.op import gemm_fp8_block
 from quantlab_kernels.gemm_fp8_row.op import gemm_fp8_row
 from quantlab_kernels.quantize_fp8.op import quantize_fp8_block, quantize_fp8_group, quantize_fp8_token
@@ -13,6 +15,9 @@ from quantlab_kernels.rmsnorm_quantize.op import rmsnorm_quantize
 from quantlab_kernels.swiglu_quantize.op import swiglu_quantize
 
 __all__ = [
+    "attention_8bit",
+    "attention_prefill",
+    "attention_quantize",
     "gemm_fp8_block",
     "gemm_fp8_row",
     "quantize_fp8_block",
