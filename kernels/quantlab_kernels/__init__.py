@@ -9,6 +9,7 @@ from quantlab_kernels.aot import warmup
 from quantlab_kernels.attention_prefill.op import attention_8bit, attention_prefill
 from quantlab_kernels.attention_quantize.op import attention_quantize
 from quantlab_kernels.gemm_fp8_block.op import gemm_fp8_block
+from quantlab_kernels.gemm_fp8_grouped.op import gemm_fp8_grouped
 from quantlab_kernels.gemm_fp8_row.op import gemm_fp8_row
 from quantlab_kernels.quantize_fp8.op import quantize_fp8_block, quantize_fp8_group, quantize_fp8_token
 from quantlab_kernels.rmsnorm_quantize.op import rmsnorm_quantize
@@ -19,6 +20,7 @@ __all__ = [
     "attention_prefill",
     "attention_quantize",
     "gemm_fp8_block",
+    "gemm_fp8_grouped",
     "gemm_fp8_row",
     "quantize_fp8_block",
     "quantize_fp8_group",

@@ -20,6 +20,8 @@
 //   OUTPUT_TMA    1: 16-bit tiles leave through PIECES buffers per group and the copy engine; 0: through a float32 tile
 //   SHARED        bytes of dynamic shared memory that the launch provides
 //   SWAP, GROUP   GROUP: tiles of X that are walked together for the sake of the L2 cache
+//   GROUPED       0, or 1: rows of a are sorted by expert and b holds a weight [N, K] for each; how many rows an expert
+//                 has is read from device memory, so that a CUDA graph may hold the launch
 #include "sm90.cuh"
 #include "wgmma.cuh"
 
@@ -31,6 +33,7 @@ constexpr int CLUSTER = CLUSTER_X * SPLIT;
 static_assert(SPLIT == 1 || CLUSTER_X == 1, "a cluster shares tiles or splits K");
 static_assert(TAIL == 1 || CLUSTER == 1, "the parts of a tile belong to single CTAs");
 static_assert(WAVES == 1 || TEMPS == 1, "two temporary accumulators need one wave");
+static_assert(!GROUPED || (CLUSTER == 1 && TAIL == 1), "tiles of experts belong to single CTAs");
 static_assert(BY / 8 % SPLIT == 0, "the CTAs that split K share out the columns of the tile in eights");
 
 DEVICE constexpr int gcd(int a, int b) { return b == 0 ? a : gcd(b, a % b); }
@@ -66,7 +69,9 @@ constexpr int OFFSET_TOKEN_SCALE = OFFSET_RECEIVED + RECEIVED_BYTES;
 constexpr int TOKEN_SCALE_STRIDE = round_up(TOKEN_SCALE_BYTES, 128);
 constexpr int OFFSET_CHANNEL_SCALE = OFFSET_TOKEN_SCALE + STAGES * TOKEN_SCALE_STRIDE;
 constexpr int OFFSET_BARRIERS = OFFSET_CHANNEL_SCALE + round_up(STAGES * SPANS * 4, 8);
-constexpr int SHARED_BYTES = OFFSET_BARRIERS + 8 * (2 * STAGES + 2);
+constexpr int OFFSET_GROUPS = OFFSET_BARRIERS + 8 * (2 * STAGES + 2);
+constexpr int MAX_EXPERTS = 512;
+constexpr int SHARED_BYTES = OFFSET_GROUPS + GROUPED * 8 * (MAX_EXPERTS + 1);
 static_assert(SHARED_BYTES == SHARED, "the host allocates what is laid out here");
 
 struct Params {
@@ -79,7 +84,45 @@ struct Params {
   u32* flags;       // TAIL: one of every math group of every CTA; 0 between launches
   int tokens, channels, blocks;  // M, N, K / 128
   int prefetch;                  // 1: weights may be loaded while the kernel before this one still runs
+#if GROUPED
+  const long long* counts;  // [experts] rows of each
+  int experts;
+#endif
 };
+
+DEVICE int load_shared_int(u32 address) {
+  int value;
+  asm volatile("ld.shared.s32 %0, [%1];" : "=r"(value) : "r"(address) : "memory");
+  return value;
+}
+
+DEVICE void store_shared_int(u32 address, int value) {
+  asm volatile("st.shared.s32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
+}
+
+#if GROUPED
+// One warp: where each expert's rows begin, and its tiles of rows. The counts add up to at most the rows that there are.
+DEVICE void locate_groups(const Params& p, u32 groups) {
+  const int lane = threadIdx.x % 32;
+  int row = 0, tile = 0;
+  for (int first = 0; first < p.experts + 1; first += 32) {
+    const int expert = first + lane;
+    const int count = expert < p.experts ? static_cast<int>(p.counts[expert]) : 0;
+    int rows = count, tiles = (count + TOKENS - 1) / TOKENS;
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+      const int more_rows = __shfl_up_sync(0xffffffff, rows, step), more = __shfl_up_sync(0xffffffff, tiles, step);
+      if (lane >= step) rows += more_rows, tiles += more;
+    }
+    if (expert <= p.experts) {
+      store_shared_int(groups + 4 * expert, row + rows - count);
+      store_shared_int(groups + 4 * (MAX_EXPERTS + 1 + expert), tile + tiles - (count + TOKENS - 1) / TOKENS);
+    }
+    row += __shfl_sync(0xffffffff, rows, 31);
+    tile += __shfl_sync(0xffffffff, tiles, 31);
+  }
+}
+#endif
 
 // What every role walks through in the same order: the tiles of this cluster, and the range of K of this CTA.
 //
@@ -90,8 +133,10 @@ struct Schedule {
   int count_x, count_y, blocks, next, step, whole, rank, first, last;
   int rest, parts;
   int tile_x, tile_y;
+  int expert, first_token, end_token;  // GROUPED: whose tile it is, and that expert's rows
+  u32 groups;                          // GROUPED: shared memory, [experts + 1] first rows, [experts + 1] first tiles
 
-  DEVICE Schedule(const Params& p, u32 cluster_rank) {
+  DEVICE Schedule(const Params& p, u32 cluster_rank, u32 shared_groups) {
     const int rows_x = SWAP ? p.channels : p.tokens, rows_y = SWAP ? p.tokens : p.channels;
     count_x = (rows_x + BX * CLUSTER_X - 1) / (BX * CLUSTER_X);
     count_y = (rows_y + BY - 1) / BY;
@@ -109,7 +154,21 @@ struct Schedule {
       if (parts < 2) rest = 0;
       whole -= rest;
     }
+#if GROUPED
+    groups = shared_groups;
+    experts = p.experts;
+    whole = load_shared_int(groups + 4 * (MAX_EXPERTS + 1 + experts)) * (SWAP ? count_x : count_y);
+#else
+    first_token = 0;
+    end_token = p.tokens;
+    expert = 0;
+#endif
   }
+
+  // In rows of a and out; in channels of its expert; in rows of b, and of its scales.
+  DEVICE int token() const { return first_token + (SWAP ? tile_y * BY : tile_x * BX); }
+  DEVICE int channel() const { return SWAP ? tile_x * BX : tile_y * BY; }
+  DEVICE int weight_row(const Params& p) const { return (GROUPED ? expert * p.channels : 0) + channel(); }
 
   DEVICE bool advance() {
     if (next >= whole) return false;
@@ -129,6 +188,27 @@ struct Schedule {
     return true;
   }
 
+#if GROUPED
+  // The tiles of an expert come together, its tokens first: CTAs that run at once share weights.
+  DEVICE void place(int tile) {
+    const int channel_tiles = SWAP ? count_x : count_y, starts = groups + 4 * (MAX_EXPERTS + 1);
+    int low = 0, high = experts;
+    while (high - low > 1) {
+      const int middle = (low + high) / 2;
+      (load_shared_int(starts + 4 * middle) * channel_tiles <= tile ? low : high) = middle;
+    }
+    expert = low;
+    const int start = load_shared_int(starts + 4 * low);
+    const int token_tiles = load_shared_int(starts + 4 * low + 4) - start, within = tile - start * channel_tiles;
+    first_token = load_shared_int(groups + 4 * low);
+    end_token = load_shared_int(groups + 4 * low + 4);
+    const int token_tile = within % token_tiles, channel_tile = within / token_tiles;
+    tile_x = SWAP ? channel_tile : token_tile;
+    tile_y = SWAP ? token_tile : channel_tile;
+  }
+
+  int experts;
+#else
   // Tiles go in bands of GROUP along X, and within a band along X first.
   DEVICE void place(int tile) {
     const int band = tile / (GROUP * count_y), within = tile - band * GROUP * count_y;
@@ -136,6 +216,7 @@ struct Schedule {
     tile_x = (band * GROUP + within % height) * CLUSTER_X + (CLUSTER_X > 1 ? rank : 0);
     tile_y = within / height;
   }
+#endif
 };
 
 struct Ring {
@@ -161,6 +242,7 @@ struct Shared {
   DEVICE u32 empty(int stage) const { return base + OFFSET_BARRIERS + 8 * (STAGES + stage); }
   DEVICE u32 sums_ready() const { return base + OFFSET_BARRIERS + 16 * STAGES; }
   DEVICE u32 sums_read() const { return base + OFFSET_BARRIERS + 16 * STAGES + 8; }
+  DEVICE u32 groups() const { return base + OFFSET_GROUPS; }
 };
 
 DEVICE float load_shared(u32 address) {
@@ -196,12 +278,13 @@ DEVICE void store_shared2(u32 address, float a, float b) {
 
 DEVICE void load_x(const Params& p, const Shared& s, const Schedule& schedule, int stage, int block) {
   constexpr u64 policy = SWAP ? kEvictFirst : kEvictNormal;  // weights that few tokens use are read once
-  tma_load(s.x(stage), &p.x, s.full(stage), block * BK, schedule.tile_x * BX, policy);
+  const int row = SWAP ? schedule.weight_row(p) : schedule.token();
+  tma_load(s.x(stage), &p.x, s.full(stage), block * BK, row, policy);
 }
 
 DEVICE void load_y(const Params& p, const Shared& s, const Schedule& schedule, int stage, int block) {
   constexpr int part = BY / CLUSTER_X;  // what this CTA fetches for all of its cluster
-  const int row = schedule.rank * part, y = schedule.tile_y * BY + row;
+  const int row = schedule.rank * part, y = (SWAP ? schedule.token() : schedule.weight_row(p)) + row;
   if constexpr (CLUSTER_X > 1) {
     const u16 mask = (1 << CLUSTER_X) - 1;
     tma_load_multicast(s.y(stage) + row * BK, &p.y, s.full(stage), block * BK, y, mask, kEvictNormal);
@@ -220,8 +303,7 @@ DEVICE void load_weights(const Params& p, const Shared& s, const Schedule& sched
 }
 
 DEVICE void load_tokens(const Params& p, const Shared& s, const Schedule& schedule, int stage, int block) {
-  const int token = SWAP ? schedule.tile_y * BY : schedule.tile_x * BX;
-  tma_load(s.token_scale(stage), &p.token_scale, s.full(stage), token, block, kEvictNormal);
+  tma_load(s.token_scale(stage), &p.token_scale, s.full(stage), schedule.token(), block, kEvictNormal);
   if constexpr (SWAP) {
     load_y(p, s, schedule, stage, block);
   } else {
@@ -260,7 +342,7 @@ DEVICE void produce_tiles(const Params& p, const Shared& s, Schedule schedule) {
 
 DEVICE void load_channel_scales(const Params& p, const Shared& s, const Schedule& schedule, Ring& ring) {
   const int lane = threadIdx.x % 32, rows = (p.channels + 127) / 128;
-  const int channel = SWAP ? schedule.tile_x * BX : schedule.tile_y * BY;
+  const int channel = schedule.channel(), first_row = GROUPED ? schedule.expert * rows : 0;
   float scale[SPANS];
   for (int block = schedule.first; block < schedule.last; ++block, ring.advance()) {
     const int within = (block - schedule.first) % 32;
@@ -269,7 +351,7 @@ DEVICE void load_channel_scales(const Params& p, const Shared& s, const Schedule
       for (int i = 0; i < SPANS; ++i) {
         const int row = (channel + i * SPAN) / 128;
         const bool inside = row < rows && block + lane < schedule.last;
-        scale[i] = inside ? __ldg(p.b_scale + static_cast<long long>(row) * p.blocks + block + lane) : 0.f;
+        scale[i] = inside ? __ldg(p.b_scale + static_cast<long long>(first_row + row) * p.blocks + block + lane) : 0.f;
       }
     }
     barrier_wait(s.empty(ring.stage), ring.phase ^ 1);
@@ -544,6 +626,18 @@ DEVICE void collect(const Params& p, const Schedule& schedule, const Position& a
   }
 }
 
+// The rows of a piece before `end`, by the threads of a group.
+DEVICE void store_rows(const Params& p, const Position& at, u32 buffer, int x, int y, int end) {
+  constexpr int chunks = PIECE_COLUMNS / 8;
+  for (int i = at.warp * 32 + at.lane; i < 64 * chunks; i += 128) {
+    const int row = i / chunks, chunk = i % chunks, channel = y + 8 * chunk;
+    const u32 swizzle = PIECE_COLUMNS == 64 ? row % 8 : PIECE_COLUMNS == 32 ? row / 2 % 4 : row / 4 % 2;
+    if (x + row >= end || channel >= p.channels) continue;
+    const float4 v = load_shared4(buffer + row * PIECE_COLUMNS * 2 + ((chunk ^ swizzle) << 4));
+    *reinterpret_cast<float4*>(static_cast<u16*>(p.out) + (x + row) * p.out_stride + channel) = v;
+  }
+}
+
 // 16-bit output, not swapped: each group moves its 64-row blocks through a ring of swizzled pieces. `column` is the
 // first column of `sum` in the output.
 DEVICE void store_pieces(const Params& p, const Shared& s, const Position& at, const Schedule& schedule, int column,
@@ -577,11 +671,13 @@ DEVICE void store_pieces(const Params& p, const Shared& s, const Position& at, c
       }
       async_proxy_fence();
       named_barrier_sync(4 + at.group, 128);
-      const int x = schedule.tile_x * BX + (at.group * WAVES + wave) * 64;
+      const int x = schedule.token() + (at.group * WAVES + wave) * 64;
       const int y = column + part * PIECE_COLUMNS;
+      const bool cut = GROUPED && x + 64 > schedule.end_token;  // the rows that follow are another expert's
+      if (cut) store_rows(p, at, buffer, x, y, schedule.end_token);
       if (leader) {
-        if (x < p.tokens && y < p.channels) tma_store(&p.output, buffer, y, x);
-        tma_store_commit();
+        if (!cut && x < p.tokens && y < p.channels) tma_store(&p.output, buffer, y, x);
+        tma_store_commit();  // of a cut piece an empty group: they are counted
       }
       piece = piece + 1 == PIECES ? 0 : piece + 1;
     }
@@ -648,11 +744,11 @@ DEVICE void store_tile(const Params& p, const Shared& s, const Position& at, con
   write_sums(s, at, sum);
   named_barrier_sync(3, MATH_THREADS);
   constexpr int vectors = TILE_CHANNELS / 4;
-  const int token0 = SWAP ? y : schedule.tile_x * BX, channel0 = SWAP ? schedule.tile_x * BX : y;
+  const int token0 = SWAP ? schedule.first_token + y : schedule.token(), channel0 = SWAP ? schedule.channel() : y;
   for (int i = threadIdx.x; i < TILE_TOKENS * vectors; i += MATH_THREADS) {
     const int row = i / vectors, column = i % vectors * 4;
     const int token = token0 + row, channel = channel0 + column;
-    if (token >= p.tokens || channel >= p.channels) continue;
+    if (token >= schedule.end_token || channel >= p.channels) continue;
     const float4 v = load_shared4(s.output() + 4 * (row * TILE_STRIDE + column));
     store_vector(p, token * p.out_stride + channel, channel, v);
   }
@@ -756,8 +852,12 @@ extern "C" __global__ void __launch_bounds__(MATH_THREADS + 128, 1)
   }
   let_next_kernel_start();
   if (!p.prefetch) wait_for_previous_kernel();
+#if GROUPED
+  if (warp == MATH_WARPS) locate_groups(p, s.groups());
+  __syncthreads();
+#endif
 
-  const Schedule schedule(p, rank);
+  const Schedule schedule(p, rank, s.groups());
   if (warp >= MATH_WARPS) {
     if constexpr (MATH_GROUPS > 1) registers_decrease<MATH_GROUPS == 2 ? 40 : 32>();
     if (warp == MATH_WARPS && threadIdx.x % 32 == 0) produce_tiles(p, s, schedule);

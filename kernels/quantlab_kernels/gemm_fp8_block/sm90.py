@@ -97,12 +97,12 @@ def launch(
     """
     a_at, a_scale_at, b_at = a.data_ptr(), a_scale.data_ptr(), b.data_ptr()
     if (a_at | a_scale_at | b_at) % 16:
-        return launch(_aligned(a), _aligned(a_scale), _aligned(b), b_scale, bias, out, config, accumulate)
+        return launch(aligned(a), aligned(a_scale), aligned(b), b_scale, bias, out, config, accumulate)
     device = a.get_device()
     m, k = a.shape
     partials = flags = None
     if config.tail > 1:
-        ctas = _sms(device)
+        ctas = sms(device)
         partials = torch.empty(ctas * config.bx * config.by, dtype=torch.float32, device=a.device)
         flags = _flags(device, ctas * config.math_groups)
     code, shape, params = _prepared(
@@ -113,7 +113,7 @@ def launch(
     code.launch(shape, params, device)
 
 
-def _aligned(operand: Tensor) -> Tensor:
+def aligned(operand: Tensor) -> Tensor:
     """The operand, or a copy of it where the copy engine can read it: from a multiple of 16 bytes."""
     if operand.data_ptr() % 16 == 0:
         return operand
@@ -141,7 +141,8 @@ def _settled(weight: Tensor) -> bool:
 
 
 @functools.cache
-def _sms(device: int) -> int:
+def sms(device: int) -> int:
+    """Multiprocessors of a GPU."""
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
@@ -157,10 +158,10 @@ def _prepared(
     tokens = config.by if config.swap else config.bx
     column = round_up(4 * max(a_scale[1], 4), 16)  # a single column of scales may report any stride
     maps.append(driver.tensor_map(driver.FLOAT32, a_scale[0], m, k // 128, column, tokens, 1, driver.NO_SWIZZLE))
-    maps.append(_output_map(config, extents, out, out_dtype) if config.output_tma else bytes(128))
+    maps.append(output_map(config, extents, out, out_dtype) if config.output_tma else bytes(128))
     scalars = struct.pack("<QQQqQQiiii", b_scale, bias, *out, partials, flags, m, n, k // 128, int(prefetch))
     code = kernel(config, out_dtype, bias_dtype, accumulate)
-    return code, _shape(config, m, n, _sms(device), prefetch), b"".join(maps) + scalars
+    return code, _shape(config, m, n, sms(device), prefetch), b"".join(maps) + scalars
 
 
 def _operand_maps(config: Config, extents: tuple[int, int, int], a: tuple[int, int], b: tuple[int, int]) -> list[bytes]:
@@ -174,7 +175,8 @@ def _operand_maps(config: Config, extents: tuple[int, int, int], a: tuple[int, i
     ]
 
 
-def _output_map(config: Config, extents: tuple[int, int, int], out: tuple[int, int], dtype: torch.dtype) -> bytes:
+def output_map(config: Config, extents: tuple[int, ...], out: tuple[int, int], dtype: torch.dtype) -> bytes:
+    """Of the result [M, N, ...] for stores through the copy engine."""
     columns = config.piece_columns
     kind, swizzle = _OUTPUT_MAP[dtype], _SWIZZLE[columns]
     return driver.tensor_map(kind, out[0], extents[1], extents[0], 2 * out[1], columns, 64, swizzle)

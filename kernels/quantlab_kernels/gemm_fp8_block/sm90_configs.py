@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from quantlab_kernels.common.gemm import GemmProblem, round_up
 
+MAX_EXPERTS = 512  # whose rows the kernel finds
 SHARED_LIMIT = 232448  # bytes of shared memory that a CTA may have on compute capability 9.0
 
 # Of the cost model; fitted to the 4680 times of a sweep over 360 problems on one H200 (2026-11). They order candidates
@@ -39,6 +40,7 @@ class Config:
     pieces: int = 1
     swap: int = 0
     group: int = 8
+    grouped: int = 0
 
     @property
     def bx(self) -> int:
@@ -65,7 +67,8 @@ class Config:
         tokens, channels = (self.by, self.bx) if self.swap else (self.bx, self.by)
         span = next(s for s in (128, 64, 32, 16, 8) if channels % s == 0)
         scales = round_up(tokens * 4, 128) * self.stages + round_up(self.stages * (channels // span) * 4, 8)
-        return (self.bx + self.by) * 128 * self.stages + output + scales + 8 * (2 * self.stages + 2)
+        groups = self.grouped * 8 * (MAX_EXPERTS + 1)
+        return (self.bx + self.by) * 128 * self.stages + output + scales + 8 * (2 * self.stages + 2) + groups
 
     def grid(self, m: int, n: int, sms: int) -> tuple[int, int]:
         """(tiles that are made, CTA clusters that run at once)."""
@@ -138,9 +141,9 @@ def _swapped(m: int) -> Iterator[Config]:
         for waves, groups in ((1, 1), (1, 2), (2, 2)):
             shape = Config(by=width, waves=waves, math_groups=groups, split=split, swap=1, output_tma=0)
             if _fits(shape):
-                yield _deepest(shape)
+                yield deepest(shape)
     if by >= 64 and _fits(shape := Config(by=by, swap=1, output_tma=0, cluster_x=2)):
-        yield _deepest(shape)
+        yield deepest(shape)
 
 
 def _fits(config: Config) -> bool:
@@ -148,9 +151,9 @@ def _fits(config: Config) -> bool:
 
 
 @functools.cache
-def _deepest(config: Config) -> Config:
-    """With as many stages as shared memory holds, up to 20."""
-    return next(c for s in range(20, 2, -1) if (c := replace(config, stages=s)).shared_bytes() <= SHARED_LIMIT)
+def deepest(config: Config, most: int = 20) -> Config:
+    """With as many stages as shared memory holds, up to `most`."""
+    return next(c for s in range(most, 2, -1) if (c := replace(config, stages=s)).shared_bytes() <= SHARED_LIMIT)
 
 
 def estimate_us(config: Config, problem: GemmProblem, sms: int = 132) -> float:
