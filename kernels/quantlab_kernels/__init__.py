@@ -11,6 +11,8 @@ from quantlab_kernels.attention_quantize.op import attention_quantize
 from quantlab_kernels.gemm_fp8_block.op import gemm_fp8_block
 from quantlab_kernels.gemm_fp8_grouped.op import gemm_fp8_grouped
 from quantlab_kernels.gemm_fp8_row.op import gemm_fp8_row
+from quantlab_kernels.moe_combine.op import moe_combine
+from quantlab_kernels.moe_dispatch.op import moe_dispatch
 from quantlab_kernels.quantize_fp8.op import quantize_fp8_block, quantize_fp8_group, quantize_fp8_token
 from quantlab_kernels.rmsnorm_quantize.op import rmsnorm_quantize
 from quantlab_kernels.swiglu_quantize.op import swiglu_quantize
@@ -22,6 +24,8 @@ __all__ = [
     "gemm_fp8_block",
     "gemm_fp8_grouped",
     "gemm_fp8_row",
+    "moe_combine",
+    "moe_dispatch",
     "quantize_fp8_block",
     "quantize_fp8_group",
     "quantize_fp8_token",

@@ -45,7 +45,8 @@ constexpr int SPANS = CHANNELS / SPAN;
 DEVICE constexpr int round_up(int a, int b) { return (a + b - 1) / b * b; }
 constexpr int X_BYTES = BX * BK;
 constexpr int Y_BYTES = BY * BK;
-constexpr int TOKEN_SCALE_BYTES = TOKENS * 4;
+// The copy engine starts a row of scales at a multiple of 16 bytes, the rows of an expert at any token: up to 3 too many.
+constexpr int TOKEN_SCALE_BYTES = (TOKENS + 4 * GROUPED) * 4;
 constexpr int STAGE_BYTES = X_BYTES + Y_BYTES + TOKEN_SCALE_BYTES;  // what the copy engine brings
 
 constexpr int ACCUMULATORS = BY / 2;         // registers of one thread for one wave
@@ -157,7 +158,7 @@ struct Schedule {
 #if GROUPED
     groups = shared_groups;
     experts = p.experts;
-    whole = load_shared_int(groups + 4 * (MAX_EXPERTS + 1 + experts)) * (SWAP ? count_x : count_y);
+    whole = uniform(load_shared_int(groups + 4 * (MAX_EXPERTS + 1 + experts))) * (SWAP ? count_x : count_y);
 #else
     first_token = 0;
     end_token = p.tokens;
@@ -207,8 +208,19 @@ struct Schedule {
     tile_y = SWAP ? token_tile : channel_tile;
   }
 
+  // All lanes of a warp have found the same tile; the compiler, which has to know it around a warpgroup MMA, cannot see
+  // it in values that come from memory.
+  DEVICE void settle() {
+    tile_x = uniform(tile_x);
+    tile_y = uniform(tile_y);
+    first_token = uniform(first_token);
+    end_token = uniform(end_token);
+  }
+
   int experts;
 #else
+  DEVICE void settle() {}
+
   // Tiles go in bands of GROUP along X, and within a band along X first.
   DEVICE void place(int tile) {
     const int band = tile / (GROUP * count_y), within = tile - band * GROUP * count_y;
@@ -232,11 +244,13 @@ struct Ring {
 
 struct Shared {
   u32 base;
+  u32 skew;  // GROUPED: bytes of the scales that come before those of the tile's first token
   DEVICE u32 x(int stage) const { return base + stage * X_BYTES; }
   DEVICE u32 y(int stage) const { return base + OFFSET_Y + stage * Y_BYTES; }
   DEVICE u32 output() const { return base + OFFSET_OUTPUT; }
   DEVICE u32 received() const { return base + OFFSET_RECEIVED; }
   DEVICE u32 token_scale(int stage) const { return base + OFFSET_TOKEN_SCALE + stage * TOKEN_SCALE_STRIDE; }
+  DEVICE u32 first_token_scale(int stage) const { return token_scale(stage) + (GROUPED ? skew : 0); }
   DEVICE u32 channel_scale(int stage) const { return base + OFFSET_CHANNEL_SCALE + stage * SPANS * 4; }
   DEVICE u32 full(int stage) const { return base + OFFSET_BARRIERS + 8 * stage; }
   DEVICE u32 empty(int stage) const { return base + OFFSET_BARRIERS + 8 * (STAGES + stage); }
@@ -303,7 +317,8 @@ DEVICE void load_weights(const Params& p, const Shared& s, const Schedule& sched
 }
 
 DEVICE void load_tokens(const Params& p, const Shared& s, const Schedule& schedule, int stage, int block) {
-  tma_load(s.token_scale(stage), &p.token_scale, s.full(stage), schedule.token(), block, kEvictNormal);
+  const int token = GROUPED ? schedule.token() & ~3 : schedule.token();
+  tma_load(s.token_scale(stage), &p.token_scale, s.full(stage), token, block, kEvictNormal);
   if constexpr (SWAP) {
     load_y(p, s, schedule, stage, block);
   } else {
@@ -390,8 +405,8 @@ struct Scales {
     if constexpr (SWAP) {
       channel[0] = load_shared(s.channel_scale(stage) + 4 * ((at.group * WAVES + wave) * 64 / SPAN));
     } else {
-      token[0] = load_shared(s.token_scale(stage) + 4 * at.row(wave));
-      token[1] = load_shared(s.token_scale(stage) + 4 * at.row(wave) + 32);
+      token[0] = load_shared(s.first_token_scale(stage) + 4 * at.row(wave));
+      token[1] = load_shared(s.first_token_scale(stage) + 4 * at.row(wave) + 32);
 #pragma unroll
       for (int i = 0; i < SPANS; ++i) channel[i] = load_shared(s.channel_scale(stage) + 4 * i);
     }
@@ -416,7 +431,10 @@ struct ColumnScales {
   float2 value[BY / 8];
   DEVICE void load(const Shared& s, const Position& at, int stage) {
 #pragma unroll
-    for (int j = 0; j < BY / 8; ++j) value[j] = load_shared2(s.token_scale(stage) + 4 * at.column(j));
+    for (int j = 0; j < BY / 8; ++j) {
+      const u32 address = s.first_token_scale(stage) + 4 * at.column(j);
+      value[j] = GROUPED ? make_float2(load_shared(address), load_shared(address + 4)) : load_shared2(address);
+    }
   }
 };
 
@@ -782,13 +800,15 @@ DEVICE void store_sums(const Params& p, const Shared& s, const Position& at, con
   }
 }
 
-DEVICE void compute_tiles(const Params& p, const Shared& s, Schedule schedule, u32 rank) {
+DEVICE void compute_tiles(const Params& p, Shared s, Schedule schedule, u32 rank) {
   const Position at;
   Ring ring;
   int piece = 0;
   u32 phase = 0;
   bool first = true;
   while (schedule.advance()) {
+    schedule.settle();
+    s.skew = 4 * (schedule.first_token & 3);
     float sum[WAVES][ACCUMULATORS];
     compute_sums(s, at, schedule, ring, sum);
     if (first) wait_for_previous_kernel();  // it may still read what lies where the output goes
@@ -826,7 +846,7 @@ DEVICE void compute_tiles(const Params& p, const Shared& s, Schedule schedule, u
 extern "C" __global__ void __launch_bounds__(MATH_THREADS + 128, 1)
     gemm_fp8_block(const __grid_constant__ Params p) {
   extern __shared__ __align__(1024) unsigned char memory[];
-  const Shared s{shared_address(memory)};
+  const Shared s{shared_address(memory), 0};
   const u32 rank = CLUSTER > 1 ? cluster_rank() : 0;
   const int warp = uniform(threadIdx.x / 32);
 
