@@ -8,9 +8,12 @@ on top of torch and touches no CUDA; backends (triton, compilers) load at their 
 from quantlab_kernels.aot import warmup
 from quantlab_kernels.attention_prefill.op import attention_8bit, attention_prefill
 from quantlab_kernels.attention_quantize.op import attention_quantize
+from quantlab_kernels.common.int4 import prepare_int4, repack_int4, unrepack_int4
 from quantlab_kernels.gemm_fp8_block.op import gemm_fp8_block
 from quantlab_kernels.gemm_fp8_grouped.op import gemm_fp8_grouped
 from quantlab_kernels.gemm_fp8_row.op import gemm_fp8_row
+from quantlab_kernels.gemm_int4.op import gemm_int4
+from quantlab_kernels.gemm_int4_fp8.op import gemm_int4_fp8
 from quantlab_kernels.moe_combine.op import moe_combine
 from quantlab_kernels.moe_dispatch.op import moe_dispatch
 from quantlab_kernels.quantize_fp8.op import quantize_fp8_block, quantize_fp8_group, quantize_fp8_token
@@ -24,12 +27,17 @@ __all__ = [
     "gemm_fp8_block",
     "gemm_fp8_grouped",
     "gemm_fp8_row",
+    "gemm_int4",
+    "gemm_int4_fp8",
     "moe_combine",
     "moe_dispatch",
+    "prepare_int4",
     "quantize_fp8_block",
     "quantize_fp8_group",
     "quantize_fp8_token",
+    "repack_int4",
     "rmsnorm_quantize",
     "swiglu_quantize",
+    "unrepack_int4",
     "warmup",
 ]

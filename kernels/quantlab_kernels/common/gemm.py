@@ -45,27 +45,32 @@ def round_up(extent: int, multiple: int) -> int:
     return (extent + multiple - 1) // multiple * multiple
 
 
-def empty_group_scale(like: Tensor, m: int, groups: int) -> Tensor:
-    """Uninitialised activation scales [M, G] in the column-major, padded layout: float32, strides (1, round_up(M, 4)).
+def empty_group_scale(like: Tensor, m: int, groups: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Uninitialised scales [M, G] in the column-major, padded layout: strides (1, `padded_rows`).
 
     A column of M scales starts on a 16-byte boundary, which is what a TMA load and cuBLASLt ask for.
     """
-    padded = round_up(m, 4)
-    scale = like.new_empty_strided((padded, groups), (1, padded), dtype=torch.float32)
+    padded = padded_rows(m, dtype)
+    scale = like.new_empty_strided((padded, groups), (1, padded), dtype=dtype)
     return scale[:m] if m != padded else scale
+
+
+def padded_rows(m: int, dtype: torch.dtype = torch.float32) -> int:
+    """Distance of two columns of m scales: m rounded up to 16 bytes, four float32 or eight 16-bit numbers."""
+    return round_up(m, 16 // dtype.itemsize)
 
 
 def is_group_scale(scale: Tensor) -> bool:
     """Whether `scale` [M, G] has the layout of `empty_group_scale`."""
     m, groups = scale.shape
-    return (m == 1 or scale.stride(0) == 1) and (groups == 1 or scale.stride(1) == round_up(m, 4))
+    return (m == 1 or scale.stride(0) == 1) and (groups == 1 or scale.stride(1) == padded_rows(m, scale.dtype))
 
 
 def as_group_scale(scale: Tensor) -> Tensor:
     """`scale` [M, G] in the layout of `empty_group_scale`; a copy only when it has another one."""
     if is_group_scale(scale):
         return scale
-    return empty_group_scale(scale, *scale.shape).copy_(scale)
+    return empty_group_scale(scale, *scale.shape, scale.dtype).copy_(scale)
 
 
 def check_operands(

@@ -1,0 +1,99 @@
+"""The op: checks (which are also its fake), the CPU way, and dispatch to a GPU backend."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quantlab_kernels.common.backends import Backends
+from quantlab_kernels.common.gemm import as_group_scale
+from quantlab_kernels.common.hardware import gpu_of
+from quantlab_kernels.common.int4 import GROUP, Int4Problem, check_out_dtype, check_weight
+from quantlab_kernels.common.ops import define
+from quantlab_kernels.gemm_int4_fp8 import reference
+
+BACKENDS = Backends("gemm_int4_fp8", ("eager",), last_resort="eager")
+
+
+def gemm_int4_fp8(
+    a: Tensor,
+    a_scale: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    bias: Tensor | None = None,
+    *,
+    out_dtype: torch.dtype = torch.bfloat16,
+) -> Tensor:
+    """``out[M, N] = (a_scale * a) @ (b_scale * b).T + bias``; group sums are promoted to FP32, scales applied there.
+
+    a        [M, K]  float8_e4m3fn   activations, row-major; K a multiple of 128
+    a_scale  [M, 1] float32, or [M, K/128] float32 as `quantize_fp8_group` writes it (other strides are copied first)
+    b        int32   weight: tiles of `repack_int4`, or words [N, K/8] of `pack_int4`, whose codes may be -8
+    b_scale  [N, K/128]  bfloat16, float16 or float32; fastest in the layout of `common.gemm.as_group_scale`, others
+             are copied in every call
+    bias     [N] or None, any float dtype; added in float32 before the one rounding to `out_dtype`
+    out_dtype  bfloat16, float16 or float32
+
+    Any M and N; M = 0 gives an empty tensor. Within the error bound of `common.bounds`, two runs give the same bits.
+    Raises RuntimeError naming the shapes that disagree.
+    """
+    return _OP(a, a_scale, b, b_scale, bias, out_dtype)
+
+
+def check(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> None:
+    """Refuse what no backend takes. Shapes may be symbolic."""
+    op, fp8 = "gemm_int4_fp8", torch.float8_e4m3fn
+    torch._check(a.dtype == fp8, lambda: f"{op}: a is {a.dtype}, needs {fp8}")
+    check_weight(op, 8, a, b, b_scale, bias)
+    m, groups = a.shape[0], a.shape[1] // GROUP
+    torch._check(
+        a_scale.dtype == torch.float32 and tuple(a_scale.shape) in ((m, 1), (m, groups)),
+        lambda: f"{op}: a_scale is {a_scale.dtype} {tuple(a_scale.shape)}, needs float32 {(m, 1)} or {(m, groups)}",
+    )
+    check_out_dtype(op, out_dtype)
+
+
+def problem_of(
+    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype
+) -> Int4Problem:
+    """The problem that these operands on a GPU pose."""
+    return Int4Problem(
+        a.shape[0], b_scale.shape[0], a.shape[1], a.dtype, out_dtype, None if bias is None else bias.dtype,
+        b_scale.dtype, a_scale.shape[1] > 1, b.dim() == 3, gpu_of(a).sm,
+    )  # fmt: skip
+
+
+def _fake(
+    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype
+) -> Tensor:
+    check(a, a_scale, b, b_scale, bias, out_dtype)
+    return a.new_empty((a.shape[0], b_scale.shape[0]), dtype=out_dtype)
+
+
+def _cpu(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+    check(a, a_scale, b, b_scale, bias, out_dtype)
+    return reference.gemm(a, a_scale, b, b_scale, bias, torch.float32).to(out_dtype)
+
+
+def _cuda(
+    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype
+) -> Tensor:
+    out = _fake(a, a_scale, b, b_scale, bias, out_dtype)
+    if out.numel() == 0:
+        return out
+    if a.shape[1] == 0:
+        return out.zero_() if bias is None else out.copy_(bias.expand_as(out))
+    problem = problem_of(a, a_scale, b, b_scale, bias, out_dtype)
+    backend = BACKENDS.select(problem)
+    scale = as_group_scale(a_scale) if problem.grouped else a_scale.contiguous()
+    with torch.cuda.device(a.device):
+        backend.launch(
+            a.contiguous(), scale, b.contiguous(), as_group_scale(b_scale), bias, out, backend.config(problem)
+        )
+    return out
+
+
+_OP = define(
+    "gemm_int4_fp8(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, Tensor? bias, ScalarType out_dtype) -> Tensor",
+    fake=_fake, cpu=_cpu, cuda=_cuda,
+)  # fmt: skip
