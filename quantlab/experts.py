@@ -1,22 +1,28 @@
 """Routed experts in FP8: all experts of a layer in one 3-D tensor of codes and one of scales.
 
 Checkpoints hold one matrix per expert; transformers stacks them while loading and splits them while saving, and the
-scales go the same way (`quantizers.py`). A forward sorts the tokens by expert, so that each expert's rows are one
-slice; `grouped_gemm_fp8_block` and `_row` then multiply slice by slice. They are ops of their own because the loop
-over experts depends on data, which a traced graph cannot hold.
+scales go the same way (`quantizers.py`). A forward quantizes each token once and writes it to the rows of its experts,
+multiplies all rows by their experts' weights in one launch for each projection, and adds the results up. How many rows
+an expert has is never read on the host, so nothing waits for the router and a CUDA graph holds the whole layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from quantlab.fusion import is_silu
 from quantlab.linear import CODES, Fp8BlockLinear, Fp8Linear, Fp8RowLinear, MovesWithoutCasting
-from quantlab_kernels import gemm_fp8_block, gemm_fp8_row, quantize_fp8_group, quantize_fp8_token
-from quantlab_kernels.common.ops import define
+from quantlab_kernels import (
+    gemm_fp8_grouped,
+    moe_combine,
+    moe_dispatch,
+    quantize_fp8_group,
+    quantize_fp8_token,
+    swiglu_quantize,
+)
 
 
 class Fp8Experts(MovesWithoutCasting):
@@ -35,6 +41,7 @@ class Fp8Experts(MovesWithoutCasting):
         self.__dict__.update({k: v for k, v in vars(original).items() if not k.startswith("_")})
         self._modules.update(original._modules)
         self.gate = type(original)._apply_gate
+        self.swiglu = self.gate.__name__ == "_default_apply_gate" and is_silu(original.act_fn)
         self.num_experts, self.hidden_dim, self.intermediate_dim = original.down_proj.shape
         self.suffix = scale_name.removeprefix("weight")
         double, hidden, inner = 2 * self.intermediate_dim, self.hidden_dim, self.intermediate_dim
@@ -61,12 +68,13 @@ class Fp8Experts(MovesWithoutCasting):
         copy = getattr(self, f"_{name}_scale")
         return copy if copy is not None else getattr(self, name + self.suffix).to(torch.float32)
 
-    def quantize_input(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def gate_and_quantize(self, inner: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes and scales of the gated products [S, I] of inner [S, 2I]."""
         raise NotImplementedError
 
     def grouped_matmul(self, codes: Tensor, scale: Tensor, name: str, counts: Tensor, dtype: torch.dtype) -> Tensor:
         """[S, N] of rows sorted by expert with the stacked weight `name`; counts [E] rows per expert."""
-        raise NotImplementedError
+        return gemm_fp8_grouped(codes, scale, getattr(self, name), self.scale(name), counts, out_dtype=dtype)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states [T, H], top_k_index and top_k_weights [T, k]; returns [T, H].
@@ -78,18 +86,12 @@ class Fp8Experts(MovesWithoutCasting):
         return self._forward(hidden_states, top_k_index, top_k_weights)
 
     def _forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        tokens, choices = top_k_index.shape
-        order = torch.argsort(top_k_index.reshape(-1), stable=True)
-        experts = torch.arange(self.num_experts, device=order.device)
-        counts = (top_k_index.reshape(-1, 1) == experts).sum(0)
-        codes, scale = self.quantize_input(hidden_states)
-        rows = order // choices
-        inner = self.grouped_matmul(codes[rows], scale[rows], "gate_up_proj", counts, hidden_states.dtype)
-        inner = self.gate(self, inner)
-        out = self.grouped_matmul(*self.quantize_input(inner), "down_proj", counts, torch.float32)
-        out = out * top_k_weights.reshape(-1, 1)[order]
-        out = torch.empty_like(out).index_copy(0, order, out)  # back into token order; no atomics, so repeatable
-        return out.view(tokens, choices, self.hidden_dim).sum(1).to(hidden_states.dtype)
+        group = self.linear is Fp8BlockLinear
+        codes, scale, positions, counts = moe_dispatch(hidden_states, top_k_index, self.num_experts, group=group)
+        inner = self.grouped_matmul(codes, scale, "gate_up_proj", counts, hidden_states.dtype)
+        codes, scale = self.gate_and_quantize(inner)
+        out = self.grouped_matmul(codes, scale, "down_proj", counts, hidden_states.dtype)
+        return moe_combine(out, positions, top_k_weights)
 
     def _quantized(self, name: str) -> bool:
         return True
@@ -100,16 +102,15 @@ class Fp8BlockExperts(Fp8Experts):
 
     linear = Fp8BlockLinear
 
-    def quantize_input(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return quantize_fp8_group(x)
+    def gate_and_quantize(self, inner: Tensor) -> tuple[Tensor, Tensor]:
+        return swiglu_quantize(inner) if self.swiglu else quantize_fp8_group(self.gate(self, inner))
 
     def grouped_matmul(self, codes: Tensor, scale: Tensor, name: str, counts: Tensor, dtype: torch.dtype) -> Tensor:
-        weight, weight_scale = getattr(self, name), self.scale(name)
         if name == "gate_up_proj" and self.intermediate_dim % 128:
             # Blocks were cut separately for gate and up, so those of up do not begin on a multiple of 128 rows.
-            halves = zip(weight.chunk(2, 1), weight_scale.chunk(2, 1), strict=True)
-            return torch.cat([_BLOCK(codes, scale, w, s, counts, dtype) for w, s in halves], 1)
-        return _BLOCK(codes, scale, weight, weight_scale, counts, dtype)
+            halves = zip(getattr(self, name).chunk(2, 1), self.scale(name).chunk(2, 1), strict=True)
+            return torch.cat([gemm_fp8_grouped(codes, scale, w, s, counts, out_dtype=dtype) for w, s in halves], 1)
+        return super().grouped_matmul(codes, scale, name, counts, dtype)
 
 
 class Fp8RowExperts(Fp8Experts):
@@ -117,11 +118,8 @@ class Fp8RowExperts(Fp8Experts):
 
     linear = Fp8RowLinear
 
-    def quantize_input(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return quantize_fp8_token(x)
-
-    def grouped_matmul(self, codes: Tensor, scale: Tensor, name: str, counts: Tensor, dtype: torch.dtype) -> Tensor:
-        return _ROW(codes, scale, getattr(self, name), self.scale(name), counts, dtype)
+    def gate_and_quantize(self, inner: Tensor) -> tuple[Tensor, Tensor]:
+        return quantize_fp8_token(self.gate(self, inner))
 
 
 class _NoGradient(torch.autograd.Function):
@@ -148,47 +146,3 @@ def unsupported(module: nn.Module) -> str | None:
     if not hasattr(type(module), "_apply_gate"):
         return "its experts compute in a way of their own"
     return None
-
-
-def _grouped(
-    gemm: Callable[..., Tensor], a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, counts: Tensor, out: Tensor
-) -> Tensor:
-    start = 0
-    for expert, count in enumerate(counts.tolist()):
-        if count:
-            rows = slice(start, start + count)
-            out[rows] = gemm(a[rows], a_scale[rows], b[expert], b_scale[expert], out_dtype=out.dtype)
-        start += count
-    return out
-
-
-def _grouped_fake(
-    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, counts: Tensor, out_dtype: torch.dtype
-) -> Tensor:
-    """Zeros: rows behind the last expert's belong to nobody here."""
-    return a.new_zeros((a.shape[0], b.shape[1]), dtype=out_dtype)
-
-
-def _grouped_block(
-    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, counts: Tensor, out_dtype: torch.dtype
-) -> Tensor:
-    return _grouped(
-        gemm_fp8_block, a, a_scale, b, b_scale, counts, _grouped_fake(a, a_scale, b, b_scale, counts, out_dtype)
-    )
-
-
-def _grouped_row(
-    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, counts: Tensor, out_dtype: torch.dtype
-) -> Tensor:
-    return _grouped(
-        gemm_fp8_row, a, a_scale, b, b_scale, counts, _grouped_fake(a, a_scale, b, b_scale, counts, out_dtype)
-    )
-
-
-_ARGUMENTS = "(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, Tensor counts, ScalarType out_dtype) -> Tensor"
-# They read the counts on the host, which a CUDA graph cannot record.
-_TAGS = (torch.Tag.cudagraph_unsafe,)
-_BLOCK = define(
-    "grouped_gemm_fp8_block" + _ARGUMENTS, fake=_grouped_fake, cpu=_grouped_block, cuda=_grouped_block, tags=_TAGS
-)
-_ROW = define("grouped_gemm_fp8_row" + _ARGUMENTS, fake=_grouped_fake, cpu=_grouped_row, cuda=_grouped_row, tags=_TAGS)

@@ -220,7 +220,7 @@ def _fuse_mlp(module: nn.Module, joins: dict[tuple[str, ...], Join]) -> bool:
     if mlp is None or join is None or "forward" in vars(module):
         return False
     down, act = getattr(module, mlp.down), getattr(module, mlp.act)
-    if not isinstance(down, Fp8BlockLinear) or down.activation_scale is not None or not _is_silu(act):
+    if not isinstance(down, Fp8BlockLinear) or down.activation_scale is not None or not is_silu(act):
         return False
     module.forward = FusedMlp(module.forward, join, down)
     return True
@@ -240,7 +240,8 @@ class FusedMlp:
         return self.down.matmul(codes, scale, x.dtype).reshape(*x.shape[:-1], self.down.out_features)
 
 
-def _is_silu(act: Any) -> bool:
+def is_silu(act: Any) -> bool:
+    """Whether a module computes ``x * sigmoid(x)``."""
     return isinstance(act, nn.SiLU) or type(act).__name__ == "SiLUActivation"
 
 

@@ -71,7 +71,7 @@ def _cuda(y: Tensor, positions: Tensor, weights: Tensor) -> Tensor:
     out = _fake(y, positions, weights)
     if out.numel() == 0 or positions.shape[1] == 0:
         return out.zero_()
-    problem = Problem(*out.shape, positions.shape[1], y.dtype, gpu_of(y).sm)
+    problem = Problem(out.shape[0], out.shape[1], positions.shape[1], y.dtype, gpu_of(y).sm)
     backend = BACKENDS.select(problem)
     with torch.cuda.device(y.device):
         backend.launch(

@@ -89,7 +89,7 @@ def _cuda(x: Tensor, top_k_index: Tensor, experts: int, group: bool) -> tuple[Te
     codes, scale, positions, counts = _fake(x, top_k_index, experts, group)
     if codes.numel() == 0:
         return codes, scale, positions, counts.zero_()
-    problem = Problem(*x.shape, top_k_index.shape[1], experts, group, x.dtype, gpu_of(x).sm)
+    problem = Problem(x.shape[0], x.shape[1], top_k_index.shape[1], experts, group, x.dtype, gpu_of(x).sm)
     backend = BACKENDS.select(problem)
     with torch.cuda.device(x.device):
         backend.launch(
