@@ -110,7 +110,7 @@ def _block_by_block(
     device: torch.device,
     path: str,
 ) -> Iterator[Captured]:
-    walk = _Walk(model, [*model.get_submodule(path).children()], device)
+    walk = Walk(model, path, device)
     hidden: list[Tensor | None] = [None] * len(batches)  # what enters the next block, per batch, on the CPU
     for index, block in enumerate(walk.blocks):
         name = f"{path}.{index}"
@@ -123,21 +123,26 @@ def _block_by_block(
         weights.release(name)
 
 
-class _AnsweredError(Exception):
-    """Leaves the model's forward once the block in question has answered."""
+class LeaveError(Exception):
+    """Leaves the model's forward: the block in question has answered, or what was to be seen of it has been seen."""
 
 
-class _Walk:
-    """Runs one block of a model at a time, inside the model's own forward."""
+class Walk:
+    """Runs one block of a model at a time, inside the model's own forward.
 
-    def __init__(self, model: nn.Module, blocks: list[nn.Module], device: torch.device) -> None:
-        self.model, self.blocks, self.device = model, blocks, device
+    path  of the list of blocks
+    """
+
+    def __init__(self, model: nn.Module, path: str, device: torch.device) -> None:
+        self.model, self.path, self.device = model, path, device
+        self.blocks = [*model.get_submodule(path).children()]
         self.returned = 0  # length of the tuple that a block returns; 0 for a plain tensor
 
-    def through(self, index: int, hidden: Tensor | None, batch: Tensor) -> Tensor:
-        """What block `index` makes of `hidden` (None: of what the model gives it), on the CPU.
+    def call(self, index: int, hidden: Tensor | None, batch: Tensor) -> Tensor | None:
+        """What block `index` makes of `hidden` (None: of what the model gives it), on the device of the walk.
 
-        Raises CaptureError for blocks that take or return something else than hidden states.
+        None where somebody inside the block raised LeaveError. Raises CaptureError for blocks that take or return
+        something else than hidden states.
         """
         block = self.blocks[index]
         forward = block.forward
@@ -147,19 +152,28 @@ class _Walk:
             nonlocal answer
             if hidden is not None:
                 args, kwargs = _with_hidden(args, kwargs, hidden.to(self.device))
-            answer = forward(*args, **kwargs)
-            raise _AnsweredError
+            answer = (forward(*args, **kwargs),)
+            raise LeaveError
 
         with contextlib.ExitStack() as stack:
             for earlier in self.blocks[:index]:
                 stack.enter_context(forward_replaced(earlier, self._pass))
             stack.enter_context(forward_replaced(block, stand_in))
-            with _as_capture_error(), contextlib.suppress(_AnsweredError):
+            with _as_capture_error(), contextlib.suppress(LeaveError):
                 self.model(**_inputs(self.model, batch.to(self.device)))
+        if answer is None:
+            return None
+        (answer,) = answer
         self.returned = len(answer) if isinstance(answer, tuple) else 0
         output = answer[0] if isinstance(answer, tuple) else answer
         if not isinstance(output, Tensor):
             raise CaptureError(f"{type(block).__name__} returns {type(output).__name__}, not hidden states")
+        return output
+
+    def through(self, index: int, hidden: Tensor | None, batch: Tensor) -> Tensor:
+        """The same, on the CPU."""
+        output = self.call(index, hidden, batch)
+        assert output is not None  # nobody leaves here
         return output.to("cpu")
 
     def _pass(self, *args: Any, **kwargs: Any) -> Any:
@@ -182,7 +196,7 @@ def _as_capture_error() -> Iterator[None]:
     """Whatever a foreign forward raises for input that it does not understand; memory that ran out stays what it is."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError, CaptureError, _AnsweredError):
+    except (torch.OutOfMemoryError, MemoryError, CaptureError, LeaveError):
         raise
     except Exception as error:
         raise CaptureError(f"{type(error).__name__}: {' '.join(str(error).split())[:120]}") from error
@@ -233,39 +247,50 @@ def observing(captured: Captured) -> Iterator[None]:
     Layers are known by their weights, at the one function that all of them call, and not by hooks on modules: experts
     that live in one fused parameter have no modules, and their inputs exist only inside their forward.
     """
-    with _LinearInputs(captured.inputs, _addresses(captured)):
+    with LinearCalls(linear_weights(captured.module, captured.path), _Observing(captured.inputs)):
         yield
 
 
-def _addresses(captured: Captured) -> dict[int, tuple[str, int]]:
-    """Address of each weight, or of each expert's part of a fused one -> (its name, input channels)."""
-    addresses = {}
-    for path, module in captured.module.named_modules(prefix=captured.path):
-        for name, parameter in module.named_parameters(prefix=path, recurse=False):
-            if isinstance(module, nn.Linear) and parameter.ndim == 2:
-                addresses[parameter.data_ptr()] = (name, parameter.shape[1])
+def linear_weights(module: nn.Module, path: str) -> dict[str, Tensor]:
+    """Weights [N, K] of the linear layers at and below a module by name; of a fused parameter one for each expert."""
+    found: dict[str, Tensor] = {}
+    for inner, child in module.named_modules(prefix=path):
+        for name, parameter in child.named_parameters(prefix=inner, recurse=False):
+            if isinstance(child, nn.Linear) and parameter.ndim == 2:
+                found[name] = parameter
             elif parameter.ndim == 3:
-                for expert, part in enumerate(parameter):
-                    addresses[part.data_ptr()] = (f"{name}[{expert}]", parameter.shape[2])
-    return addresses
+                found |= {f"{name}[{expert}]": part for expert, part in enumerate(parameter)}
+    return found
 
 
-class _LinearInputs(TorchFunctionMode):
-    def __init__(self, inputs: dict[str, InputObserver], addresses: dict[int, tuple[str, int]]) -> None:
-        self._inputs, self._addresses = inputs, addresses
-        self._last: tuple[Any, InputObserver | None] = (None, None)
+class LinearCalls(TorchFunctionMode):
+    """While entered, `product(name, x, weight, bias)` computes what a linear layer with a known weight would; where it
+    returns None the layer does so itself."""
+
+    def __init__(self, weights: dict[str, Tensor], product: Callable[..., Tensor | None]) -> None:
+        self._names = {weight.data_ptr(): (name, weight.shape[1]) for name, weight in weights.items()}
+        self._product = product
         super().__init__()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is nn.functional.linear:
-            x, weight = [*args, *(kwargs[name] for name in ("input", "weight") if name in kwargs)][:2]
-            name, channels = self._addresses.get(weight.data_ptr(), ("", 0))
+            given = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
+            x, weight = given["input"], given["weight"]
+            name, channels = self._names.get(weight.data_ptr(), ("", 0))
             if channels and channels == x.shape[-1]:
-                self._observe(name, x)
+                output = self._product(name, x, weight, given.get("bias"))
+                if output is not None:
+                    return output
         return func(*args, **kwargs)
 
-    def _observe(self, name: str, x: Tensor) -> None:
+
+class _Observing:
+    def __init__(self, inputs: dict[str, InputObserver]) -> None:
+        self._inputs = inputs
+        self._last: tuple[Any, InputObserver | None] = (None, None)
+
+    def __call__(self, name: str, x: Tensor, *_: Any) -> None:
         """Layers that read one tensor (q, k and v; gate and up) share its observer."""
         last, observer = self._last
         if last is x and observer is not None and self._inputs.setdefault(name, observer) is observer:

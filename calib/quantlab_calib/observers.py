@@ -77,6 +77,40 @@ class InputObserver(ChannelObserver):
         return self._moments
 
 
+class MomentObserver:
+    """Second moments of all channels of a quantized layer's inputs, every token scaled to length one (see above).
+
+    moments  float32 [K, K] on the device of the data
+    cross    float32 [K, K], sum of (original - x) x^T where the original layer's inputs were given
+    """
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self.moments: Tensor | None = None
+        self.cross: Tensor | None = None
+
+    def update(self, x: Tensor, original: Tensor | None = None) -> None:
+        """Take in x [tokens, K], and what the original model has in its place."""
+        if x.shape[0] == 0:
+            return
+        # products of bfloat16 in float32: rounding is noise far below that of the data, and much faster on a GPU
+        dtype = torch.bfloat16 if x.is_cuda else torch.float32
+        wide = _wide(x)
+        length = wide.norm(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+        unit = (wide / length).to(dtype)
+        self.moments = _add_product(self.moments, unit, unit)
+        if original is not None:
+            self.cross = _add_product(self.cross, ((_wide(original) - wide) / length).to(dtype), unit)
+        self.tokens += x.shape[0]
+
+
+def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    """total + a^T b, float32."""
+    if total is None:
+        total = torch.zeros(a.shape[1], b.shape[1], device=a.device)
+    return total.addmm_(a.T, b) if a.dtype == total.dtype else total.add_(torch.mm(a.T, b, out_dtype=torch.float32))
+
+
 def _wide(x: Tensor) -> Tensor:
     return x.detach().to(torch.promote_types(x.dtype, torch.float32))
 

@@ -12,6 +12,7 @@ stay as small as 128 x 128). The stored format knows nothing of it: only codes d
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -63,17 +64,32 @@ class Feedback:
         columns = weight.shape[1]
         step = expand_blocks(scale, spec.block, weight.shape).expand_as(weight)
         w, s = _by_group(weight, 0.0), _by_group(step, 1.0)
-        codes = torch.empty(w.shape, dtype=spec.format.dtype, device=w.device)
-        for begin in range(0, GROUP, STEP):
-            end = begin + STEP
-            errors = torch.empty_like(w[:, begin:end])
-            for j in range(begin, end):
-                codes[:, j] = spec.format.cast(w[:, j] / s[:, j])
-                error = w[:, j] - spec.format.decode(codes[:, j]) * s[:, j]
-                errors[:, j - begin] = error
-                w[:, j + 1 : end] -= self.pass_on[:, j, j + 1 : end, None] * error[:, None]
-            w[:, end:] -= self.pass_on[:, begin:end, end:].transpose(1, 2) @ errors
+        codes, _ = round_columns(w, s, self.pass_on, lambda x: spec.format.decode(spec.format.cast(x)))
+        codes = codes.to(spec.format.dtype)
         return codes.flatten(0, 1).T[:, :columns].contiguous()
+
+
+def round_columns(
+    w: Tensor, step: Tensor, pass_on: Tensor, nearest: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Round the channels of weights w [B, C, N] one after the other, each passing its error on to the later ones.
+
+    w        float32, is used up
+    step     scale of each weight, like w
+    pass_on  [B, C, C], upper triangular with diagonal 1
+    nearest  values in units of the step -> the code next to them, as float32
+
+    Returns the codes and the errors that rounding made, float32, like w.
+    """
+    codes, errors = torch.empty_like(w), torch.empty_like(w)
+    for begin in range(0, w.shape[1], STEP):
+        end = min(begin + STEP, w.shape[1])
+        for j in range(begin, end):
+            codes[:, j] = nearest(w[:, j] / step[:, j])
+            errors[:, j] = w[:, j] - codes[:, j] * step[:, j]
+            w[:, j + 1 : end] -= pass_on[:, j, j + 1 : end, None] * errors[:, j, None]
+        w[:, end:] -= pass_on[:, begin:end, end:].mT @ errors[:, begin:end]
+    return codes, errors
 
 
 def _by_group(weight: Tensor, fill: float) -> Tensor:
