@@ -78,7 +78,7 @@ def _deep_gemm(problem: GroupedProblem) -> Any:
 
     def masked(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, counts: Tensor, *others: Any) -> Tensor:
         out = a.new_empty((problem.experts, 128, problem.n), dtype=torch.bfloat16)
-        deep_gemm.m_grouped_fp8_gemm_nt_masked(others[2], (b, b_scale), out, counts.int(), each)
+        deep_gemm.fp8_m_grouped_gemm_nt_masked(others[2], (b, b_scale), out, counts.int(), each)
         return out
 
     def contiguous(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, counts: Tensor, *others: Any) -> Tensor:
