@@ -15,6 +15,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -130,21 +131,21 @@ class Blockwise:
             block = Block(path)
             self.quantized = _Quantized(layers, self.steps.input)
             for stage in self._stages(index):
-                self._backing_off(lambda stage=stage: self._stage(index, stage, block))
+                self._backing_off(partial(self._stage, index, stage, block))
             unseen = [name for name in layers if name not in block.rounded]
             for name in unseen:
                 self._keep(block, [name], *round_int4(layers[name]))
             if unseen:
                 block.notes.append(f"{len(unseen)} layers saw no data and are rounded without: {unseen[0]}")
-            targets = self._backing_off(lambda: self._through(index, self.theirs, None)) if self._both else None
-            if self.steps.tune is not None:
-                self._backing_off(lambda: self._tune(index, block, targets))
+            targets = self._backing_off(partial(self._through, index, self.theirs, None)) if self._both else None
+            if self.steps.tune is not None and targets is not None:
+                self._backing_off(partial(self._tune, index, block, targets, self.steps.tune))
         else:
             self.quantized = _Quantized(layers, self.steps.input)
             for name, (codes, scale) in block.rounded.items():
                 self.quantized.set(name, codes.to(self.device), scale.to(self.device))
-            targets = self._backing_off(lambda: self._through(index, self.theirs, None)) if self._both else None
-        self.ours.states = self._backing_off(lambda: self._through(index, self.ours, self.quantized.product))
+            targets = self._backing_off(partial(self._through, index, self.theirs, None)) if self._both else None
+        self.ours.states = self._backing_off(partial(self._through, index, self.ours, self.quantized.product))
         self.theirs.states = targets
         self.weights.release(path)
         return block
@@ -204,8 +205,9 @@ class Blockwise:
         """Round groups of layers, all of the same shapes; those of a group share their inputs."""
         assert self.steps.gptq is not None
         seen = [observers[names[0]] for names in groups]
-        moments = torch.stack([observer.moments for observer in seen])
-        cross = torch.stack([o.cross for o in seen]) if all(o.cross is not None for o in seen) else None
+        moments = torch.stack([o.moments for o in seen if o.moments is not None])
+        crosses = [o.cross for o in seen if o.cross is not None]
+        cross = torch.stack(crosses) if len(crosses) == len(seen) else None
         try:
             rounder = self.steps.gptq.prepare(moments, cross)
         except SingularError as error:
@@ -283,7 +285,7 @@ class Blockwise:
             states = [self._call(index, stream, part) for part in self._parts()]
         return torch.cat(states)  # type: ignore[arg-type]
 
-    def _tune(self, index: int, block: Block, targets: Tensor) -> None:
+    def _tune(self, index: int, block: Block, targets: Tensor, settings: Tune) -> None:
         layers = self.quantized.layers
         latents = {
             name: Latent(layers[name], codes.to(self.device), scale.to(self.device))
@@ -297,11 +299,12 @@ class Blockwise:
         def error(rows: Tensor) -> Tensor:
             with LinearCalls(layers, product):
                 output = self.walk.call(index, self.ours.rows(rows), self.tokens[rows])
+            assert output is not None  # nobody leaves
             target = targets[rows].to(self.device, torch.float32)
             difference = (output.to(torch.float32) - target).square().sum(dim=-1)
             return (difference / target.square().sum(dim=-1)).mean()
 
-        block.error = tune(latents, error, len(self.tokens), self.steps.tune, self.device)
+        block.error = tune(latents, error, len(self.tokens), settings)
         for name, latent in latents.items():
             self._keep(block, [name], latent.codes().to(torch.int8), latent.scale)
 

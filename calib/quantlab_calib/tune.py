@@ -56,7 +56,6 @@ def tune(
     error: Callable[[Tensor], Tensor],
     samples: int,
     settings: Tune,
-    device: torch.device,
 ) -> tuple[float, float]:
     """Move latents, in place, to where the error of the block's output is least.
 
