@@ -10,10 +10,17 @@ A checkpoint is a folder in the Hugging Face layout: `config.json`, safetensors 
                       X.weight_scale      BF16 [N, 1] (channel; F32 beside      one config group for all Linear, ignore
                                           weights that were not BF16) or
                                           F32 [ceil(N/128), ceil(K/128)] (block)
+    pack-quantized    X.weight_packed     I32 [N, K/8], eight codes + 8 a word  the same, its weights INT4 in groups
+                      X.weight_scale      BF16 (or F32, as above) [N, K/128]
+                      X.weight_shape      I64 [2] = N, K
 
-Despite its name `weight_scale_inv` multiplies. Scales are powers of two (blocks) or bfloat16 values (rows):
+A checkpoint that mixes the latter two is `mixed-precision`: one config group for all Linear, one more for the names of
+each kind that is an exception.
+
+Despite its name `weight_scale_inv` multiplies. Scales are powers of two (blocks) or bfloat16 values (rows, groups):
 vLLM requantizes to the former at load, and compressed-tensors in transformers casts to the model's dtype; so every
-reader computes with the very same weights. What is ours alone lies in the sub-folder `quantlab/`, where no loader
+reader computes with the very same weights. Scales of groups also survive vLLM's conversion to E4M3
+(`quantlab_calib.rounding`). What is ours alone lies in the sub-folder `quantlab/`, where no loader
 looks for weights: `manifest.json`, `recipe.toml`, `summary.json`, `eval*.json`, `activation_scales.safetensors`.
 """
 
@@ -21,17 +28,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from quantlab.errors import PreflightError, UsageError
 from quantlab.locate import locate
 from quantlab.scheme import SCHEMES, Scheme
 from quantlab.shards import TAGS, TORCH_DTYPES, ShardReader, TensorInfo, TensorSlot, read_header
-from quantlab_kernels.formats import E4M3
+from quantlab_kernels.formats import E4M3, INT4
+from quantlab_kernels.packing import pack_int4
 from quantlab_kernels.qtensor import QuantizedTensor, TensorSpec
 
 if TYPE_CHECKING:
@@ -229,39 +239,60 @@ def to_json(data: Any) -> str:
 
 QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 WEIGHT = ".weight"
-BLOCK_SCALE = {"fp8": ".weight_scale_inv", "float-quantized": ".weight_scale"}
+PACKED, SHAPE = ".weight_packed", ".weight_shape"
+SCALE = {"fp8": ".weight_scale_inv", "float-quantized": ".weight_scale", "pack-quantized": ".weight_scale"}
 
 
 @dataclass(frozen=True)
 class Stored:
     """How the quantized weights of a checkpoint are stored, as its config says it.
 
-    layout  "fp8" or "float-quantized"
+    layout  "fp8", "float-quantized" or "pack-quantized"
     weight  spec of the weights
     input   spec of the activations, None for 16 bits
     skip    names of the modules that are not quantized
+    others  (names of modules, how these are stored instead), of a checkpoint of several kinds
     """
 
     layout: str
     weight: TensorSpec
     input: TensorSpec | None
     skip: tuple[str, ...] = ()
+    others: tuple[tuple[tuple[str, ...], Stored], ...] = ()
 
     @classmethod
     def of(cls, scheme: Scheme, skip: Iterable[str] = ()) -> Stored:
         return cls(scheme.layout, scheme.weight, scheme.input, tuple(skip))
 
+    def kind(self, module: str) -> Stored:
+        """How the weight of one module is stored."""
+        return self._others.get(module, self)
+
+    @cached_property
+    def _others(self) -> dict[str, Stored]:
+        return {module: stored for modules, stored in self.others for module in modules}
+
+    @property
+    def kinds(self) -> tuple[Stored, ...]:
+        """All kinds, this one first."""
+        return self, *(stored for _, stored in self.others)
+
     @property
     def scheme(self) -> str | None:
         """Name of our scheme of this kind: fp8-block also in its compressed-tensors form."""
+        wanted = _numbers(self.weight), _numbers(self.input)
         for scheme in SCHEMES.values():
-            if (scheme.weight.format, scheme.weight.block) == (self.weight.format, self.weight.block):
+            if (_numbers(scheme.weight), _numbers(scheme.input)) == wanted:
                 return scheme.name
         return None
 
     @property
+    def weight_suffix(self) -> str:
+        return PACKED if self.layout == "pack-quantized" else WEIGHT
+
+    @property
     def scale_suffix(self) -> str:
-        return BLOCK_SCALE[self.layout]
+        return SCALE[self.layout]
 
     def scale_dtype(self, source: str) -> str:
         """Dtype tag of the scales of a weight that was `source`.
@@ -272,6 +303,10 @@ class Stored:
         return "BF16" if self.weight.scale == "bfloat16" and source == "BF16" else "F32"
 
 
+def _numbers(spec: TensorSpec | None) -> tuple[Any, ...] | None:
+    return None if spec is None else (spec.format, spec.block)
+
+
 def module_of(tensor: str) -> str:
     """The module that owns a tensor, by its name: everything before the last dot."""
     return tensor.rpartition(".")[0]
@@ -279,19 +314,28 @@ def module_of(tensor: str) -> str:
 
 def slots(module: str, shape: tuple[int, ...], source: str, stored: Stored) -> tuple[TensorSlot, ...]:
     """The tensors that a quantized weight [N, K], whose dtype tag was `source`, becomes on disk."""
-    return (
-        TensorSlot(module + WEIGHT, TAGS[stored.weight.format.dtype], shape),
-        TensorSlot(module + stored.scale_suffix, stored.scale_dtype(source), stored.weight.scale_shape(shape)),
-    )
+    stored = stored.kind(module)
+    scale = TensorSlot(module + stored.scale_suffix, stored.scale_dtype(source), stored.weight.scale_shape(shape))
+    if stored.layout != "pack-quantized":
+        return TensorSlot(module + WEIGHT, TAGS[stored.weight.format.dtype], shape), scale
+    words = TensorSlot(module + PACKED, "I32", (shape[0], -(-shape[1] // 8)))
+    return words, scale, TensorSlot(module + SHAPE, "I64", (2,))
 
 
 def encode(
-    quantized: QuantizedTensor, module: str, stored: Stored, source: str, first_row: int = 0
+    quantized: QuantizedTensor, module: str, stored: Stored, source: str, first_row: int = 0, rows: int | None = None
 ) -> Iterator[tuple[str, int, Tensor]]:
-    """(tensor name, first row in that tensor, data) for a weight, or for a band of whole blocks of its rows."""
+    """(tensor name, first row in that tensor, data) for a weight, or for a band of whole blocks of its rows.
+
+    rows  of the whole weight
+    """
+    stored = stored.kind(module)
     scale = quantized.scale.to(TORCH_DTYPES[stored.scale_dtype(source)])
-    yield module + WEIGHT, first_row, quantized.codes
+    packed = stored.layout == "pack-quantized"
+    yield module + stored.weight_suffix, first_row, pack_int4(quantized.codes) if packed else quantized.codes
     yield module + stored.scale_suffix, first_row // max(stored.weight.block[0], 1), scale
+    if packed and first_row == 0:
+        yield module + SHAPE, 0, torch.tensor([rows or len(quantized.codes), quantized.codes.shape[1]])
 
 
 def quantization_config(stored: Stored) -> dict[str, Any]:
@@ -304,24 +348,29 @@ def quantization_config(stored: Stored) -> dict[str, Any]:
             "weight_block_size": list(stored.weight.block),
             "modules_to_not_convert": list(stored.skip),
         }
-    group = {
-        "targets": ["Linear"],
-        "format": stored.layout,
-        "weights": _compressed_tensors_args(stored.weight),
-        "input_activations": _compressed_tensors_args(stored.input) if stored.input else None,
-        "output_activations": None,
-    }
+    groups = [_config_group(stored, ["Linear"]), *(_config_group(kind, [*names]) for names, kind in stored.others)]
+    layouts = {kind.layout for kind in stored.kinds}
     return {
         "quant_method": "compressed-tensors",
-        "format": stored.layout,
+        "format": stored.layout if len(layouts) == 1 else "mixed-precision",
         "quantization_status": "compressed",
-        "config_groups": {"group_0": group},
+        "config_groups": {f"group_{i}": group for i, group in enumerate(groups)},
         "ignore": list(stored.skip),
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
         "sparsity_config": {},
         "transform_config": {},
         "version": "0.15.0",  # the oldest that has every field used here; nobody refuses an older one
+    }
+
+
+def _config_group(stored: Stored, targets: list[str]) -> dict[str, Any]:
+    return {
+        "targets": targets,
+        "format": stored.layout,
+        "weights": _compressed_tensors_args(stored.weight),
+        "input_activations": _compressed_tensors_args(stored.input) if stored.input else None,
+        "output_activations": None,
     }
 
 
@@ -372,11 +421,37 @@ def _stored_as_fp8(found: dict[str, Any]) -> Stored | None:
 
 def _stored_as_compressed_tensors(found: dict[str, Any]) -> Stored | None:
     groups = list(found["config_groups"].values())
-    layout = groups[0].get("format") or found.get("format")
-    weight = _spec_from(groups[0]["weights"])
-    if len(groups) != 1 or layout != "float-quantized" or weight is None:
+    kinds = [_stored_of_group(group, found.get("format")) for group in groups]
+    if any(kind is None for kind in kinds):
         return None
-    return Stored(layout, weight, _spec_from(groups[0].get("input_activations")), _names(found.get("ignore")))
+    main = [i for i, group in enumerate(groups) if "Linear" in group.get("targets", ["Linear"])] if groups[1:] else [0]
+    if len(main) != 1:
+        return None
+    others = [
+        (_names(g.get("targets")), kind) for i, (g, kind) in enumerate(zip(groups, kinds, strict=True)) if i != main[0]
+    ]
+    if any(name.startswith("re:") for names, _ in others for name in names):
+        return None  # which modules those are would have to be found out by their names
+    found_main = kinds[main[0]]
+    assert found_main is not None
+    return replace(found_main, skip=_names(found.get("ignore")), others=tuple(others))  # type: ignore[arg-type]
+
+
+def _stored_of_group(group: dict[str, Any], layout: Any) -> Stored | None:
+    """One config group: FP8 weights, or symmetric INT4 in groups of 128, and what goes with them."""
+    layout, args = group.get("format") or layout, group["weights"]
+    weight, given = _spec_from(args), group.get("input_activations")
+    inputs = _spec_from(given)
+    formats = {"float-quantized": E4M3, "pack-quantized": INT4}
+    if (
+        weight is None
+        or formats.get(layout) is not weight.format
+        or (given and (inputs is None or inputs.format is INT4))
+    ):
+        return None
+    if weight.format is INT4 and (weight.block != (1, 128) or not args.get("symmetric", True) or args.get("actorder")):
+        return None
+    return Stored(layout, weight, inputs)
 
 
 def _names(values: Any) -> tuple[str, ...]:
@@ -386,7 +461,9 @@ def _names(values: Any) -> tuple[str, ...]:
 
 
 def _spec_from(args: dict[str, Any] | None) -> TensorSpec | None:
-    if not args or args.get("type") != "float" or args.get("num_bits") != 8:
+    number = (args.get("type"), args.get("num_bits")) if args else None
+    format = E4M3 if number == ("float", 8) else INT4 if number == ("int", 4) else None
+    if not args or format is None:
         return None
     rows, columns = {
         "tensor": lambda: (-1, -1),
@@ -395,7 +472,9 @@ def _spec_from(args: dict[str, Any] | None) -> TensorSpec | None:
         "group": lambda: (1, args["group_size"]),
         "block": lambda: args["block_structure"],
     }[args["strategy"]]()
-    return TensorSpec(E4M3, (int(rows), int(columns)), dynamic=bool(args.get("dynamic")))
+    if format is INT4 and int(columns) == -1:
+        return None
+    return TensorSpec(format, (int(rows), int(columns)), dynamic=bool(args.get("dynamic")))
 
 
 def config_of_quantization(config: dict[str, Any]) -> dict[str, Any] | None:

@@ -14,18 +14,21 @@ from typing import TYPE_CHECKING
 import torch
 
 from quantlab import checkpoint, stream
-from quantlab.checkpoint import ACTIVATION_SCALES, SUMMARY, WEIGHT, Source, Stored, module_of
+from quantlab.checkpoint import ACTIVATION_SCALES, SHAPE, SUMMARY, Source, Stored, module_of
 from quantlab.errors import UsageError, VerificationError
 from quantlab.jobs import Copy, Dequantize, Job, Widen
 from quantlab.output import Output, check_outside, check_space, check_writable, fingerprint, output_folder
-from quantlab.scheme import did_you_mean
+from quantlab.loaders import View
+from quantlab.scheme import SCHEMES, did_you_mean
 from quantlab.summary import Summary
 from quantlab.verify import verify_weights
+from quantlab_kernels.formats import INT4
 
 if TYPE_CHECKING:
     from quantlab.stream import Progress
 
 LAYOUTS = {"fp8": "fp8", "compressed-tensors": "float-quantized", "bf16": None}
+FLIPS = ("int4", "int4-fp8")  # the same weights, other activations: only config.json differs
 
 
 def convert(
@@ -38,14 +41,15 @@ def convert(
     progress: Progress | None = None,
     overwrite: bool = False,
 ) -> Summary:
-    """Rewrite a quantized checkpoint as "fp8" (Hugging Face), "compressed-tensors" or "bf16".
+    """Rewrite a quantized checkpoint as "fp8" (Hugging Face), "compressed-tensors" or "bf16", or INT4 weights for
+    other activations: as "int4" (16-bit) or "int4-fp8".
 
     Streams like `quantize`: bounded memory, resumable, and the output appears only when it is whole. Raises UsageError
     for a format that cannot hold these weights.
     """
     start = time.perf_counter()
-    if to not in LAYOUTS:
-        raise UsageError(f"unknown format {to!r}; {did_you_mean(to, LAYOUTS)}")
+    if to not in LAYOUTS and to not in FLIPS:
+        raise UsageError(f"unknown format {to!r}; {did_you_mean(to, [*LAYOUTS, *FLIPS])}")
     source = Source.open(folder)
     stored = checkpoint.stored_in(source.config)
     if stored is None:
@@ -87,9 +91,13 @@ def convert(
 
 def _target(source: Source, stored: Stored, to: str) -> Stored | None:
     """How the weights will be stored; None for not quantized."""
+    if to in FLIPS:
+        return _flipped(source, stored, to)
     layout = LAYOUTS[to]
     if layout is None:
         return None
+    if "pack-quantized" in {kind.layout for kind in stored.kinds}:
+        raise UsageError(f"{source.model}: holds INT4 weights; they go to {', '.join(FLIPS)} or bf16")
     if layout == stored.layout:
         raise UsageError(f"{source.model}: is already in the format {to}")
     if layout == "fp8" and min(stored.weight.block) < 2:
@@ -99,17 +107,36 @@ def _target(source: Source, stored: Stored, to: str) -> Stored | None:
     return replace(stored, layout=layout)
 
 
+def _flipped(source: Source, stored: Stored, to: str) -> Stored:
+    """The same INT4 weights with the activations of another scheme; kinds that are not INT4 stay as they are."""
+
+    def flip(kind: Stored) -> Stored:
+        return replace(kind, input=SCHEMES[to].input) if kind.weight.format is INT4 else kind
+
+    if INT4 not in {kind.weight.format for kind in stored.kinds}:
+        raise UsageError(f"{source.model}: holds no INT4 weights; make them with `quantlab quantize --scheme {to}`")
+    target = replace(flip(stored), others=tuple((names, flip(kind)) for names, kind in stored.others))
+    if target == stored:
+        raise UsageError(f"{source.model}: is already in the format {to}")
+    broken = next((m for m, info in View(source, stored).quantized.items() if info.shape[0] % SCHEMES[to].rows), None)
+    if broken is not None:
+        rows = View(source, stored).quantized[broken].shape[0]
+        raise UsageError(f"{source.model}: {broken} has {rows} rows, {to} needs a multiple of {SCHEMES[to].rows}")
+    return target
+
+
 def _jobs(source: Source, stored: Stored, target: Stored | None) -> Iterator[Job]:
     """A job for every tensor; scales that go into a weight have none of their own."""
     scales = {name for name in source.tensors if name.endswith(stored.scale_suffix)}
+    renamed = target is not None and target.layout != stored.layout
     for name, info in source.tensors.items():
         module = module_of(name)
         scale = module + stored.scale_suffix
-        if name in scales and target is not None:
-            yield Widen(info, module + target.scale_suffix)
-        elif name.endswith(WEIGHT) and scale in scales and target is None:
-            yield Dequantize(info, source.tensors[scale], module, stored, torch.bfloat16)
-        elif name not in scales:
+        if target is not None:
+            yield Widen(info, module + target.scale_suffix) if renamed and name in scales else Copy(info, name)
+        elif scale in scales and name == module + stored.kind(module).weight_suffix:
+            yield Dequantize(info, source.tensors[scale], module, stored.kind(module), torch.bfloat16)
+        elif name not in scales and not name.endswith(SHAPE):
             yield Copy(info, name)
 
 

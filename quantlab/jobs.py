@@ -21,6 +21,9 @@ from torch import Tensor
 from quantlab.checkpoint import WEIGHT, Stored, encode, slots
 from quantlab.errors import PreflightError
 from quantlab.shards import TAGS, ShardReader, TensorInfo, TensorSlot, as_dtype
+from quantlab_calib.rounding import round_int4
+from quantlab_kernels.formats import INT4
+from quantlab_kernels.packing import unpack_int4
 from quantlab_kernels.qtensor import QuantizedTensor, TensorSpec, quantize
 
 # On a CPU the float32 temporaries of a piece should stay in the cache: at four times this size it takes five times as
@@ -122,33 +125,41 @@ class Copy:
 class Quantize:
     """A weight [N, K] into codes and scales.
 
-    rounded  None: rounded to nearest. Else a function of a band of rows that returns it quantized, or None
+    rounded  None: rounded to nearest. Else a function of a band of rows and the number of its first row that returns
+             it quantized, or None
     """
 
     info: TensorInfo
     module: str
     stored: Stored
-    rounded: Callable[[Tensor], QuantizedTensor | None] | None = None
+    rounded: Callable[[Tensor, int], QuantizedTensor | None] | None = None
 
     @property
     def slots(self) -> tuple[TensorSlot, ...]:
         return slots(self.module, self.info.shape, self.info.dtype, self.stored)
 
     def pieces(self, elements: int) -> Iterator[tuple[int, Piece]]:
-        yield from bands(self.info, self.stored.weight, self._run, elements)
+        yield from bands(self.info, self.stored.kind(self.module).weight, self._run, elements)
 
     def _run(self, begin: int, end: int, lane: Lane, write: Write) -> None:
         weight = lane.read_rows(self.info, begin, end)
         with lane.clock("quantize"):
             refuse_nonfinite(weight.view(-1), self.info, lane.reader)
-            quantized = self.rounded(weight) if self.rounded else None
-            quantized = quantized or quantize(weight, self.stored.weight)
-            parts = list(encode(quantized, self.module, self.stored, self.info.dtype, begin))
+            quantized = self.rounded(weight, begin) if self.rounded else None
+            quantized = quantized or nearest(weight, self.stored.kind(self.module).weight)
+            parts = list(encode(quantized, self.module, self.stored, self.info.dtype, begin, self.info.shape[0]))
             fetched = [(name, row, part, lane.fetch(part, str(i))) for i, (name, row, part) in enumerate(parts)]
             lane.wait()
         with lane.clock("write"):
             for name, row, part, data in fetched:
                 write(name, row * part[0].nbytes, data)
+
+
+def nearest(weight: Tensor, spec: TensorSpec) -> QuantizedTensor:
+    """A weight [N, K] rounded without data: INT4 with the best clip of each group, FP8 to the scale of its largest."""
+    if spec.format is INT4:
+        return QuantizedTensor(*round_int4(weight, group=spec.block[1]), spec)
+    return quantize(weight, spec)
 
 
 @dataclass(frozen=True)
@@ -172,7 +183,7 @@ class Widen:
 
 @dataclass(frozen=True)
 class Dequantize:
-    """Codes and scales back into a weight of `dtype`."""
+    """Codes and scales back into a weight of `dtype`. `stored` is the kind of this one; K is a multiple of 8."""
 
     info: TensorInfo
     scale: TensorInfo
@@ -182,7 +193,9 @@ class Dequantize:
 
     @property
     def slots(self) -> tuple[TensorSlot, ...]:
-        return (TensorSlot(self.module + WEIGHT, TAGS[self.dtype], self.info.shape),)
+        rows, columns = self.info.shape
+        packed = self.stored.weight.format is INT4
+        return (TensorSlot(self.module + WEIGHT, TAGS[self.dtype], (rows, columns * 8 if packed else columns)),)
 
     def pieces(self, elements: int) -> Iterator[tuple[int, Piece]]:
         yield from bands(self.info, self.stored.weight, self._run, elements)
@@ -194,6 +207,8 @@ class Dequantize:
         scale = lane.reader.read(self.scale, rows).to(lane.device, torch.float32)
         codes = lane.read_rows(self.info, begin, end)
         with lane.clock("quantize"):
+            if spec.format is INT4:
+                codes = unpack_int4(codes, codes.shape[1] * 8)
             scale = scale.view(spec.scale_shape(tuple(codes.shape)))
             values = QuantizedTensor(codes, scale, spec).dequantize(self.dtype)
             data = lane.fetch(values, "values")

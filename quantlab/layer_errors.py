@@ -28,6 +28,8 @@ from quantlab.shards import TensorInfo
 from quantlab_calib import data
 from quantlab_calib.capture import Captured, CaptureError, capture, find_blocks
 from quantlab_calib.observers import ChannelStatistics, InputObserver
+from quantlab_kernels.formats import INT4
+from quantlab_kernels.packing import unpack_int4
 from quantlab_kernels.qtensor import QuantizedTensor, quantize
 
 BAND_ELEMENTS = 1 << 24  # of a weight at a time: 64 MB in float32
@@ -111,12 +113,15 @@ class Pair:
     def dequantized(self, module: str, rows: tuple[int, int] | None = None) -> Tensor:
         """The quantized weight [N, K] or a band of its rows, which starts at a whole block, in float32."""
         info, scale, _ = self.weights[module]
-        step = self.stored.weight.block[0]
+        spec = self.stored.kind(module).weight
+        step = spec.block[0]
         scale_rows = None if rows is None or step == -1 else (rows[0] // step, -(-rows[1] // step))
-        codes = self.quantized.reader.read(info, rows)
+        codes = self.quantized.read(info.name, rows)  # packed: `info` has the shape that they stand for
+        if spec.format is INT4:
+            codes = unpack_int4(codes, 8 * codes.shape[1])
         scales = self.quantized.reader.read(scale, scale_rows).to(torch.float32)
-        shape = self.stored.weight.scale_shape(tuple(codes.shape))
-        return QuantizedTensor(codes, scales.view(shape), self.stored.weight).dequantize()
+        shape = spec.scale_shape(tuple(codes.shape))
+        return QuantizedTensor(codes, scales.view(shape), spec).dequantize()
 
 
 def weight_errors(pair: Pair, progress: Progress | None = None) -> dict[str, float | None]:
@@ -215,7 +220,7 @@ class _Outputs:
         ]
 
     def _hook(self, module: str) -> Callable[..., None]:
-        spec = self.pair.stored.input
+        spec = self.pair.stored.kind(module).input
 
         def compare(layer: nn.Linear, args: tuple[Tensor, ...], output: Tensor) -> None:
             x = args[0].reshape(-1, args[0].shape[-1])

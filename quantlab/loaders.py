@@ -9,13 +9,13 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 from quantlab import kinds
-from quantlab.checkpoint import WEIGHT, Source, Stored, module_of
-from quantlab.shards import TensorInfo
+from quantlab.checkpoint import PACKED, SHAPE, WEIGHT, Source, Stored, module_of
+from quantlab.shards import TAGS, TensorInfo
 
 if TYPE_CHECKING:
     from quantlab.architecture import Architecture
@@ -31,14 +31,19 @@ class View:
 
     @cached_property
     def quantized(self) -> dict[str, TensorInfo]:
-        """module -> weight in FP8."""
-        found = self.source.tensors.items()
-        return {module_of(n): t for n, t in found if n.endswith(WEIGHT) and t.dtype == "F8_E4M3" and len(t.shape) == 2}
+        """module -> quantized weight; `shape` is [N, K], also of packed ones."""
+        found = {}
+        for name, info in self.source.tensors.items():
+            if name.endswith(WEIGHT) and info.dtype == "F8_E4M3" and len(info.shape) == 2:
+                found[module_of(name)] = info
+            elif name.endswith(PACKED) and info.dtype == "I32" and len(info.shape) == 2:
+                found[module_of(name)] = replace(info, shape=(info.shape[0], 8 * info.shape[1]))
+        return found
 
     @cached_property
     def scales(self) -> dict[str, TensorInfo]:
         """module -> scale of its weight."""
-        suffix = self.stored.scale_suffix
+        suffix = self.stored.scale_suffix  # the same of all kinds that mix
         return {n.removesuffix(suffix): t for n, t in self.source.tensors.items() if n.endswith(suffix)}
 
     @cached_property
@@ -74,13 +79,27 @@ class LoaderRule:
 def _weights_have_scales(view: View) -> Iterator[str]:
     for module, weight in view.quantized.items():
         scale = view.scales.get(module)
-        wanted = view.stored.weight.scale_shape(weight.shape)
+        stored = view.stored.kind(module)
+        wanted = stored.weight.scale_shape(weight.shape)
         if scale is None:
-            yield f"{module}: FP8 weight without {view.stored.scale_suffix[1:]}"
-        elif scale.shape != wanted and not (view.stored.weight.block == (-1, -1) and scale.elements == 1):
+            yield f"{module}: quantized weight without {view.stored.scale_suffix[1:]}"
+        elif weight.dtype != TAGS[stored.weight.format.dtype] and stored.layout != "pack-quantized":
+            yield f"{module}: weight is {weight.dtype}, config.json says {stored.layout}"
+        elif scale.shape != wanted and not (stored.weight.block == (-1, -1) and scale.elements == 1):
             yield f"{module}: scale has shape {list(scale.shape)}, needs {list(wanted)}"
         elif scale.dtype not in kinds.FLOATS or (view.stored.layout == "fp8" and scale.dtype != "F32"):
             yield f"{module}: scale is {scale.dtype}, needs F32"
+
+
+def _packed_have_shapes(view: View) -> Iterator[str]:
+    for module, weight in view.quantized.items():
+        if not weight.name.endswith(PACKED):
+            continue
+        shape = view.source.tensors.get(module + SHAPE)
+        if shape is None or (shape.dtype, shape.shape) != ("I64", (2,)):
+            yield f"{module}: packed weight without {SHAPE[1:]}, two integers"
+        elif shape.end > shape.begin and tuple(view.source.read(shape.name).tolist()) != weight.shape:
+            yield f"{module}: {SHAPE[1:]} says {view.source.read(shape.name).tolist()}, packed are {list(weight.shape)}"
 
 
 def _scales_have_weights(view: View) -> Iterator[str]:
@@ -153,11 +172,13 @@ def _fused_agree(view: View) -> Iterator[str]:
     for group, members in _fused(view):
         if len({view.scheme_of(member) for member in members}) > 1:
             yield f"{group}: fused into one layer, but only some members are quantized"
+        elif len({view.stored.kind(member) for member in members}) > 1:
+            yield f"{group}: fused into one layer, but its members are quantized in different ways"
 
 
 def _merged_whole_blocks(view: View, *, but_last: bool) -> Iterator[str]:
-    rows = view.stored.weight.block[0]
     for group, members in _fused(view):
+        rows = view.stored.kind(members[0]).weight.block[0]
         for member in members[: len(members) - but_last]:
             weight = view.quantized.get(member)
             if weight and rows > 1 and weight.shape[0] % rows:
@@ -188,8 +209,11 @@ def _head_is_plain(view: View) -> Iterator[str]:
 
 
 RULES = (
-    LoaderRule("all", "every FP8 weight has its scale", "checkpoint.py", _weights_have_scales),
-    LoaderRule("all", "every scale has its FP8 weight", "checkpoint.py", _scales_have_weights),
+    LoaderRule("all", "every quantized weight has its scale", "checkpoint.py", _weights_have_scales),
+    LoaderRule("all", "every scale has its quantized weight", "checkpoint.py", _scales_have_weights),
+    LoaderRule(
+        "compressed-tensors", "packed weights have their shape", "compressors/pack_quantized", _packed_have_shapes
+    ),
     LoaderRule(
         "transformers",
         "the skip list matches no quantized layer",

@@ -14,7 +14,8 @@ from __future__ import annotations
 import difflib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from quantlab import fused_experts, kinds
@@ -79,6 +80,7 @@ class Plan:
     skip_modules     fully qualified names of unquantized linear layers, in the checkpoint's and in transformers' names
     bytes_*          size of all weights
     tensor_parallel  largest size that every engine loads
+    paths            tensor -> path of its module in transformers' tree, where that is known
     """
 
     source: Source
@@ -90,17 +92,16 @@ class Plan:
     tensor_parallel: int
     warnings: tuple[str, ...] = ()
     architecture: str | None = None
+    paths: dict[str, str] = field(default_factory=dict, compare=False)
 
     @property
     def quantized(self) -> tuple[Decision, ...]:
         return tuple(d for d in self.decisions if d.scheme is not None)
 
-    @property
+    @cached_property
     def stored(self) -> Stored:
-        """How the quantized weights are stored. A recipe gives one checkpoint one layout."""
-        scheme = self.quantized[0].scheme
-        assert scheme is not None
-        return Stored.of(scheme, self.skip_modules)
+        """How the quantized weights are stored."""
+        return stored_as(self.decisions, self.skip_modules, self.paths)
 
     def by_reason(self) -> dict[str, tuple[int, int]]:
         """What happens -> (tensors, bytes in the source), the largest first."""
@@ -169,7 +170,26 @@ def plan(source: Source, recipe: Recipe, *, trust_remote_code: bool = False) -> 
         largest_tensor_parallel([d for d in decisions if d.scheme], source.config),
         (*doubts, *_warnings(decisions, source, recipe)),
         architecture.class_name if architecture else None,
+        architecture.modules if architecture else {},
     )
+
+
+def stored_as(decisions: Iterable[Decision], skip: Iterable[str], paths: dict[str, str]) -> Stored:
+    """How the weights of a plan are stored: the scheme of most of them, and the others by the names of their modules,
+    the checkpoint's and transformers'."""
+    modules: dict[str, list[str]] = defaultdict(list)
+    weights: Counter[str] = Counter()
+    schemes: dict[str, Scheme] = {}
+    for decision in decisions:
+        if decision.scheme is not None:
+            name = decision.scheme.name
+            schemes[name] = decision.scheme
+            weights[name] += decision.info.elements
+            modules[name] += [module for module, _ in decision.parts]
+            modules[name] += [paths[decision.tensor]] if decision.kind == "linear" and decision.tensor in paths else []
+    main, *others = (name for name, _ in weights.most_common())
+    exceptions = tuple((tuple(sorted(set(modules[name]))), Stored.of(schemes[name])) for name in others)
+    return replace(Stored.of(schemes[main], skip), others=exceptions)
 
 
 def _refuse_quantized(source: Source) -> None:
@@ -332,7 +352,7 @@ def _check_rules(
 ) -> None:
     """What would be written has to pass the rules of all loaders; the same ones that `verify` uses afterwards."""
     tensors = {d.tensor: d.info for d in decisions if d.scheme is None}
-    stored = Stored.of(next(d.scheme for d in decisions if d.scheme), skip)
+    stored = stored_as(decisions, skip, architecture.modules if architecture else {})
     for part_name, part in (part for d in decisions for part in d.parts):
         for slot in slots(part_name, part.shape, part.dtype, stored):
             tensors[slot.name] = TensorInfo(slot.name, slot.dtype, slot.shape, part.shard, 0, 0)
@@ -400,6 +420,8 @@ def _warnings(decisions: list[Decision], source: Source, recipe: Recipe) -> Iter
             worst[decision.reason or "no known reason"] += decision.info.nbytes
         share = 100 * lost / source.weight_bytes
         yield f"most weights stay in 16 bits: {share:.0f} % of the bytes, mainly because: {worst.most_common(1)[0][0]}"
+    if any(d.scheme and d.scheme.name == "int4-fp8" for d in decisions):
+        yield "vLLM runs INT4 weights with FP8 activations on Hopper only; `quantlab convert --to int4` serves the rest"
     fused = [d for d in decisions if d.reason.startswith("fused by engines")]
     if fused:
         yield f"{len(fused)} layers stay in 16 bits because engines fuse them with a layer that does"

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from quantlab.errors import UsageError
-from quantlab_kernels.formats import E4M3
+from quantlab_kernels.formats import E4M3, INT4
 from quantlab_kernels.qtensor import TensorSpec
 
 __all__ = ["SCHEMES", "Calibration", "Recipe", "Rule", "Scheme", "TensorSpec", "scheme_named"]
@@ -39,6 +39,7 @@ class Scheme:
     input   spec of the activation [M, K], or None for 16-bit activations
     layout  on-disk format: "fp8" is Hugging Face's `quant_method: fp8`; the others are compressed-tensors formats
     about   one line for `--help` and messages
+    rows    N must be a multiple of this for every engine's kernel
     """
 
     name: str
@@ -46,12 +47,13 @@ class Scheme:
     input: TensorSpec | None
     layout: Literal["fp8", "float-quantized", "pack-quantized"]
     about: str
+    rows: int = 1
 
     @property
     def alignment(self) -> tuple[int, int]:
         """(N, K) of a weight must be multiples of these for every reader to load it."""
         rows, columns = self.weight.block
-        return max(rows, 1), max(columns, 1)
+        return max(rows, self.rows), max(columns, 1)
 
 
 SCHEMES: dict[str, Scheme] = {
@@ -70,6 +72,22 @@ SCHEMES: dict[str, Scheme] = {
             input=TensorSpec(E4M3, (1, -1), dynamic=True),
             layout="float-quantized",
             about="E4M3 weights with a scale per row, E4M3 activations with a scale per token",
+        ),
+        Scheme(
+            "int4",
+            weight=TensorSpec(INT4, (1, 128), scale="bfloat16"),
+            input=None,
+            layout="pack-quantized",
+            about="INT4 weights in groups of 128, 16-bit activations (W4A16)",
+            rows=64,  # of Marlin's and Machete's tiles
+        ),
+        Scheme(
+            "int4-fp8",
+            weight=TensorSpec(INT4, (1, 128), scale="bfloat16"),
+            input=TensorSpec(E4M3, (1, -1), dynamic=True),
+            layout="pack-quantized",
+            about="INT4 weights in groups of 128, E4M3 activations with a scale per token (W4AFP8)",
+            rows=128,  # of vLLM's W4A8 kernel
         ),
     )
 }
@@ -113,6 +131,15 @@ class Rule:
         return fnmatch.fnmatchcase(module, self.match)
 
 
+# What calibration does to INT4 weights, in this order, and under which effort; a switch of the recipe wins over it.
+STEPS = ("smooth", "gptq", "original", "tune")
+EFFORTS: dict[str, tuple[str, ...]] = {
+    "fast": (),
+    "default": ("gptq", "original"),
+    "best": ("gptq", "original", "tune"),
+}
+
+
 @dataclass(frozen=True)
 class Calibration:
     """The data of a calibration pass, and what it is used for.
@@ -122,6 +149,10 @@ class Calibration:
     length       tokens per sequence
     seed         of the choice of sequences
     activations  "dynamic": 1x128 scales computed at run time; "static": from the pass, kept in a side file of ours
+    effort       which steps INT4 weights get; "fast": one pass over the original model and rounding within groups
+    smooth, gptq, original, tune  each step by itself, None leaves it to the effort: fold scales into norms and layers
+                 before; GPTQ over whole rows; aim at the outputs of the original model; tune codes for a block's output
+    tune_steps   of gradient descent for each block
     """
 
     data: str = "bundled"
@@ -129,12 +160,31 @@ class Calibration:
     length: int = 512
     seed: int = 0
     activations: Literal["dynamic", "static"] = "dynamic"
+    effort: str = "default"
+    smooth: bool | None = None
+    gptq: bool | None = None
+    original: bool | None = None
+    tune: bool | None = None
+    tune_steps: int = 200
 
     def __post_init__(self) -> None:
         if self.samples < 1 or self.length < 2:
             raise UsageError(f"calibration of {self.samples} x {self.length} tokens: needs 1 x 2 at least")
         if self.activations not in ("dynamic", "static"):
             raise UsageError(f"activations = {self.activations!r}; known: dynamic, static.")
+        if self.effort not in EFFORTS:
+            raise UsageError(f"unknown effort {self.effort!r}; {did_you_mean(self.effort, EFFORTS)}")
+        if self.tune_steps < 1:
+            raise UsageError(f"tune_steps = {self.tune_steps}: needs at least one; leave tuning out with tune = false")
+
+    def switched(self, step: str) -> bool:
+        """Whether a step is taken."""
+        wanted: bool | None = getattr(self, step)
+        return step in EFFORTS[self.effort] if wanted is None else wanted
+
+    def describe(self) -> str:
+        steps = [step for step in STEPS if self.switched(step)]
+        return f"{self.effort}: {', '.join(steps) or 'one pass'}"
 
 
 @dataclass(frozen=True)
@@ -149,18 +199,16 @@ class Recipe:
         layouts = {s.layout for s in self.schemes()}
         if not layouts:
             raise UsageError("the recipe quantizes nothing: every scheme in it is 'none'")
-        if len(layouts) > 1:
+        if len(layouts) > 1 and "fp8" in layouts:
             names = ", ".join(sorted(s.name for s in self.schemes()))
-            raise UsageError(f"one checkpoint holds one on-disk format, the recipe mixes {names}; choose one of them")
+            raise UsageError(
+                f"the recipe mixes {names}: the format of fp8-block holds one scheme, the others mix with each other"
+            )
 
     def schemes(self) -> tuple[Scheme, ...]:
         """The distinct schemes that the recipe can give."""
         names = dict.fromkeys([self.scheme, *(rule.scheme for rule in self.rules)])
         return tuple(s for s in map(scheme_named, names) if s is not None)
-
-    @property
-    def layout(self) -> str:
-        return self.schemes()[0].layout
 
     def scheme_for(self, module: str) -> tuple[Scheme | None, str]:
         """The scheme of a module and the reason where it is None."""
@@ -206,7 +254,7 @@ class Recipe:
         data: dict[str, Any] = {"scheme": self.scheme}
         data["layers"] = [asdict(rule) for rule in self.rules]
         if self.calibration is not None:
-            data["calibration"] = asdict(self.calibration)
+            data["calibration"] = {key: value for key, value in asdict(self.calibration).items() if value is not None}
         return data
 
     def to_toml(self) -> str:
@@ -228,7 +276,7 @@ def _build(kind: type, data: Any, where: str) -> Any:
     for key, value in data.items():
         if key not in known:
             raise UsageError(f"[{where}]: unknown key {key!r}; {did_you_mean(key, known)}")
-        wanted = {"str": str, "int": int}.get(known[key])
+        wanted = {"str": str, "int": int, "bool": bool}.get(known[key].removesuffix(" | None"))
         if wanted is not None and type(value) is not wanted:
             raise UsageError(f"[{where}]: {key} = {value!r}, needs {wanted.__name__}")
     try:

@@ -30,7 +30,7 @@ from quantlab_kernels.qtensor import QuantizedTensor
 SHARD_BYTES = 2_000_000_000
 GPU_LANES = 8
 Progress = Callable[[str, int, int], None]
-Rounded = Callable[[str, Tensor], QuantizedTensor | None]
+Rounded = Callable[[str, Tensor, int], QuantizedTensor | None]
 
 
 def convert(
@@ -44,7 +44,8 @@ def convert(
 ) -> dict[str, float]:
     """Carry out the plan's decisions; shards that the output has finished before are not made again.
 
-    rounded  (module, rows of its weight) -> those rows quantized; None, or no such function, rounds to nearest
+    rounded  (module, rows of its weight, number of the first) -> those rows quantized; None, or no such function,
+             rounds to nearest
 
     Returns seconds spent reading, quantizing and writing, summed over the workers.
     """

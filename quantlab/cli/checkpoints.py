@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from quantlab.scheme import Recipe
 
 Model = Annotated[str, Argument(metavar="MODEL", help="A hub id or a folder.", show_default=False)]
-SchemeName = Annotated[str | None, Option("--scheme", help="fp8-block (default) or fp8-dynamic.", show_default=False)]
+SchemeName = Annotated[
+    str | None, Option("--scheme", help="fp8-block (default), fp8-dynamic, int4 or int4-fp8.", show_default=False)
+]
 RecipeFile = Annotated[Path | None, Option("--recipe", help="A TOML recipe instead of --scheme.", show_default=False)]
 Ignore = Annotated[list[str], Option("--ignore", help="Leave modules alone: a glob, or re:REGEX. Repeatable.")]
 Calib = Annotated[
@@ -121,7 +123,14 @@ def verify(
 
 def convert(
     folder: Annotated[Path, Argument(metavar="DIR", help="A quantized checkpoint.", show_default=False)],
-    to: Annotated[str, Option("--to", help="fp8 (Hugging Face), compressed-tensors or bf16.", show_default=False)],
+    to: Annotated[
+        str,
+        Option(
+            "--to",
+            help="fp8 (Hugging Face), compressed-tensors, bf16; of INT4 weights int4 or int4-fp8.",
+            show_default=False,
+        ),
+    ],
     output: Output = None,
     overwrite: Overwrite = False,
     format: OutputFormat = Format.human,
