@@ -21,20 +21,26 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from quantlab import sequential
 from quantlab.architecture import load_targets
-from quantlab.checkpoint import ACTIVATION_SCALES, Source
+from quantlab.checkpoint import ACTIVATION_SCALES, Source, Stored
 from quantlab.errors import PreflightError, UsageError
 from quantlab.kinds import context_length
 from quantlab.lazy import LazyModel
 from quantlab.output import Output
 from quantlab.preflight import Plan
-from quantlab.scheme import Calibration
+from quantlab.scheme import STEPS, Calibration
+from quantlab.sequential import Rounded
 from quantlab.shards import TensorSlot, layout
 from quantlab_calib import data
+from quantlab_calib.blockwise import Steps
 from quantlab_calib.capture import Captured, CaptureError, capture, find_blocks
+from quantlab_calib.gptq import Gptq
 from quantlab_calib.observers import GROUP, ChannelStatistics
 from quantlab_calib.search import Feedback
-from quantlab_kernels.formats import E4M3
+from quantlab_calib.smooth import EXPONENTS
+from quantlab_calib.tune import Tune
+from quantlab_kernels.formats import E4M3, INT4
 from quantlab_kernels.qtensor import QuantizedTensor, TensorSpec, scale_of
 
 BATCH_TOKENS = 4096
@@ -49,6 +55,7 @@ class Statistics:
 
     inputs   module, by its name in the quantized checkpoint -> statistics of its input
     notes    what the user should know: layers without data, the way the model was run
+    replacements  tensors of the source that are to be written with other values: none
     folder   holds the `Feedback` of each layer, and goes with this object; `files` says in which file, under which name
     """
 
@@ -57,13 +64,14 @@ class Statistics:
     tokens: int
     inputs: dict[str, ChannelStatistics] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    replacements: dict[str, Tensor] = field(default_factory=dict)
     files: dict[str, tuple[Path, str]] = field(default_factory=dict)
     folder: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="quantlab-calibration-")))
 
     def __post_init__(self) -> None:
         weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
 
-    def rounded(self, module: str, weight: Tensor) -> QuantizedTensor | None:
+    def rounded(self, module: str, weight: Tensor, begin: int = 0) -> QuantizedTensor | None:
         """A weight, or a band of its rows, quantized for the layer's output; None for a layer that saw too little."""
         if module not in self.files:
             return None
@@ -111,9 +119,12 @@ def run(
     device: torch.device,
     progress: Progress | None = None,
     *,
+    folder: Path | None = None,
     trust_remote_code: bool = False,
-) -> Statistics:
+) -> Statistics | Rounded:
     """Run the calibration data through the model, one block of it in memory.
+
+    folder  where blocks that are quantized one after the other are kept, for an interrupted run to continue from
 
     Raises UsageError for data that does not serve and PreflightError for a model that cannot take it: one that
     transformers cannot build, reads no text, or gives activations that are not finite.
@@ -130,9 +141,14 @@ def run(
             f"leave out --calib"
         )
     windows = _windows(source, lazy, calibration, trust_remote_code)
+    wanted, listed = _wanted(lazy, plan), _blocks(lazy.model)
+    steps = steps_of(plan.stored, calibration)
+    if steps is not None:
+        if listed is None:
+            raise PreflightError(f"{source.model}: has no one list of repeated blocks; use --effort fast")
+        folder = folder or Path(tempfile.mkdtemp(prefix="quantlab-calibration-"))
+        return sequential.run(lazy, plan, calibration, windows, listed, wanted, steps, folder, progress)
     batches = windows.split(max(1, BATCH_TOKENS // calibration.length))
-    wanted = _wanted(lazy, plan)
-    listed = _blocks(lazy.model)
     reasons = [] if listed else ["the model ran as a whole (it has no one list of repeated blocks)"]
     for blocks in dict.fromkeys((listed, None)):
         statistics = Statistics(plan, calibration, windows.numel(), notes=list(reasons))
@@ -149,6 +165,15 @@ def run(
         _note_unseen(statistics)
         return statistics
     raise PreflightError(f"{source.model}: does not run on text, leave out --calib: {reasons[-1]}")
+
+
+def steps_of(stored: Stored, calibration: Calibration) -> Steps | None:
+    """What is done to each block under this calibration; None where one pass over the original model is all."""
+    smooth, gptq, original, tuned = (calibration.switched(step) for step in STEPS)
+    if stored.weight.format is not INT4 or not (smooth or gptq or original or tuned):
+        return None
+    tune = Tune(steps=calibration.tune_steps) if tuned else None
+    return Steps(stored.input, Gptq() if gptq else None, original, EXPONENTS if smooth else (), tune)
 
 
 def _blocks(model: Any) -> str | None:

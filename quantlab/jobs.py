@@ -20,7 +20,7 @@ from torch import Tensor
 
 from quantlab.checkpoint import WEIGHT, Stored, encode, slots
 from quantlab.errors import PreflightError
-from quantlab.shards import TAGS, ShardReader, TensorInfo, TensorSlot, as_dtype
+from quantlab.shards import TAGS, TORCH_DTYPES, ShardReader, TensorInfo, TensorSlot, as_dtype
 from quantlab_calib.rounding import round_int4
 from quantlab_kernels.formats import INT4
 from quantlab_kernels.packing import unpack_int4
@@ -119,6 +119,26 @@ class Copy:
         refuse_nonfinite(data, self.info, lane.reader)
         with lane.clock("write"):
             write(self.name, begin, data)
+
+
+@dataclass(frozen=True)
+class Replace:
+    """A tensor that calibration changed: like the source's, with other values."""
+
+    info: TensorInfo
+    value: Tensor
+
+    @property
+    def slots(self) -> tuple[TensorSlot, ...]:
+        return (TensorSlot(self.info.name, self.info.dtype, self.info.shape),)
+
+    def pieces(self, elements: int) -> Iterator[tuple[int, Piece]]:
+        yield self.info.nbytes, self._run
+
+    def _run(self, lane: Lane, write: Write) -> None:
+        data = self.value.to(TORCH_DTYPES[self.info.dtype]).contiguous().view(-1).view(torch.uint8)
+        with lane.clock("write"):
+            write(self.info.name, 0, data)
 
 
 @dataclass(frozen=True)

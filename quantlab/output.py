@@ -153,8 +153,13 @@ class Output:
                 self._journal(asdict(record))
         for path in self.partial.rglob("*"):
             name = path.relative_to(self.partial).as_posix()
-            if path.is_file() and name not in self.finished and name != JOURNAL:
+            if path.is_file() and name not in self.finished and name != JOURNAL and self.kept not in path.parents:
                 path.unlink()
+
+    @property
+    def kept(self) -> Path:
+        """A folder for what an interrupted run has found out; it goes when the output is published."""
+        return self.partial / OURS / "kept"
 
     @property
     def finished_shards(self) -> int:
@@ -200,6 +205,7 @@ class Output:
 
     def publish(self) -> Path:
         """Write the manifest and make the folder appear under its name, in one step."""
+        shutil.rmtree(self.kept, ignore_errors=True)
         files = [asdict(record) for _, record in sorted(self.finished.items())]
         self.write_text(MANIFEST, json.dumps({"files": files}, indent=1) + "\n")
         for folder, _, _ in os.walk(self.partial):

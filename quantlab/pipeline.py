@@ -73,10 +73,23 @@ def quantize(
             from quantlab import calibrated
 
             found = calibrated.run(
-                made.source, made, recipe.calibration, where, progress, trust_remote_code=trust_remote_code
+                made.source,
+                made,
+                recipe.calibration,
+                where,
+                progress,
+                folder=out.kept,
+                trust_remote_code=trust_remote_code,
             )
-        rounded = found.rounded if found else None
-        stages = stream.convert(made, out, device=where, workers=workers, progress=progress, rounded=rounded)
+        stages = stream.convert(
+            made,
+            out,
+            device=where,
+            workers=workers,
+            progress=progress,
+            rounded=found.rounded if found else None,
+            replacements=found.replacements if found else None,
+        )
         checkpoint.write_side_files(out, made.source, made.stored)
         out.write_text(checkpoint.RECIPE, recipe.to_toml())
         if found:

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from quantlab.checkpoint import INDEX, SINGLE, module_of
 from quantlab.errors import UsageError
-from quantlab.jobs import PIECE_ELEMENTS, Copy, Job, Lane, Piece, Quantize
+from quantlab.jobs import PIECE_ELEMENTS, Copy, Job, Lane, Piece, Quantize, Replace
 from quantlab.output import Output, ShardWriter
 from quantlab.preflight import Plan
 from quantlab.shards import ShardReader, TensorSlot, layout
@@ -41,23 +41,32 @@ def convert(
     workers: int | None = None,
     progress: Progress | None = None,
     rounded: Rounded | None = None,
+    replacements: Mapping[str, Tensor] | None = None,
 ) -> dict[str, float]:
     """Carry out the plan's decisions; shards that the output has finished before are not made again.
 
     rounded  (module, rows of its weight, number of the first) -> those rows quantized; None, or no such function,
              rounds to nearest
+    replacements  tensors of the source that are not quantized, but are no longer what they were
 
     Returns seconds spent reading, quantizing and writing, summed over the workers.
     """
     return run(
-        list(_jobs(plan, rounded)), plan.source.reader, output, device=device, workers=workers, progress=progress
+        list(_jobs(plan, rounded, replacements or {})),
+        plan.source.reader,
+        output,
+        device=device,
+        workers=workers,
+        progress=progress,
     )
 
 
-def _jobs(plan: Plan, rounded: Rounded | None) -> Iterator[Job]:
+def _jobs(plan: Plan, rounded: Rounded | None, replacements: Mapping[str, Tensor]) -> Iterator[Job]:
     stored = plan.stored
     for decision in plan.decisions:
-        if decision.scheme is None:
+        if decision.tensor in replacements:
+            yield Replace(decision.info, replacements[decision.tensor])
+        elif decision.scheme is None:
             yield Copy(decision.info, decision.tensor)
         for module, part in decision.parts:
             yield Quantize(part, module, stored, partial(rounded, module) if rounded else None)

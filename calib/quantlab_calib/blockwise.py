@@ -21,10 +21,11 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from quantlab_calib.capture import LeaveError, LinearCalls, Walk, Weights, linear_weights, load_when_called
+from quantlab_calib.capture import LeaveError, LinearCalls, Walk, Weights, alike, linear_weights, load_when_called
 from quantlab_calib.gptq import Gptq, SingularError
 from quantlab_calib.observers import GROUP, MomentObserver
 from quantlab_calib.rounding import decode_int4, round_int4
+from quantlab_calib.smooth import apply, find_folds, search, trace
 from quantlab_calib.tune import Latent, Tune, tune
 from quantlab_kernels.qtensor import TensorSpec, quantize
 
@@ -36,6 +37,8 @@ FEWEST_TOKENS = GROUP  # a layer that saw fewer tokens than a group has channels
 MATRIX_ELEMENTS = 1 << 28  # of second moments that are factored at a time
 WEIGHT_ELEMENTS = 1 << 27  # of weights that are rounded at a time
 BATCH_TOKENS = 8192
+SAMPLE_TOKENS = 1024  # on which scales are chosen
+PROBE_TOKENS = 32  # on which it is tried what folds
 KEPT = 0.4  # of a GPU's free memory, for hidden states; above that they wait on the CPU
 
 
@@ -46,12 +49,14 @@ class Steps:
     input     spec of quantized activations; None leaves them
     gptq      how codes are chosen; None rounds each weight for itself
     original  aim at the original model's outputs, not at those of the layer itself on the inputs that it gets
+    smooth    exponents to try for scales that are folded into norms and layers before (`smooth`); empty folds none
     tune      how codes are tuned for the block's output afterwards; None does not
     """
 
     input: TensorSpec | None = None
     gptq: Gptq | None = field(default_factory=Gptq)
     original: bool = True
+    smooth: tuple[tuple[float, float], ...] = ()
     tune: Tune | None = None
 
 
@@ -61,6 +66,8 @@ class Block:
 
     path     of the block in the model
     rounded  codes int8 [N, K] and scales float32 [N, K / 128] by name of the weight, on the CPU
+    changed  parameters that scales were folded into, as they are now, on the CPU
+    scaled   the exponents chosen for each fold, by its producer
     tokens   how many each layer saw
     error    of the block's output relative to the original's, on held-out rows, before and after tuning
     notes    what went another way than planned
@@ -68,6 +75,8 @@ class Block:
 
     path: str
     rounded: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    changed: dict[str, Tensor] = field(default_factory=dict)
+    scaled: dict[str, tuple[float, float]] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
     error: tuple[float, float] | None = None
     notes: list[str] = field(default_factory=list)
@@ -89,7 +98,9 @@ class Blockwise:
 
     model    its parameters may be on the meta device
     weights  loads parts of it to `device` and releases them
-    done     block path -> what an earlier run made of it, or None: then it is only run, not rounded again
+    done     block path -> what an earlier run made of it: then it is only run, not rounded again
+    stored   dtype in which a parameter that is not wanted is stored, None where it may not change
+    loaded   is shown each block's path and its wanted layers as they were loaded
     """
 
     def __init__(
@@ -103,9 +114,12 @@ class Blockwise:
         *,
         device: torch.device,
         done: Callable[[str], Block | None] = lambda path: None,
+        loaded: Callable[[str, dict[str, Tensor]], None] = lambda path, layers: None,
+        stored: Callable[[str], torch.dtype | None] = lambda name: torch.float32,
     ) -> None:
         self.model, self.tokens, self.weights, self.path = model.eval(), tokens, weights, path
-        self.wanted, self.steps, self.done, self.device = wanted, steps, done, device
+        self.wanted, self.steps, self.done, self.loaded, self.device = wanted, steps, done, loaded, device
+        self.stored = stored
         self.walk = Walk(model, path, device)
         self.at_once = max(1, BATCH_TOKENS // tokens.shape[1])
         self.ours, self.theirs = Stream(device), Stream(device)
@@ -126,10 +140,13 @@ class Blockwise:
         path = f"{self.path}.{index}"
         self.weights.load(path)
         layers = {n: w for n, w in linear_weights(self.walk.blocks[index], path).items() if self.wanted(n)}
+        self.loaded(path, layers)
         block = self.done(path)
         if block is None:
             block = Block(path)
             self.quantized = _Quantized(layers, self.steps.input)
+            if self.steps.smooth:
+                self._smooth(index, block)
             for stage in self._stages(index):
                 self._backing_off(partial(self._stage, index, stage, block))
             unseen = [name for name in layers if name not in block.rounded]
@@ -142,9 +159,11 @@ class Blockwise:
                 self._backing_off(partial(self._tune, index, block, targets, self.steps.tune))
         else:
             self.quantized = _Quantized(layers, self.steps.input)
+            targets = self._backing_off(partial(self._through, index, self.theirs, None)) if self._both else None
             for name, (codes, scale) in block.rounded.items():
                 self.quantized.set(name, codes.to(self.device), scale.to(self.device))
-            targets = self._backing_off(partial(self._through, index, self.theirs, None)) if self._both else None
+            for name, value in block.changed.items():
+                self.model.get_parameter(name).data.copy_(value)
         self.ours.states = self._backing_off(partial(self._through, index, self.ours, self.quantized.product))
         self.theirs.states = targets
         self.weights.release(path)
@@ -155,13 +174,46 @@ class Blockwise:
         """Whether the original's hidden states are wanted."""
         return self.steps.original or self.steps.tune is not None
 
+    def _smooth(self, index: int, block: Block) -> None:
+        """Fold scales into what produces the inputs of quantized layers, where it pays and changes nothing else."""
+        module, layers = self.walk.blocks[index], self.quantized.layers
+        few = slice(0, max(1, SAMPLE_TOKENS // self.tokens.shape[1]))
+        folds, notes = find_folds(module, block.path, lambda: self._run(index, slice(0, 1), PROBE_TOKENS))
+        block.notes += notes
+        inputs = trace(module, block.path, lambda: self._run(index, few, None)).inputs
+        for fold in folds:
+            touched = {f"{fold.producer}.weight", *(re.sub(r"\[\d+\]$", "", name) for name in fold.consumers)}
+            changed = {name for name in touched if name not in layers and f"{name}[0]" not in layers}
+            changed |= {
+                name for name, _ in module.named_parameters(prefix=block.path) if name == f"{fold.producer}.bias"
+            }
+            readers = [name for name in fold.consumers if name in layers and name in inputs]
+            stuck = next((name for name in sorted(changed) if self.stored(name) is None), None)
+            if stuck is not None or not readers:
+                block.notes += (
+                    [f"{fold.producer}: not scaled, the checkpoint has no {stuck} of its own"] if stuck else []
+                )
+                continue
+            scale, exponents = search(fold, readers, layers, inputs, self.quantized.input, self.steps.smooth)
+            if exponents != (0.0, 0.0):
+                apply(fold, scale, module, block.path, self.stored(f"{fold.producer}.weight"))
+                block.scaled[fold.producer] = exponents
+                block.changed |= {name: self.model.get_parameter(name).data.to("cpu", copy=True) for name in changed}
+
+    def _run(self, index: int, part: slice, tokens: int | None) -> Tensor:
+        """The output of a block for some rows of ours, of which only the first tokens count."""
+        rows = self.ours.rows(part)
+        output = self.walk.call(index, None if rows is None else rows[:, :tokens], self.tokens[part, :tokens])
+        assert output is not None  # nobody leaves
+        return output
+
     def _stages(self, index: int) -> list[list[str]]:
         """Names of layers in the order in which the block calls them, those that read one input together."""
         order: dict[str, list[str]] = defaultdict(list)
         last: list[tuple[Tensor, str]] = []
 
         def see(name: str, x: Tensor, *_: Tensor) -> None:
-            key = last[0][1] if last and last[0][0] is x else _alike(name)
+            key = last[0][1] if last and last[0][0] is x else alike(name)
             last[:] = [(x, key)]
             order[key].append(name)
 
@@ -169,12 +221,12 @@ class Blockwise:
             self._call(index, self.ours, slice(0, 1))
         stages = [list(dict.fromkeys(names)) for names in order.values()]
         # all experts of a block read the same hidden states: what enters one tells of what enters the others
-        experts = [_alike(names[0]) for names in stages if _is_expert(names[0])]
+        experts = [alike(names[0]) for names in stages if _is_expert(names[0])]
         first = {re.split(r"\*", key)[0].rpartition(".")[0]: key for key in reversed(experts)}
         self.entries = set(first.values())
         seen = {name for names in stages for name in names}
         for name in self.quantized.layers:  # experts that none of the first tokens chose
-            stage = next((s for s in stages if _alike(name) in map(_alike, s)), None)
+            stage = next((s for s in stages if alike(name) in map(alike, s)), None)
             if name not in seen and stage is not None:
                 stage.append(name)
         return stages
@@ -192,7 +244,7 @@ class Blockwise:
                 block.notes.append(f"{group[0]}: saw {observer.tokens} tokens, rounded without data")
                 self._plainly(block, group)
             elif self.steps.gptq is None:
-                self._plainly(block, group)
+                self._plainly(block, group, None if observer.moments is None else observer.moments.diagonal())
             else:
                 shapes = [self.quantized.layers[name].shape for name in group]
                 alike[(*(n for n, _ in shapes), shapes[0][1])].append(group)
@@ -225,9 +277,9 @@ class Blockwise:
             for names, c, s in zip(rows, codes, scale, strict=True):
                 self._keep(block, names, c, s)
 
-    def _plainly(self, block: Block, names: list[str]) -> None:
+    def _plainly(self, block: Block, names: list[str], importance: Tensor | None = None) -> None:
         for name in names:
-            self._keep(block, [name], *round_int4(self.quantized.layers[name]))
+            self._keep(block, [name], *round_int4(self.quantized.layers[name], importance=importance))
 
     def _keep(self, block: Block, names: list[str], codes: Tensor, scale: Tensor) -> None:
         sizes = [len(self.quantized.layers[name]) for name in names]
@@ -241,7 +293,7 @@ class Blockwise:
         theirs: dict[str, Tensor] = {}
         wanted = set(names)
         dense = not any(_is_expert(name) for name in names)
-        pooled = _alike(names[0]) in self.entries
+        pooled = alike(names[0]) in self.entries
         last: list[tuple[Tensor, MomentObserver]] = []
 
         def remember(name: str, x: Tensor, *_: Tensor) -> None:
@@ -364,10 +416,5 @@ def _runs(items: list[U], size: Callable[[U], int]) -> Iterator[list[U]]:
     yield run
 
 
-def _alike(name: str) -> str:
-    """One name for all experts' layers of a kind."""
-    return re.sub(r"(experts\.)\d+(?=\.)|\[\d+\]$", r"\1*", name)
-
-
 def _is_expert(name: str) -> bool:
-    return _alike(name) != name
+    return alike(name) != name

@@ -12,6 +12,7 @@ Models with no such list, or whose blocks pass on more than hidden states (encod
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -251,16 +252,24 @@ def observing(captured: Captured) -> Iterator[None]:
         yield
 
 
-def linear_weights(module: nn.Module, path: str) -> dict[str, Tensor]:
-    """Weights [N, K] of the linear layers at and below a module by name; of a fused parameter one for each expert."""
+def linear_weights(module: nn.Module, path: str, *, routers: bool = False) -> dict[str, Tensor]:
+    """Weights [N, K] of the linear layers at and below a module by name; of a fused parameter one for each expert.
+
+    routers  also matrices of modules that are no linear layers, as those that choose experts
+    """
     found: dict[str, Tensor] = {}
     for inner, child in module.named_modules(prefix=path):
         for name, parameter in child.named_parameters(prefix=inner, recurse=False):
-            if isinstance(child, nn.Linear) and parameter.ndim == 2:
+            if parameter.ndim == 2 and (isinstance(child, nn.Linear) or (routers and name.endswith(".weight"))):
                 found[name] = parameter
             elif parameter.ndim == 3:
                 found |= {f"{name}[{expert}]": part for expert, part in enumerate(parameter)}
     return found
+
+
+def alike(name: str) -> str:
+    """One name for the layers of a kind of all experts of a block."""
+    return re.sub(r"(experts\.)\d+(?=\.)|\[\d+\]$", r"\1*", name)
 
 
 class LinearCalls(TorchFunctionMode):

@@ -18,7 +18,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quantlab_calib import rounding
 from quantlab_calib.observers import GROUP
+from quantlab_kernels.formats import INT4
 from quantlab_kernels.qtensor import QuantizedTensor, TensorSpec, block_reduce, expand_blocks, quantize, scale_of
 
 DAMPING = 0.3  # of the mean energy, added to each channel's: of 0.01, 0.1, 0.3, 1 the best on a real model (README)
@@ -55,8 +57,9 @@ class Feedback:
 
     def quantize(self, weight: Tensor, spec: TensorSpec) -> QuantizedTensor:
         """Quantize a weight [N, K], or a band of its rows that begins and ends with blocks."""
-        weight = weight.to(torch.float32)
-        scale = search_scales(weight, spec, self.energy[: weight.shape[1]])
+        weight, energy = weight.to(torch.float32), self.energy[: weight.shape[1]]
+        int4 = spec.format is INT4 and weight.shape[1] % GROUP == 0
+        scale = rounding.search_scales(weight, importance=energy) if int4 else search_scales(weight, spec, energy)
         return QuantizedTensor(self.round(weight, spec, scale), scale, spec)
 
     def round(self, weight: Tensor, spec: TensorSpec, scale: Tensor) -> Tensor:
@@ -64,7 +67,7 @@ class Feedback:
         columns = weight.shape[1]
         step = expand_blocks(scale, spec.block, weight.shape).expand_as(weight)
         w, s = _by_group(weight, 0.0), _by_group(step, 1.0)
-        codes, _ = round_columns(w, s, self.pass_on, lambda x: spec.format.decode(spec.format.cast(x)))
+        codes, _ = round_columns(w, s, self.pass_on, lambda x: _nearest(x, spec))
         codes = codes.to(spec.format.dtype)
         return codes.flatten(0, 1).T[:, :columns].contiguous()
 
@@ -90,6 +93,11 @@ def round_columns(
             w[:, j + 1 : end] -= pass_on[:, j, j + 1 : end, None] * errors[:, j, None]
         w[:, end:] -= pass_on[:, begin:end, end:].mT @ errors[:, begin:end]
     return codes, errors
+
+
+def _nearest(x: Tensor, spec: TensorSpec) -> Tensor:
+    """The codes next to values in units of the step; symmetric, so without INT4's -8."""
+    return spec.format.decode(spec.format.cast(x.clamp(-spec.format.max, spec.format.max)))
 
 
 def _by_group(weight: Tensor, fill: float) -> Tensor:

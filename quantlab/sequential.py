@@ -1,0 +1,228 @@
+"""Calibration of INT4 schemes: blocks are quantized one after the other, each for the inputs that it will get.
+
+What a block became lies in a file of its own, in a folder that outlives an interrupted run: the next one runs finished
+blocks with the codes that they have and goes on behind them. `stream` then takes codes and scales from there, band by
+band, as it writes the checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import statistics
+from collections import Counter
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from quantlab.architecture import load_targets
+from quantlab.errors import PreflightError
+from quantlab.shards import TORCH_DTYPES
+from quantlab_calib.blockwise import Block, Blockwise
+from quantlab_calib.capture import CaptureError
+from quantlab_kernels.packing import pack_int4, unpack_int4
+from quantlab_kernels.qtensor import QuantizedTensor
+
+if TYPE_CHECKING:
+    from quantlab.calibrated import Progress
+    from quantlab.lazy import LazyModel
+    from quantlab.output import Output
+    from quantlab.preflight import Plan
+    from quantlab.scheme import Calibration
+    from quantlab_calib.blockwise import Steps
+
+FORMAT = 1  # raised whenever the same steps give other codes than before
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the codes of a module lie: file, name of the layer in it, first row."""
+
+    file: Path
+    layer: str
+    row: int
+
+
+@dataclass
+class Rounded:
+    """Weights that were rounded by blocks; the interface of `calibrated.Statistics`.
+
+    places   module of the quantized checkpoint -> where its codes lie
+    tokens   layer -> how many tokens it saw
+    replacements  tensor of the checkpoint that scales were folded into -> its value
+    scaled   producer of an input -> exponents of the scales folded into it
+    errors   block -> error of its output before and after tuning, relative, on held-out rows
+    """
+
+    plan: Plan
+    calibration: Calibration
+    seen: int
+    folder: Path
+    places: dict[str, Place] = field(default_factory=dict)
+    tokens: dict[str, int] = field(default_factory=dict)
+    replacements: dict[str, Tensor] = field(default_factory=dict)
+    scaled: dict[str, tuple[float, float]] = field(default_factory=dict)
+    errors: dict[str, tuple[float, float]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def rounded(self, module: str, weight: Tensor, begin: int) -> QuantizedTensor | None:
+        """Rows `begin` and following of a weight, quantized; None for a module that no block holds."""
+        place = self.places.get(module)
+        if place is None:
+            return None
+        rows = slice(place.row + begin, place.row + begin + len(weight))
+        with safe_open(place.file, "pt") as file:
+            words = file.get_slice(f"{place.layer}.words")[rows]
+            scale = file.get_slice(f"{place.layer}.scale")[rows]
+        codes = unpack_int4(words, weight.shape[1])
+        return QuantizedTensor(codes.to(weight.device), scale.to(weight.device), self.plan.stored.kind(module).weight)
+
+    def save(self, out: Output) -> None:
+        """Nothing lies beside the checkpoint."""
+
+    def summary(self) -> dict[str, Any]:
+        """For the closing summary."""
+        total = sum(len(decision.parts) for decision in self.plan.quantized)
+        found: dict[str, Any] = {
+            "data": f"{self.calibration.data}: {self.seen} tokens",
+            "steps": self.calibration.describe(),
+            "layers": f"{len(self.places)} of {total} rounded block by block",
+        }
+        experts = [count for layer, count in self.tokens.items() if layer.endswith("]") or ".experts." in layer]
+        if experts:
+            found["tokens per expert"] = f"{min(experts)} to {max(experts)}, median {statistics.median_low(experts)}"
+        if self.scaled:
+            chosen = Counter(self.scaled.values()).most_common(1)[0]
+            found["scales"] = f"folded into {len(self.scaled)} layers and norms, exponents mostly {chosen[0]}"
+        if self.errors:
+            before, after = (statistics.fmean(column) for column in zip(*self.errors.values(), strict=True))
+            found["tuning"] = f"error of a block's output {before:.3g}, then {after:.3g}"
+        return found | {f"note {number}": note for number, note in enumerate(self.notes, start=1)}
+
+
+def run(
+    lazy: LazyModel,
+    plan: Plan,
+    calibration: Calibration,
+    windows: Tensor,
+    path: str,
+    wanted: dict[str, list[str]],
+    steps: Steps,
+    folder: Path,
+    progress: Progress | None,
+) -> Rounded:
+    """Quantize the blocks at `path` of a model one after the other; `folder` is kept until the checkpoint is written.
+
+    wanted  name of a linear layer of the model -> modules of the quantized checkpoint that it is made of
+    """
+    store = Store(folder, windows, steps)
+    result = Rounded(plan, calibration, windows.numel(), folder)
+    parts = {module: info for decision in plan.quantized for module, info in decision.parts}
+
+    def loaded(block: str, layers: dict[str, Tensor]) -> None:
+        for name, weight in layers.items():
+            for module in wanted[name]:
+                info = parts[module]
+                row = first_row(weight, lazy.source.reader.read(info, (0, 1)), info.shape[0])
+                if row is not None:
+                    result.places[module] = Place(store.file(block), name, row)
+
+    targets = plain_targets(lazy, plan)
+    dtypes = {tensor: TORCH_DTYPES[lazy.source.tensors[tensor].dtype] for tensor in targets.values()}
+    total = len(lazy.model.get_submodule(path))
+    blocks = Blockwise(
+        lazy.model,
+        windows,
+        lazy,
+        path,
+        lambda name: name in wanted,
+        steps,
+        device=lazy.device,
+        done=store.read,
+        loaded=loaded,
+        stored=lambda name: dtypes.get(targets.get(name, "")),
+    )
+    try:
+        for number, block in enumerate(blocks.run(), start=1):
+            store.write(block)
+            result.tokens |= block.tokens
+            result.notes += block.notes
+            result.scaled |= block.scaled
+            result.replacements |= {targets[name]: value for name, value in block.changed.items()}
+            if block.error is not None:
+                result.errors[block.path] = block.error
+            if progress is not None:
+                progress(f"calibrating {block.path}", number, total)
+    except CaptureError as error:
+        raise PreflightError(
+            f"{lazy.source.model}: its blocks do not run one by one ({error}); use --effort fast"
+        ) from None
+    return result
+
+
+def plain_targets(lazy: LazyModel, plan: Plan) -> dict[str, str]:
+    """Parameter of the model -> the one tensor of the checkpoint that it is, renamed at most, unquantized."""
+    copied = [decision.tensor for decision in plan.decisions if decision.scheme is None]
+    found: dict[str, list[str]] = {}
+    for tensor, target in load_targets(lazy.model, copied).items():
+        found.setdefault(target.parameter, []).append("" if target.rearranged or target.patterns else tensor)
+    return {parameter: tensors[0] for parameter, tensors in found.items() if len(tensors) == 1 and tensors[0]}
+
+
+def first_row(weight: Tensor, row: Tensor, rows: int) -> int | None:
+    """Where in a layer's weight the rows of a part begin, by the part's first row; None where it is not there."""
+    if len(weight) == rows:
+        return 0
+    same = (weight == row.to(weight.device, weight.dtype)).all(dim=1).nonzero()
+    return int(same[0]) if len(same) else None
+
+
+class Store:
+    """Blocks in files, for an interrupted run to continue from. What was made otherwise does not count."""
+
+    def __init__(self, folder: Path, windows: Tensor, steps: Steps) -> None:
+        digest = hashlib.sha256(windows.numpy().tobytes()).hexdigest()
+        self.folder, self.key = folder, f"{FORMAT} {steps} {digest}"
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def file(self, path: str) -> Path:
+        return self.folder / f"{path}.safetensors"
+
+    def write(self, block: Block) -> None:
+        if self.read(block.path) is not None:
+            return
+        tensors: dict[str, Tensor] = {}
+        for name, (codes, scale) in block.rounded.items():
+            tensors |= {f"{name}.words": pack_int4(codes), f"{name}.scale": scale.contiguous()}
+        tensors |= {f"{name}.changed": value.contiguous() for name, value in block.changed.items()}
+        about = asdict(replace(block, rounded={}, changed={}))
+        temporary = self.file(block.path).with_suffix(".part")
+        save_file(tensors, temporary, {"key": self.key, "about": json.dumps(about)})
+        temporary.replace(self.file(block.path))
+
+    def read(self, path: str) -> Block | None:
+        """What an earlier run with the same data and steps made of a block."""
+        try:
+            with safe_open(self.file(path), "pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("key") != self.key:
+                    return None
+                about = json.loads(metadata["about"])
+                names = list(file.keys())
+                tensors = {name: file.get_tensor(name) for name in names}
+        except (OSError, SafetensorError, KeyError, ValueError):
+            return None
+        block = Block(**about)
+        block.error = None if block.error is None else (block.error[0], block.error[1])
+        for name in names:
+            layer, _, kind = name.rpartition(".")
+            if kind == "words":
+                words = tensors[name]
+                block.rounded[layer] = (unpack_int4(words, words.shape[1] * 8), tensors[f"{layer}.scale"])
+            elif kind == "changed":
+                block.changed[layer] = tensors[name]
+        return block
