@@ -1,0 +1,170 @@
+"""attention_quantize: the definition undoes itself, the kernel agrees with it, padding does not matter."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from quantlab_kernels import attention_quantize
+from quantlab_kernels.attention_quantize import reference
+from quantlab_kernels.attention_quantize.op import CODES, HEAD_DIMS, Quantized
+
+FORMATS = ["int8", "fp8"]
+
+
+def inputs(
+    d: int, heads: tuple[int, int], lengths: tuple[int, int], dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Queries, keys with a large mean, values with a mean; a head of zeros and rows of very different magnitude."""
+    generator = torch.Generator().manual_seed(d + sum(lengths))
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    q = draw(2, heads[0], lengths[0], d) * torch.logspace(-2, 1, lengths[0])[:, None]
+    k = draw(2, heads[1], lengths[1], d) + 8 * draw(2, heads[1], 1, d)
+    v = draw(2, heads[1], lengths[1], d) + 1
+    v[0, 0, : lengths[1] // 2] *= 10
+    k[1, -1] = 0
+    return q.to(device, dtype), k.to(device, dtype), v.to(device, dtype)
+
+
+def half_a_step(scale: Tensor, values: Tensor, fmt: str) -> Tensor:
+    """Largest error of a code: half of a step of INT8; E4M3 keeps four bits, of numbers above 2**-6."""
+    return 0.5 * scale if fmt == "int8" else torch.maximum(2.0**-4 * values.abs(), 2.0**-10 * scale)
+
+
+@pytest.mark.parametrize("d", HEAD_DIMS)
+def test_rotation_is_orthonormal(d: int):
+    turn = reference.rotation(d)
+    assert torch.allclose(turn @ turn.T, torch.eye(d, dtype=torch.float64), atol=1e-14)
+    assert (reference.hadamard(d).abs().sum(0) == (d & -d)).all()
+
+
+def test_key_order_is_what_an_accumulator_holds():
+    """Thread t of a quad: scores of keys 8 j + 2 t + {0, 1}; operand bytes 4 t .. and 16 + 4 t .. of every 32."""
+    order = reference.key_order()
+    assert sorted(order.tolist()) == list(range(128))
+    for thread in range(4):
+        scores = [8 * j + 2 * thread + e for j in range(16) for e in range(2)]
+        places = [32 * c + 16 * half + 4 * thread + i for c in range(4) for half in range(2) for i in range(4)]
+        assert order[places].tolist() == scores
+        assert (reference.key_group()[scores] == thread).all()
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("d", [64, 80, 256])
+def test_codes_stand_for_the_inputs(d: int, fmt: str):
+    q, k, v = inputs(d, (4, 2), (5, 300))
+    z = attention_quantize(q, k, v, qk=fmt, pv=fmt)
+    turn = reference.rotation(d)
+    turned = q.double() @ turn
+    error = (z.q.double() * z.q_scale.double()[..., None] - turned).abs()
+    assert (error <= 1e-4 * turned.abs() + 1.001 * half_a_step(z.q_scale[..., None].double(), turned, fmt)).all()
+    keys = (k.double() - reference.sampled_mean(k.double(), None)[:, :, None]) @ turn
+    scale = z.k_scale.double()[..., reference.key_group()].flatten(2)[:, :, :300, None]
+    assert ((z.k.double() * scale - keys).abs() <= 1e-4 + 1.001 * half_a_step(scale, keys, fmt)).all()
+    values = (v.double() - z.v_mean.double()[:, :, None]) @ turn
+    back = reference.dequantize_values(z.v, z.v_scale, 300) @ turn
+    scale = z.v_scale.double().repeat_interleave(128, 2)[:, :, :300, None]
+    assert ((back - values).abs() <= 1e-4 + 1.001 * half_a_step(scale, values, fmt)).all()
+    shift = (q.double() * reference.sampled_mean(k.double(), None).repeat_interleave(2, 1)[:, :, None]).sum(-1)
+    assert torch.allclose(z.q_shift.double(), shift, atol=1e-3)
+
+
+def test_padding_does_not_matter():
+    q, k, v = inputs(64, (2, 2), (3, 200))
+    key_range = torch.tensor([[7, 200], [0, 150]], dtype=torch.int32)
+    clean = attention_quantize(q, k, v, key_range=key_range)
+    for x in (k, v):
+        x[0, :, :7] = float("nan")
+        x[1, :, 150:] = float("inf")
+    for name, a, b in zip(Quantized._fields, clean, attention_quantize(q, k, v, key_range=key_range), strict=True):
+        assert torch.equal(a, b), name
+    assert (clean.k[0, :, :7] == 0).all()
+    empty = attention_quantize(q, k, v, key_range=torch.zeros(2, 2, dtype=torch.int32))
+    assert (empty.v == 0).all()
+    assert (empty.v_mean == 0).all()
+
+
+def close(made: Quantized, expected: Quantized) -> None:
+    """As equal as a product in another order allows: a code may be the next one where it was nearly a tie."""
+    for name, a, b in zip(Quantized._fields, made, expected, strict=True):
+        assert a.shape == b.shape
+        assert a.dtype == b.dtype
+        if a.dtype == torch.float32:
+            assert torch.allclose(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max()) + 1e-9), name
+            continue
+        if a.dtype == torch.int8:
+            far, different = (a.int() - b.int()).abs() > 1, a != b
+        else:
+            x, y = a.float(), b.float()
+            far, different = (x - y).abs() > 0.13 * torch.maximum(x.abs(), y.abs()) + 2.0**-8, x != y
+        assert not far.any(), name
+        assert different.float().mean() < 0.02, name
+
+
+@pytest.mark.gpu(sm=80)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("d", HEAD_DIMS)
+def test_on_the_gpu(d: int, fmt: str, dtype: torch.dtype):
+    q, k, v = inputs(d, (4, 2), (130, 700), dtype, "cuda")
+    for key_range in (None, torch.tensor([[3, 700], [0, 650]], dtype=torch.int32, device="cuda")):
+        made = attention_quantize(q, k, v, key_range=key_range, qk=fmt, pv=fmt)
+        close(made, Quantized(*reference.quantize(q, k, v, key_range, CODES[fmt], CODES[fmt])))
+
+
+@pytest.mark.gpu(sm=80)
+def test_strided_inputs_on_the_gpu():
+    wide = torch.randn(2, 200, 3 * 4, 128, device="cuda", dtype=torch.bfloat16)
+    q, k, v = wide.transpose(1, 2).chunk(3, 1)
+    close(attention_quantize(q, k, v), attention_quantize(*(x.contiguous() for x in (q, k, v))))
+
+
+INTERPRETED = """
+import importlib, sys, torch
+sys.path[:0] = {paths!r}
+op = importlib.import_module("quantlab_kernels.attention_quantize.op")
+from quantlab_kernels.attention_quantize import reference, triton
+import test_attention_quantize as tests
+torch.set_num_threads(1)
+for d, fmt, bounds in [(64, "int8", None), (80, "fp8", [[3, 140], [0, 90]])]:
+    q, k, v = tests.inputs(d, (2, 1), (50, 140))
+    key_range = None if bounds is None else torch.tensor(bounds, dtype=torch.int32)
+    codes = op.CODES[fmt]
+    made = op._fake(q, k, v, key_range, codes, codes)
+    triton.launch(q, k, v, key_range, made)
+    tests.close(op.Quantized(*made), op.Quantized(*reference.quantize(q, k, v, key_range, codes, codes)))
+"""
+
+
+def test_triton_logic_in_the_interpreter():
+    pytest.importorskip("triton")
+    here = Path(__file__)
+    paths = [str(here.parent), *(str(here.parents[2] / p) for p in ("", "kernels", "calib"))]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    subprocess.run([sys.executable, "-c", INTERPRETED.format(paths=paths)], check=True, env=environment)
+
+
+def test_traces_and_refuses():
+    q, k, v = inputs(64, (4, 2), (5, 40))
+    op = torch.ops.quantlab.attention_quantize.default
+    torch.library.opcheck(op, (q, k, v, None, torch.int8, torch.int8), test_utils="test_faketensor")
+    for wrong, text in [
+        ((q[..., :40], k[..., :40], v[..., :40]), "head dimension 40"),
+        ((q[:, :3], k, v), "Hq a multiple of Hkv"),
+        ((q.double(), k, v), "torch.float64"),
+        ((q[0], k, v), "3, 4, 4 dimensions"),
+    ]:
+        with pytest.raises(RuntimeError, match=text):
+            attention_quantize(*wrong)
+    with pytest.raises(RuntimeError, match=r"key_range torch.int64 \(2, 2\), needs int32 \[2, 2\]"):
+        attention_quantize(q, k, v, key_range=torch.zeros(2, 2, dtype=torch.int64))
