@@ -19,7 +19,7 @@ import fnmatch
 import re
 import tomllib
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -181,6 +181,13 @@ class Calibration:
         """Whether a step is taken."""
         wanted: bool | None = getattr(self, step)
         return step in EFFORTS[self.effort] if wanted is None else wanted
+
+    def only(self, steps: Iterable[str]) -> Calibration:
+        """The same with these steps and no others. Raises UsageError for one that is not known."""
+        wanted = {step.strip() for step in steps} - {""}
+        for step in wanted.difference(STEPS):
+            raise UsageError(f"unknown step {step!r}; {did_you_mean(step, STEPS)}")
+        return replace(self, **{step: step in wanted for step in STEPS})  # type: ignore[arg-type]
 
     def describe(self) -> str:
         steps = [step for step in STEPS if self.switched(step)]

@@ -35,6 +35,23 @@ Samples = Annotated[int, Option("--calib-samples", help="Sequences of calibratio
 Length = Annotated[int, Option("--calib-length", help="Tokens per sequence.")]
 Seed = Annotated[int, Option("--seed", help="Of the choice of calibration sequences.")]
 Activations = Annotated[str, Option("--activations", help="Activation scales: dynamic, or static (needs --calib).")]
+Effort = Annotated[
+    str | None,
+    Option(
+        "--effort",
+        help="Of INT4. fast: no data; default: GPTQ; best: codes tuned besides. The latter two calibrate, on the "
+        "bundled text unless --calib names another.",
+        show_default=False,
+    ),
+]
+Steps = Annotated[
+    str | None,
+    Option(
+        "--steps",
+        help="Of INT4 calibration exactly these: smooth, gptq, original, tune, with commas between.",
+        show_default=False,
+    ),
+]
 Output = Annotated[
     Path | None, Option("-o", "--output", help="Folder to make [MODEL's name plus the scheme].", show_default=False)
 ]
@@ -59,6 +76,8 @@ def quantize(
     calib_length: Length = 512,
     seed: Seed = 0,
     activations: Activations = "dynamic",
+    effort: Effort = None,
+    steps: Steps = None,
     device: Device = "auto",
     workers: Workers = None,
     overwrite: Overwrite = False,
@@ -68,12 +87,12 @@ def quantize(
 ) -> None:
     """Quantize a model into a checkpoint that loads everywhere.
 
-    Data-free unless --calib is given. Runs shard by shard and never holds the model. The same command continues an
-    interrupted run; the output appears only when it is whole and verified.
+    Data-free unless --calib, --effort or --steps ask for calibration. Runs shard by shard and never holds the model.
+    The same command continues an interrupted run; the output appears only when it is whole and verified.
     """
     import quantlab
 
-    chosen = _recipe(scheme, recipe, ignore, calib, calib_samples, calib_length, seed, activations)
+    chosen = _recipe(scheme, recipe, ignore, calib, calib_samples, calib_length, seed, activations, effort, steps)
     with progress(format is Format.human) as callback:
         summary = quantlab.quantize(
             model,
@@ -155,16 +174,22 @@ def _recipe(
     length: int = 512,
     seed: int = 0,
     activations: str = "dynamic",
+    effort: str | None = None,
+    steps: str | None = None,
 ) -> Recipe:
-    """The recipe that the options ask for; --ignore and --calib add to a recipe file."""
-    from quantlab.scheme import Calibration, Recipe, Rule
+    """The recipe that the options ask for; --ignore, --calib, --effort and --steps add to a recipe file."""
+    from quantlab.scheme import EFFORTS, Calibration, Recipe, Rule, did_you_mean
 
     if scheme is not None and file is not None:
         raise UsageError("--scheme and --recipe were both given; a recipe names its schemes, give one of the two")
+    if effort is not None and effort not in EFFORTS:
+        raise UsageError(f"unknown effort {effort!r}; {did_you_mean(effort, EFFORTS)}")
     recipe = Recipe.from_toml(file) if file is not None else Recipe(scheme or "fp8-block")
     recipe = replace(recipe, rules=(*(Rule(pattern, "none") for pattern in ignore), *recipe.rules))
-    if calib is not None:
-        recipe = replace(recipe, calibration=Calibration(calib, samples, length, seed, activations))  # type: ignore[arg-type]
+    data = calib or ("bundled" if steps is not None or effort not in (None, "fast") else None)
+    if data is not None:
+        calibration = Calibration(data, samples, length, seed, activations, effort or "default")  # type: ignore[arg-type]
+        recipe = replace(recipe, calibration=calibration if steps is None else calibration.only(steps.split(",")))
     elif activations != "dynamic" and recipe.calibration is None:
         raise UsageError(f"--activations {activations} needs data; add --calib bundled, or --calib FILE")
     return recipe
