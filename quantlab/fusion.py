@@ -1,4 +1,5 @@
-"""Layers that read the same tensor become one GEMM; gated MLPs and norms quantize what they produce as they go.
+"""Layers that read the same tensor become one GEMM; gated MLPs and norms quantize what they produce as they go, and
+attention modules turn queries and keys in one launch (`rotary`).
 
 Nothing about a model's class is replaced: a module that takes part gets another `forward` of its own, weights of joined
 layers become views of one buffer under their old names, so that state dicts and checkpoints stay as they are. What may
@@ -20,18 +21,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantlab.linear import Fp8BlockLinear, Fp8Linear
+from quantlab.int4_linear import Int4Linear
+from quantlab.linear import Fp8BlockLinear, QuantizedLinear
+from quantlab.rotary import fuse_rotary
 from quantlab.source_patterns import gated_mlp, shared_inputs
 from quantlab_kernels import rmsnorm_quantize, swiglu_quantize
+from quantlab_kernels.common.int4 import ROWS
 
 
 @dataclass(frozen=True)
 class Fusion:
-    """How many groups of layers were joined, gated MLPs and norms prepared."""
+    """How many groups of layers were joined, gated MLPs, norms and attention modules prepared."""
 
     joined: int = 0
     mlps: int = 0
     norms: int = 0
+    rotary: int = 0
 
 
 def fuse(model: nn.Module) -> Fusion:
@@ -43,7 +48,7 @@ def fuse(model: nn.Module) -> Fusion:
     if os.environ.get("QUANTLAB_FUSE") == "0":
         return Fusion()
     mailbox = Mailbox()
-    joined = mlps = norms = 0
+    joined = mlps = norms = rotary = 0
     for module in list(model.modules()):
         groups = _groups(module)
         joined += len(groups)
@@ -51,37 +56,40 @@ def fuse(model: nn.Module) -> Fusion:
         mlps += _fuse_mlp(module, dict(zip(groups, joins, strict=True)))
     if joined:
         norms = sum(_fuse_norm(module, mailbox) for module in model.modules())
-    return Fusion(joined, mlps, norms)
+        rotary = sum(map(fuse_rotary, model.modules()))
+    return Fusion(joined, mlps, norms, rotary)
 
 
 def _groups(module: nn.Module) -> list[tuple[str, ...]]:
     """Names of children that can be joined, one tuple per group."""
-    layers = {name: child for name, child in module.named_children() if isinstance(child, Fp8Linear)}
+    layers = {name: child for name, child in module.named_children() if isinstance(child, QuantizedLinear)}
     if len(layers) < 2:
         return []
     groups = shared_inputs(type(module).forward, frozenset(layers))
     return [names for names in groups if _joinable([layers[name] for name in names])]
 
 
-def _joinable(layers: list[Fp8Linear]) -> bool:
+def _joinable(layers: list[QuantizedLinear]) -> bool:
     first = layers[0]
     alike = len({_signature(layer) for layer in layers}) == 1
-    whole_blocks = not isinstance(first, Fp8BlockLinear) or all(layer.out_features % 128 == 0 for layer in layers[:-1])
+    rows = 128 if isinstance(first, Fp8BlockLinear) else ROWS if isinstance(first, Int4Linear) else 1
+    whole_blocks = all(layer.out_features % rows == 0 for layer in layers[:-1])
     return alike and whole_blocks and all(map(_plain, layers)) and getattr(first, "activation_scale", None) is None
 
 
-def _plain(layer: Fp8Linear) -> bool:
+def _plain(layer: QuantizedLinear) -> bool:
     """Has data of its own and nobody's hooks: not offloaded, not sharded, not joined already."""
-    return type(layer.weight) is nn.Parameter and not layer.weight.is_meta and "forward" not in vars(layer)
+    return type(layer.key) is nn.Parameter and not layer.key.is_meta and "forward" not in vars(layer)
 
 
-def _signature(layer: Fp8Linear) -> tuple[Any, ...]:
+def _signature(layer: QuantizedLinear) -> tuple[Any, ...]:
     bias = None if layer.bias is None else layer.bias.dtype
     static = getattr(layer, "activation_scale", None) is not None
-    return type(layer), layer.in_features, layer.weight.device, _scale_dtype(layer), bias, static
+    codes = layer.key.device, layer.key.dim()  # INT4 weights of others may have to stay in words
+    return type(layer), layer.in_features, codes, _scale_dtype(layer), bias, static
 
 
-def _scale_dtype(layer: Fp8Linear) -> torch.dtype:
+def _scale_dtype(layer: QuantizedLinear) -> torch.dtype:
     return layer.get_parameter(layer.scale_name).dtype
 
 
@@ -126,7 +134,7 @@ class Join:
     computes anew. Where the layers were moved to another device the buffer is made again.
     """
 
-    def __init__(self, layers: list[Fp8Linear], mailbox: Mailbox) -> None:
+    def __init__(self, layers: list[QuantizedLinear], mailbox: Mailbox) -> None:
         self.layers = layers
         self.sizes = [layer.out_features for layer in layers]
         self.mailbox = mailbox
@@ -139,7 +147,8 @@ class Join:
         """Make the buffer that all weights are views of. For a moment it takes the memory of these layers once more."""
         first = self.layers[0]
         with torch.device("meta"):
-            whole = type(first)(
+            build: Any = type(first)
+            whole = build(
                 first.in_features,
                 sum(self.sizes),
                 first.bias is not None,
@@ -172,10 +181,10 @@ class Join:
 
     def connected(self) -> bool:
         """Whether the buffer still is where the layers are; it is made again, except while tracing."""
-        devices = {layer.weight.device for layer in self.layers}
-        if devices == {self.whole.weight.device}:
+        devices = {layer.key.device for layer in self.layers}
+        if devices == {self.whole.key.device}:
             return True
-        if torch.compiler.is_compiling() or len(devices) > 1 or self.layers[0].weight.is_meta:
+        if torch.compiler.is_compiling() or len(devices) > 1 or self.layers[0].key.is_meta:
             return False
         self._connect()
         return True
@@ -183,8 +192,8 @@ class Join:
     def compute(self, x: Tensor) -> Tensor:
         """[..., sum of N] for x [..., K]."""
         whole = self.whole
-        grouped = isinstance(whole, Fp8BlockLinear)  # what a norm leaves are codes in groups of 128
-        codes = self.mailbox.take(x) if grouped and not torch.compiler.is_compiling() else None
+        grouped = whole.feeds_groups  # what a norm leaves are codes in groups of 128
+        codes: Any = self.mailbox.take(x) if grouped and not torch.compiler.is_compiling() else None
         if codes is None:
             codes = whole.quantize_input(x.reshape(-1, whole.in_features))
         return whole.matmul(*codes, x.dtype).reshape(*x.shape[:-1], whole.out_features)
@@ -220,7 +229,8 @@ def _fuse_mlp(module: nn.Module, joins: dict[tuple[str, ...], Join]) -> bool:
     if mlp is None or join is None or "forward" in vars(module):
         return False
     down, act = getattr(module, mlp.down), getattr(module, mlp.act)
-    if not isinstance(down, Fp8BlockLinear) or down.activation_scale is not None or not is_silu(act):
+    takes_groups = isinstance(down, QuantizedLinear) and down.feeds_groups
+    if not takes_groups or getattr(down, "activation_scale", None) is not None or not is_silu(act):
         return False
     module.forward = FusedMlp(module.forward, join, down)
     return True
@@ -229,7 +239,7 @@ def _fuse_mlp(module: nn.Module, joins: dict[tuple[str, ...], Join]) -> bool:
 class FusedMlp:
     """The `forward` of a gated MLP: the product of its halves goes from registers into codes."""
 
-    def __init__(self, own: Callable[[Tensor], Tensor], join: Join, down: Fp8BlockLinear) -> None:
+    def __init__(self, own: Callable[[Tensor], Tensor], join: Join, down: QuantizedLinear) -> None:
         self.own, self.join, self.down = own, join, down
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Linear layers that keep FP8 weights and compute with them, on CPU and GPU.
+"""Linear layers that keep quantized weights and compute with them, on CPU and GPU; those of INT4 are in `int4_linear`.
 
 Parameter names and dtypes are those on disk, so loading and saving move bytes and convert nothing. A forward is two
 ops: quantize the tokens, multiply. They are two methods here, `quantize_input` and `matmul`, so that layers which see
@@ -45,18 +45,88 @@ class MovesWithoutCasting(nn.Module):
         return super()._apply(move, recurse)
 
 
-class Fp8Linear(MovesWithoutCasting, nn.Linear):
-    """What the two layouts share; a subclass says how scales are laid out and which ops compute.
+class QuantizedLinear(MovesWithoutCasting):
+    """What all layouts share; a subclass holds codes and scales and says which ops compute.
+
+    Input [..., K] in bfloat16, float16 or float32; output [..., N] in the same dtype. The gradient of the input is that
+    of the dequantized weight, the rounding of the input counting as the identity; weight and scale have none.
+
+    feeds_groups  activations are quantized in groups of 128, as norms and gates can do for it
+    """
+
+    bias: Any  # Tensor or None
+    _scale: Tensor | None
+    feeds_groups = False
+
+    def __init__(self, in_features: int, out_features: int, scale_name: str) -> None:
+        nn.Module.__init__(self)  # nn.Linear's own would allocate the weight in full precision
+        self.in_features = in_features
+        self.out_features = out_features
+        self.scale_name = scale_name
+
+    @property
+    def key(self) -> Tensor:
+        """The tensor that holds the codes."""
+        raise NotImplementedError
+
+    @property
+    def scale(self) -> Tensor:
+        """The weight's scale as the kernels take it."""
+        raise NotImplementedError
+
+    def quantize_input(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Codes and scale of x [M, K]; x itself and None where activations stay in 16 bits."""
+        raise NotImplementedError
+
+    def matmul(self, codes: Tensor, scale: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+        """[M, N] of what `quantize_input` returned, bias added."""
+        raise NotImplementedError
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight [N, K] in full precision."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, self.in_features)
+        if torch.is_grad_enabled() and (flat.requires_grad or (self.bias is not None and self.bias.requires_grad)):
+            out = _StraightThrough.apply(flat, self.bias, self)
+        else:
+            out = self.matmul(*self.quantize_input(flat), x.dtype)
+        return out.reshape(*x.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+    def reset_parameters(self) -> None:
+        """Codes come from a checkpoint; there is nothing sensible to draw."""
+
+    def _quantized(self, name: str) -> bool:
+        return name != "bias"
+
+
+class _StraightThrough(torch.autograd.Function):
+    """The layer with a gradient: forward as without, backward through the dequantized weight."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, layer: QuantizedLinear) -> Tensor:
+        ctx.layer = layer
+        return layer.matmul(*layer.quantize_input(x), x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        (grad,) = grads
+        to_x = grad @ ctx.layer.dequantize(grad.dtype) if ctx.needs_input_grad[0] else None
+        to_bias = grad.sum(0).to(ctx.layer.bias.dtype) if ctx.needs_input_grad[1] else None
+        return to_x, to_bias, None
+
+
+class Fp8Linear(QuantizedLinear, nn.Linear):
+    """What the two FP8 layouts share; a subclass says how scales are laid out and which ops compute.
 
     weight        [N, K]  float8_e4m3fn
     <scale_name>  `scale_shape(N, K)`, float32 (checkpoints of others also hold bfloat16 or float8_e8m0fnu)
     bias          [N] in the model's dtype, or None
-
-    Input [..., K] in bfloat16, float16 or float32; output [..., N] in the same dtype. The gradient of the input is that
-    of the dequantized weight, the rounding of the input counting as the identity; weight and scale have none.
     """
-
-    _scale: Tensor | None
 
     def __init__(
         self,
@@ -68,10 +138,7 @@ class Fp8Linear(MovesWithoutCasting, nn.Linear):
         scale_dtype: torch.dtype = torch.float32,
         dtype: torch.dtype | None = None,
     ) -> None:
-        nn.Module.__init__(self)  # nn.Linear's own would allocate the weight in full precision
-        self.in_features = in_features
-        self.out_features = out_features
-        self.scale_name = scale_name
+        super().__init__(in_features, out_features, scale_name)
         self.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=CODES), requires_grad=False)
         scale = torch.empty(self.scale_shape(out_features, in_features), dtype=scale_dtype)
         self.register_parameter(scale_name, nn.Parameter(scale, requires_grad=False))
@@ -82,21 +149,16 @@ class Fp8Linear(MovesWithoutCasting, nn.Linear):
     def scale_shape(out_features: int, in_features: int) -> tuple[int, int]:
         raise NotImplementedError
 
-    def quantize_input(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes and scale of x [M, K]."""
-        raise NotImplementedError
-
-    def matmul(self, codes: Tensor, scale: Tensor, out_dtype: torch.dtype) -> Tensor:
-        """[M, N] of what `quantize_input` returned, bias added."""
-        raise NotImplementedError
-
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight [N, K] in full precision."""
-        raise NotImplementedError
+    @property
+    def key(self) -> Tensor:
+        return self.weight
 
     @property
     def scale(self) -> Tensor:
         """The weight's scale in float32, which is how the kernels take it."""
+        stored = self._parameters[self.scale_name]
+        if stored is not None and stored.dtype == torch.float32:
+            return stored
         return self._scale if self._scale is not None else getattr(self, self.scale_name).to(torch.float32)
 
     def finish_loading(self) -> None:
@@ -111,36 +173,6 @@ class Fp8Linear(MovesWithoutCasting, nn.Linear):
         else:
             self._scale = stored.detach().to(torch.float32)
 
-    def forward(self, x: Tensor) -> Tensor:
-        flat = x.reshape(-1, self.in_features)
-        if torch.is_grad_enabled() and (flat.requires_grad or (self.bias is not None and self.bias.requires_grad)):
-            out = _StraightThrough.apply(flat, self.bias, self)
-        else:
-            out = self.matmul(*self.quantize_input(flat), x.dtype)
-        return out.reshape(*x.shape[:-1], self.out_features)
-
-    def reset_parameters(self) -> None:
-        """Codes come from a checkpoint; there is nothing sensible to draw."""
-
-    def _quantized(self, name: str) -> bool:
-        return name != "bias"
-
-
-class _StraightThrough(torch.autograd.Function):
-    """The layer with a gradient: forward as without, backward through the dequantized weight."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, layer: Fp8Linear) -> Tensor:
-        ctx.layer = layer
-        return layer.matmul(*layer.quantize_input(x), x.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        (grad,) = grads
-        to_x = grad @ ctx.layer.dequantize(grad.dtype) if ctx.needs_input_grad[0] else None
-        to_bias = grad.sum(0).to(ctx.layer.bias.dtype) if ctx.needs_input_grad[1] else None
-        return to_x, to_bias, None
-
 
 class Fp8BlockLinear(Fp8Linear):
     """128x128 weight blocks, 1x128 activation groups (DeepSeek-V3, arXiv 2412.19437 §3.3).
@@ -148,6 +180,8 @@ class Fp8BlockLinear(Fp8Linear):
     Its scale is [ceil(N/128), ceil(K/128)]. `activation_scale`, None or float32 [ceil(K/128)], replaces the scales
     computed from the data at run time; it is not part of the state dict, a side file holds it.
     """
+
+    feeds_groups = True
 
     def __init__(
         self,
@@ -169,7 +203,8 @@ class Fp8BlockLinear(Fp8Linear):
     def quantize_input(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return quantize_fp8_group(x, scale=self.activation_scale)
 
-    def matmul(self, codes: Tensor, scale: Tensor, out_dtype: torch.dtype) -> Tensor:
+    def matmul(self, codes: Tensor, scale: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+        assert scale is not None
         return gemm_fp8_block(codes, scale, self.weight, self.scale, self.bias, out_dtype=out_dtype)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -191,7 +226,8 @@ class Fp8RowLinear(Fp8Linear):
     def quantize_input(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return quantize_fp8_token(x)
 
-    def matmul(self, codes: Tensor, scale: Tensor, out_dtype: torch.dtype) -> Tensor:
+    def matmul(self, codes: Tensor, scale: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+        assert scale is not None
         return gemm_fp8_row(codes, scale, self.weight, self.scale, self.bias, out_dtype=out_dtype)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:

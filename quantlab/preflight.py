@@ -211,7 +211,8 @@ def known_architecture(
     """What transformers knows, unless its names are not those of this checkpoint; and why it knows nothing."""
     from quantlab.architecture import architecture
 
-    names = [*source.tensors, *fused_experts.probes(source.tensors)]
+    plain = [name.removesuffix("_packed") for name in source.tensors]  # of INT4 checkpoints, as they were before
+    names = [*plain, *fused_experts.probes(source.tensors)]
     try:
         found = architecture(source.folder, names, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever a model's constructor makes of a config that it does not like
@@ -219,7 +220,7 @@ def known_architecture(
         return None, (f"transformers cannot build this model ({why}); layers are told by names and shapes",)
     if found is None:
         return None, ()
-    covered = sum(info.nbytes for name, info in source.tensors.items() if name in found.kinds)
+    covered = sum(i.nbytes for name, i in source.tensors.items() if name.removesuffix("_packed") in found.kinds)
     return (found, ()) if covered > source.weight_bytes / 2 else (None, ())
 
 

@@ -26,13 +26,17 @@ from transformers.utils import quantization_config as stock
 from transformers.utils.quantization_config import QuantizationMethod
 
 from quantlab.architecture import load_targets
-from quantlab.experts import Fp8BlockExperts, Fp8Experts, Fp8RowExperts, unsupported
+from quantlab.experts import Fp8BlockExperts, Fp8RowExperts, unsupported
 from quantlab.fusion import fuse
-from quantlab.linear import Fp8BlockLinear, Fp8Linear, Fp8RowLinear
+from quantlab.int4_experts import Int4Experts, Int4Fp8Experts
+from quantlab.int4_linear import Int4Fp8Linear, Int4Linear
+from quantlab.linear import Fp8BlockLinear, Fp8RowLinear, MovesWithoutCasting
 
 logger = logging.get_logger(__name__)
 
 SCALE_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F8_E8M0": torch.float8_e8m0fnu}
+WEIGHTS = (".weight", ".weight_packed")
+Layers = tuple[type, type]  # of a linear layer, of experts
 SIDE_FILE = Path("quantlab") / "activation_scales.safetensors"
 
 
@@ -67,7 +71,7 @@ class CompressedTensorsConfig(_Verbatim, stock.CompressedTensorsConfig):
     """Schemes of ours need no compressed-tensors package; for all others transformers asks for it."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        if is_compressed_tensors_available() or compressed_tensors_layout(kwargs)[0] is None:
+        if is_compressed_tensors_available() or compressed_tensors_layers(kwargs)[1] is not None:
             super().__init__(*args, **kwargs)
             return
         self.quantization_config = None
@@ -81,9 +85,12 @@ class KeepsQuantized(HfQuantizer):
     transformers' own way is taken instead."""
 
     scale_name: str
-    linear: type[Fp8Linear]
-    experts: type[Fp8Experts]
+    tensors: tuple[str, ...]  # last parts of the names of what lies beside a weight or in its place
     reason: str | None = None
+
+    def layers(self, module: str) -> Layers:
+        """The classes for a module of the checkpoint: of a linear layer, of experts."""
+        raise NotImplementedError
 
     def _hand_over(self, reason: str) -> None:
         """Let the class we extend do it. The reason is for people, so it is logged."""
@@ -126,7 +133,7 @@ class KeepsQuantized(HfQuantizer):
         names = tensor_dtypes(files, self.scale_name)
         if not names:
             return "it is not in safetensors files"
-        found = load_targets(model, [name for name in names if name.endswith(".weight")])
+        found = load_targets(model, [name.removesuffix("_packed") for name in names if name.endswith(WEIGHTS)])
         targets = {name: target for name, target in found.items() if self._scale_of(name) in names}
         quantized = {target.parameter for target in targets.values()}
         modules = dict(model.named_modules(remove_duplicate=False))
@@ -141,7 +148,7 @@ class KeepsQuantized(HfQuantizer):
             if reason is not None:
                 return f"{name}: {reason}"
             if module not in swaps:
-                swaps[module] = self._replacement(module, scale_dtype, dtype)
+                swaps[module] = self._replacement(module, self.layers(name.removesuffix(".weight")), scale_dtype, dtype)
         for path, module in modules.items():
             if module in swaps:
                 model.set_submodule(path, swaps[module])
@@ -163,12 +170,13 @@ class KeepsQuantized(HfQuantizer):
             return f"a {type(module).__name__} is not a plain linear layer"
         return unsupported(module)
 
-    def _replacement(self, module: nn.Module, scale_dtype: Any, dtype: torch.dtype | None) -> nn.Module:
+    def _replacement(self, module: nn.Module, layers: Layers, scale_dtype: Any, dtype: torch.dtype | None) -> nn.Module:
+        linear, experts = layers
         options = {"scale_name": self.scale_name, "scale_dtype": scale_dtype}
         with torch.device("meta"):
             if not isinstance(module, nn.Linear):
-                return self.experts(module, **options)
-            return self.linear(module.in_features, module.out_features, module.bias is not None, dtype=dtype, **options)
+                return experts(module, **options)
+            return linear(module.in_features, module.out_features, module.bias is not None, dtype=dtype, **options)
 
     def update_weight_conversions(self, weight_conversions: list[Any], *model: Any) -> list[Any]:
         if self.reason is not None:
@@ -176,7 +184,7 @@ class KeepsQuantized(HfQuantizer):
         updated: list[Any] = []
         for conversion in weight_conversions:
             if isinstance(conversion, WeightConverter) and self.converted.intersection(conversion.source_patterns):
-                updated += with_scales(conversion, self.scale_name)
+                updated += with_scales(conversion, self.tensors)
             else:
                 updated.append(conversion)
         return updated
@@ -185,7 +193,7 @@ class KeepsQuantized(HfQuantizer):
         if self.reason is not None:
             return super()._process_model_after_weight_loading(model, **kwargs)
         for module in model.modules():
-            if isinstance(module, Fp8Linear | Fp8Experts):
+            if isinstance(module, MovesWithoutCasting):
                 for name, parameter in module.named_parameters(recurse=False):
                     if module._quantized(name):
                         parameter.requires_grad_(False)  # the loader sets it on every floating-point tensor
@@ -222,8 +230,10 @@ class Fp8Quantizer(KeepsQuantized, FineGrainedFP8HfQuantizer):
     """`quant_method: fp8` with 128x128 blocks and dynamic activations."""
 
     scale_name = "weight_scale_inv"
-    linear = Fp8BlockLinear
-    experts = Fp8BlockExperts
+    tensors = ("weight_scale_inv",)
+
+    def layers(self, module: str) -> Layers:
+        return Fp8BlockLinear, Fp8BlockExperts
 
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
@@ -233,20 +243,22 @@ class Fp8Quantizer(KeepsQuantized, FineGrainedFP8HfQuantizer):
 
 
 class CompressedTensorsQuantizer(KeepsQuantized, CompressedTensorsHfQuantizer):
-    """FP8 weights per row or per 128x128 block, with dynamic activations to match."""
+    """FP8 weights per row or per 128x128 block with dynamic activations to match, INT4 weights in groups of 128."""
 
     scale_name = "weight_scale"
+    tensors = ("weight_scale", "weight_packed", "weight_shape")
 
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         HfQuantizer.__init__(self, quantization_config, **kwargs)
-        layout, reason = compressed_tensors_layout(quantization_config.to_dict())
+        self.known, reason = compressed_tensors_layers(quantization_config.to_dict())
         if quantization_config.dequantize:
             reason = "dequantize=True"
-        if layout is None or reason is not None:
-            self._hand_over(reason or "")
+        if reason is not None:
+            self._hand_over(reason)
             CompressedTensorsHfQuantizer.__init__(self, quantization_config, **kwargs)
-        else:
-            self.linear, self.experts = layout
+
+    def layers(self, module: str) -> Layers:
+        return self.known.get(module) or self.known["Linear"]
 
     def _begin_stock(self) -> None:
         CompressedTensorsHfQuantizer.__init__(self, self.quantization_config, pre_quantized=self.pre_quantized)
@@ -272,33 +284,49 @@ def fp8_reason(config: Any) -> str | None:
     return None
 
 
-def compressed_tensors_layout(config: dict[str, Any]) -> tuple[tuple[type, type] | None, str | None]:
-    """(layer classes, None) for a compressed-tensors config of ours, else (None, reason)."""
+def compressed_tensors_layers(config: dict[str, Any]) -> tuple[dict[str, Layers], str | None]:
+    """Layer classes by the name of a module, "Linear" for all that have no name here, of a compressed-tensors config;
+    and the reason why it is not ours."""
     groups = [_plain(group) for group in (config.get("config_groups") or {}).values()]
     if _plain(config.get("quantization_status", "compressed")) != "compressed" or not groups:
-        return None, "its weights are not stored compressed"
+        return {}, "its weights are not stored compressed"
     if config.get("kv_cache_scheme"):
-        return None, "it has scales for the KV cache"
-    layouts = {_group_layout(group) for group in groups}
-    if len(layouts) > 1 or None in layouts:
-        return None, "our kernels take float 8 bit weights per channel or per 128x128 block, one kind in a checkpoint"
-    return layouts.pop(), None
+        return {}, "it has scales for the KV cache"
+    known: dict[str, Layers] = {}
+    for group in groups:
+        layers = _group_layers(group, group.get("format") or config.get("format"))
+        if layers is None:
+            return {}, "our kernels take FP8 weights per channel or 128x128 block and symmetric INT4 in groups of 128"
+        known |= dict.fromkeys(group.get("targets") or ["Linear"], layers)
+    if len(groups) == 1:
+        known = {"Linear": next(iter(known.values()))}
+    if "Linear" not in known or any(name.startswith("re:") for name in known):
+        return {}, "its config groups name modules by patterns"
+    return known, None
 
 
-def _group_layout(group: dict[str, Any]) -> tuple[type, type] | None:
-    weights, inputs = group.get("weights") or {}, group.get("input_activations") or {}
-    for side in (weights, inputs):
-        if (side.get("type"), side.get("num_bits"), side.get("symmetric", True)) != ("float", 8, True):
-            return None
-    if not inputs.get("dynamic") or weights.get("dynamic") or group.get("output_activations"):
+def _group_layers(group: dict[str, Any], layout: str | None) -> Layers | None:
+    weights, inputs = group.get("weights") or {}, group.get("input_activations")
+    if group.get("output_activations") or weights.get("dynamic"):
         return None
-    strategies = weights.get("strategy"), inputs.get("strategy")
+    if inputs and not (_is_number(inputs, "float", 8) and inputs.get("dynamic")):
+        return None
+    strategies = weights.get("strategy"), (inputs or {}).get("strategy")
+    if layout == "pack-quantized" and _is_number(weights, "int", 4) and not weights.get("actorder"):
+        fits = strategies[0] == "group" and weights.get("group_size") == 128 and strategies[1] in (None, "token")
+        return (Int4Fp8Linear, Int4Fp8Experts) if fits and inputs else (Int4Linear, Int4Experts) if fits else None
+    if not inputs or not _is_number(weights, "float", 8):
+        return None
     if strategies == ("channel", "token"):
         return Fp8RowLinear, Fp8RowExperts
     blocks = list(weights.get("block_structure") or []), inputs.get("group_size")
     if strategies == ("block", "group") and blocks == ([128, 128], 128):
         return Fp8BlockLinear, Fp8BlockExperts
     return None
+
+
+def _is_number(args: dict[str, Any], kind: str, bits: int) -> bool:
+    return (args.get("type"), args.get("num_bits"), args.get("symmetric", True)) == (kind, bits, True)
 
 
 def _plain(value: Any) -> Any:
@@ -338,23 +366,28 @@ class UnstackScales(SplitModulelist):
         return StackScales(self.dim)
 
 
-def with_scales(converter: Any, scale_name: str) -> list[Any]:
-    """The converter of some weights, preceded by its twin for their scales.
+def with_scales(converter: Any, tensors: Iterable[str]) -> list[Any]:
+    """The converter of some weights, preceded by its twins for what lies beside them or in their place.
 
     Loading tries converters in order and saving in reverse order; in transformers 5.17 a pattern also matches
-    longer names. So the twin comes first, and what the weights become is anchored at its end.
+    longer names. So the twins come first, and what the weights become is anchored at its end.
     """
     sources, targets = converter._original_source_patterns, converter._original_target_patterns
     if not all(re.search(r"\.weight\$?$", source) for source in sources):
         return [converter]  # the pattern ends before the tensor's name, so the scales match it as they are
-    added = scale_name.removeprefix("weight")
+    twins = [_twin(converter, name.removeprefix("weight")) for name in tensors]
+    converter._original_target_patterns = [target.removesuffix("$") + "$" for target in targets]
+    return [*twins, converter]
+
+
+def _twin(converter: Any, added: str) -> Any:
+    """The converter of the tensors whose names have `added` at their ends."""
     options = {"force_cpu": converter.force_cpu} if hasattr(converter, "force_cpu") else {}  # newer than 5.15
     twin = WeightConverter(
-        [re.sub(r"\$$", "", source) + added for source in sources],
-        [re.sub(r"\$$", "", target) + added for target in targets],
+        [re.sub(r"\$$", "", source) + added for source in converter._original_source_patterns],
+        [re.sub(r"\$$", "", target) + added for target in converter._original_target_patterns],
         operations=[StackScales(op.dim) if type(op) is MergeModulelist else op for op in converter.operations],
         **options,
     )
     twin.scope_prefix, twin.base_model_prefix = converter.scope_prefix, converter.base_model_prefix
-    converter._original_target_patterns = [target.removesuffix("$") + "$" for target in targets]
-    return [twin, converter]
+    return twin

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 import quantlab
 from quantlab import hf
 from quantlab.experts import Fp8BlockExperts
+from quantlab.int4_linear import Int4Fp8Linear, Int4Linear
 from quantlab.linear import Fp8BlockLinear, Fp8Linear, Fp8RowLinear
 
 
@@ -66,6 +67,11 @@ def ct_group(weights: dict, inputs: dict | None) -> dict:
     }  # fmt: skip
 
 
+def int4_group(size: int, inputs: dict | None, **changes: object) -> dict:
+    weights = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": size} | changes
+    return ct_group(weights, inputs) | {"format": "pack-quantized"}
+
+
 @pytest.mark.parametrize(
     ("config", "layer"),
     [
@@ -74,6 +80,12 @@ def ct_group(weights: dict, inputs: dict | None) -> dict:
             ct_group({"strategy": "block", "block_structure": [128, 128]}, {"strategy": "group", "group_size": 128}),
             Fp8BlockLinear,
         ),
+        (int4_group(128, None), Int4Linear),
+        (int4_group(128, {"strategy": "token"}), Int4Fp8Linear),
+        (int4_group(32, None), None),
+        (int4_group(128, None, symmetric=False), None),
+        (int4_group(128, None, actorder="group"), None),
+        (int4_group(128, {"strategy": "token", "type": "int"}), None),
         (ct_group({"strategy": "tensor"}, {"strategy": "token"}), None),
         (ct_group({"strategy": "channel"}, None), None),
         (ct_group({"strategy": "channel"}, {"strategy": "token", "dynamic": False}), None),
@@ -84,11 +96,11 @@ def ct_group(weights: dict, inputs: dict | None) -> dict:
     ],
 )
 def test_which_compressed_tensors_schemes_are_ours(config: dict, layer: type | None):
-    from quantlab.quantizers import compressed_tensors_layout
+    from quantlab.quantizers import compressed_tensors_layers
 
-    layout, reason = compressed_tensors_layout(config)
-    assert (layout is None) == (reason is not None)
-    assert (layout[0] if layout else None) is layer
+    known, reason = compressed_tensors_layers(config)
+    assert (not known) == (reason is not None)
+    assert (known["Linear"][0] if known else None) is layer
 
 
 def test_compressed_tensors_blocks_run_on_our_block_layer(quantized, edited, tmp_path: Path):
