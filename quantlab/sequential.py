@@ -218,6 +218,7 @@ class Store:
             return None
         block = Block(**about)
         block.error = None if block.error is None else (block.error[0], block.error[1])
+        block.scaled = {producer: (a, b) for producer, (a, b) in block.scaled.items()}
         for name in names:
             layer, _, kind = name.rpartition(".")
             if kind == "words":

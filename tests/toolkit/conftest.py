@@ -72,6 +72,8 @@ def detector_config(**changes: Any) -> dict[str, Any]:
     } | changes  # fmt: skip
 
 
+WORDS = "It is a truth universally acknowledged, that a single man in possession of a good fortune must be in want of"
+
 IMAGE = {
     "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32,
     "patch_size": 8,
@@ -240,3 +242,23 @@ def edited() -> Callable[..., Path]:
         return to
 
     return copy
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory):
+    """Ten thousand characters in which no two windows are alike."""
+    path = tmp_path_factory.mktemp("text") / "words.txt"
+    words = WORDS.split()
+    path.write_text(" ".join(words[i * i % len(words)] + str(i) for i in range(1500)))
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def with_tokenizer(tiny, character_tokenizer):
+    def make(name: str):
+        model = tiny(name)
+        if not (model.folder / "tokenizer.json").exists():
+            character_tokenizer(bos=True).save_pretrained(model.folder)
+        return model
+
+    return make

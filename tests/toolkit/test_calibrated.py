@@ -21,7 +21,6 @@ from quantlab.scheme import Calibration, Recipe
 from quantlab_calib.capture import capture
 
 CPU = torch.device("cpu")
-WORDS = "It is a truth universally acknowledged, that a single man in possession of a good fortune must be in want of"
 TEXT_MODELS = (
     "llama", "qwen2", "qwen3", "qwen3_moe", "mixtral", "gemma3", "gemma3_vision", "phi3", "deepseek_v2", "deepseek_v3",
     "bert", "t5",
@@ -29,28 +28,8 @@ TEXT_MODELS = (
 
 
 @pytest.fixture(scope="session")
-def text(tmp_path_factory):
-    """Ten thousand characters in which no two windows are alike."""
-    path = tmp_path_factory.mktemp("text") / "words.txt"
-    words = WORDS.split()
-    path.write_text(" ".join(words[i * i % len(words)] + str(i) for i in range(1500)))
-    return str(path)
-
-
-@pytest.fixture(scope="session")
 def data(text):
     return Calibration(text, samples=16, length=32)
-
-
-@pytest.fixture(scope="session")
-def with_tokenizer(tiny, character_tokenizer):
-    def make(name: str):
-        model = tiny(name)
-        if not (model.folder / "tokenizer.json").exists():
-            character_tokenizer(bos=True).save_pretrained(model.folder)
-        return model
-
-    return make
 
 
 def calibrate(model, calibration, scheme="fp8-block"):

@@ -1,0 +1,112 @@
+"""INT4 calibration from a checkpoint to a checkpoint: better than plain rounding, continued after an interruption."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from quantlab.convert import convert
+from quantlab.pipeline import quantize
+from quantlab.scheme import Calibration, Recipe
+from quantlab.sequential import Store, first_row
+from quantlab.verify import verify
+from quantlab_calib import data
+from quantlab_calib.blockwise import Block, Steps
+from quantlab_calib.gptq import Gptq
+
+
+@pytest.fixture(scope="module")
+def calibration(text):
+    return Calibration(text, samples=64, length=32)
+
+
+def logits_of(folder, tokens):
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        return model(tokens).logits
+
+
+def made(model, folder, calibration, scheme="int4"):
+    """Quantize, unpack to 16 bits, and return the summary and the folder that plain transformers loads."""
+    summary = quantize(model.folder, Recipe(scheme, calibration=calibration), folder, device="cpu", workers=1)
+    assert not verify(folder).problems
+    convert(folder, "bf16", folder.with_name(folder.name + "-16"))
+    return summary, folder.with_name(folder.name + "-16")
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "qwen3_moe", "phi3", "deepseek_v3"])
+def test_the_checkpoint_is_nearer_to_the_original_than_plain_rounding(with_tokenizer, tmp_path, calibration, name):
+    model = with_tokenizer(name)
+    tokenizer = data.load_tokenizer(model.folder)
+    tokens = data.windows(calibration.data, tokenizer, "evaluation", count=8, length=32, seed=7)
+    exact = logits_of(model.folder, tokens)
+    smooth = replace(calibration, smooth=True)
+    _, plain = made(model, tmp_path / "plain", None)
+    summary, ours = made(model, tmp_path / "ours", smooth)
+    errors = [float((logits_of(folder, tokens) - exact).square().mean()) for folder in (plain, ours)]
+    assert errors[1] < 0.9 * errors[0]
+    layers, total = summary.calibration["layers"].split(" rounded")[0].split(" of ")
+    assert layers == total
+    assert ("tokens per expert" in summary.calibration) == (name in ("qwen3_moe", "deepseek_v3"))
+    assert "folded into" in summary.calibration["scales"]
+
+
+def test_an_interrupted_run_goes_on_behind_the_blocks_that_are_done(with_tokenizer, tmp_path, calibration, monkeypatch):
+    model = with_tokenizer("llama")
+    recipe = Recipe("int4-fp8", calibration=replace(calibration, smooth=True))
+    options = {"device": "cpu", "workers": 1}
+    quantize(model.folder, recipe, tmp_path / "whole", **options)
+
+    def stop(label, done, total):
+        if label == "calibrating model.layers.0":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize(model.folder, recipe, tmp_path / "out", progress=stop, **options)
+    rounded = []
+    prepare = Gptq.prepare
+    monkeypatch.setattr(Gptq, "prepare", lambda self, *given: rounded.append(1) or prepare(self, *given))
+    quantize(model.folder, recipe, tmp_path / "out", **options)
+    assert len(rounded) == 4  # the stages of the second block
+    whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out"))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert not (tmp_path / "out" / "quantlab" / "kept").exists()
+
+
+def test_efforts_and_steps_are_reported(with_tokenizer, tmp_path, calibration):
+    model = with_tokenizer("llama")
+    best = replace(calibration, effort="best", tune_steps=4, samples=16)
+    summary = quantize(model.folder, Recipe("int4", calibration=best), tmp_path / "best", device="cpu", workers=1)
+    assert summary.calibration["steps"] == "best: gptq, original, tune"
+    assert "error of a block's output" in summary.calibration["tuning"]
+    fast = replace(calibration, effort="fast")
+    summary = quantize(model.folder, Recipe("int4", calibration=fast), tmp_path / "fast", device="cpu", workers=1)
+    assert summary.calibration["layers"] == "14 of 14 rounded for their output"
+
+
+def test_blocks_that_were_made_otherwise_do_not_count(tmp_path):
+    tokens, other = torch.zeros(2, 4, dtype=torch.int64), torch.ones(2, 4, dtype=torch.int64)
+    block = Block("layers.3", {"layers.3.w": (torch.ones(2, 128, dtype=torch.int8), torch.ones(2, 1))})
+    block.changed["layers.3.norm.weight"] = torch.randn(8).to(torch.bfloat16)
+    block.scaled["layers.3.norm"] = (0.5, 0.0)
+    block.error, block.tokens, block.notes = (0.5, 0.25), {"layers.3.w": 8}, ["a note"]
+    Store(tmp_path, tokens, Steps()).write(block)
+    assert Store(tmp_path, other, Steps()).read("layers.3") is None
+    assert Store(tmp_path, tokens, Steps(original=False)).read("layers.3") is None
+    found = Store(tmp_path, tokens, Steps()).read("layers.3")
+    assert torch.equal(found.rounded["layers.3.w"][0], block.rounded["layers.3.w"][0])
+    assert torch.equal(found.changed["layers.3.norm.weight"], block.changed["layers.3.norm.weight"])
+    assert replace(found, rounded={}, changed={}) == replace(block, rounded={}, changed={})
+    (tmp_path / "layers.3.safetensors").write_bytes(b"torn")
+    assert Store(tmp_path, tokens, Steps()).read("layers.3") is None
+
+
+def test_parts_of_a_fused_weight_are_found_by_their_first_row():
+    weight = torch.randn(6, 8)
+    assert first_row(weight, weight[2:3], 4) == 2
+    assert first_row(weight, weight[:1], 6) == 0
+    assert first_row(weight, torch.zeros(1, 8), 4) is None
