@@ -12,12 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from quantlab import hf
 from quantlab.checkpoint import stored_in
 from quantlab.convert import convert
 from quantlab.errors import UsageError
 from quantlab.pipeline import quantize
-from quantlab.scheme import SCHEMES
+from quantlab.scheme import SCHEMES, Recipe, Rule
 from quantlab.verify import verify
+from quantlab_kernels.packing import unpack_int4
 from quantlab_kernels.qtensor import QuantizedTensor
 
 Make = Callable[..., Path]
@@ -64,6 +66,9 @@ def test_bf16_is_the_dequantized_model(scheme: str, raw_checkpoint: Make, tmp_pa
     summary = convert(tmp_path / "q", "bf16", tmp_path / "bf16")
     codes, values = tensors_of(tmp_path / "q"), tensors_of(tmp_path / "bf16")
     suffix = "_scale_inv" if scheme == "fp8-block" else "_scale"
+    for name in [name for name in codes if name.endswith("weight_packed")]:
+        shape = codes.pop(name.replace("_packed", "_shape")).tolist()
+        codes[name.removesuffix("_packed")] = unpack_int4(codes.pop(name), shape[1])
     assert values.keys() == tensors_of(source).keys()
     for name, value in values.items():
         if name + suffix in codes:
@@ -122,7 +127,7 @@ def test_bfloat16_block_scales_of_others_are_widened(block: Path, tmp_path: Path
     assert all(tensor.dtype == after[name].dtype for name, tensor in before.items())
 
 
-@pytest.mark.parametrize("form", ["fp8-dynamic", "block"])
+@pytest.mark.parametrize("form", ["fp8-dynamic", "block", "int4", "int4-fp8"])
 def test_compressed_tensors_decompresses_to_our_values(
     form: str, quantized: Callable[[str, str], Any], tmp_path: Path
 ) -> None:
@@ -132,7 +137,7 @@ def test_compressed_tensors_decompresses_to_our_values(
 
     from quantlab.checkpoint import quantization_config
 
-    folder = quantized("llama", "fp8-dynamic" if form == "fp8-dynamic" else "fp8-block").folder
+    folder = quantized("llama", "fp8-block" if form == "block" else form).folder
     if form == "block":
         convert(folder, "compressed-tensors", tmp_path / "ct")
         folder = tmp_path / "ct"
@@ -144,9 +149,63 @@ def test_compressed_tensors_decompresses_to_our_values(
     tensors, values = tensors_of(folder), tensors_of(tmp_path / "bf16")
     checked = 0
     for name, tensor in tensors.items():
+        name = name.removesuffix("_packed")
         if name + "_scale" not in tensors:
             continue
-        theirs = compressor.decompress({"weight": tensor, "weight_scale": tensors[name + "_scale"].bfloat16()}, scheme)
+        parts = {"weight": tensor} if name in tensors else {"weight_packed": tensor}
+        parts |= {"weight_shape": tensors[name + "_shape"]} if name + "_shape" in tensors else {}
+        theirs = compressor.decompress(parts | {"weight_scale": tensors[name + "_scale"].bfloat16()}, scheme)
         assert torch.equal(theirs["weight"].bfloat16(), values[name]), name
         checked += 1
     assert checked == 14
+
+
+def test_activations_of_int4_weights_flip(quantized: Callable[[str, str], Any], tmp_path: Path) -> None:
+    source, other = (quantized("llama", scheme).folder for scheme in ("int4", "int4-fp8"))
+    convert(source, "int4-fp8", tmp_path / "flipped")
+    convert(tmp_path / "flipped", "int4", tmp_path / "back")
+    for made, wanted in (("flipped", other), ("back", source)):
+        assert config_of(tmp_path / made)["quantization_config"] == config_of(wanted)["quantization_config"]
+        before, after = tensors_of(wanted), tensors_of(tmp_path / made)
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[name], after[name]) for name in before)
+        assert verify(tmp_path / made).problems == ()
+    for folder, to, message in (
+        (source, "int4", "already in the format"),
+        (source, "fp8", "they go to int4, int4-fp8 or bf16"),
+        (quantized("llama", "fp8-dynamic").folder, "int4", "holds no INT4 weights"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            convert(folder, to, tmp_path / "no")
+
+
+def test_kinds_may_mix(tiny: Callable[[str], Any], tmp_path: Path) -> None:
+    """INT4 for most, FP8 for the others, 16 bits for one: on disk, multiplied out, flipped."""
+    rules = Rule("*.down_proj", "fp8-dynamic"), Rule("model.layers.0.self_attn.*", "none")
+    quantize(tiny("llama").folder, Recipe("int4-fp8", rules), tmp_path / "mixed", device="cpu")
+    assert verify(tmp_path / "mixed").problems == ()
+    config = config_of(tmp_path / "mixed")["quantization_config"]
+    assert config["format"] == "mixed-precision"
+    names = [f"model.layers.{i}.mlp.down_proj" for i in (0, 1)]
+    assert [group["targets"] for group in config["config_groups"].values()] == [["Linear"], names]
+    assert [group["format"] for group in config["config_groups"].values()] == ["pack-quantized", "float-quantized"]
+    stored = stored_in(config_of(tmp_path / "mixed"))
+    assert stored is not None
+    assert [stored.kind(name).scheme for name in (names[0], "model.layers.1.mlp.up_proj")] == [
+        "fp8-dynamic",
+        "int4-fp8",
+    ]
+
+    convert(tmp_path / "mixed", "int4", tmp_path / "int4")
+    convert(tmp_path / "mixed", "bf16", tmp_path / "bf16")
+    model, plain = (hf.load(tmp_path / name, dtype=torch.float32) for name in ("int4", "bf16"))
+    layer = model.model.layers[1]
+    assert [type(m).__name__ for m in (layer.mlp.down_proj, layer.mlp.up_proj)] == ["Fp8RowLinear", "Int4Linear"]
+    assert type(model.model.layers[0].self_attn.q_proj) is torch.nn.Linear
+    tokens = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        ours, theirs = model(tokens).logits, plain(tokens).logits
+    assert 0 < (ours - theirs).norm() / theirs.norm() < 0.05
+    hf.load(tmp_path / "int4").save_pretrained(tmp_path / "saved")
+    before, after = tensors_of(tmp_path / "int4"), tensors_of(tmp_path / "saved")
+    assert all(torch.equal(before[name].view(torch.uint8), after[name].view(torch.uint8)) for name in before)

@@ -49,7 +49,7 @@ def test_first_match_wins_and_the_rest_gets_the_scheme():
         ("[calibration]\nsamples = 0", "needs 1 x 2 at least"),
         ("[calibration]\nactivations = 'sometimes'", "known: dynamic, static"),
         ("scheme = 'none'", "quantizes nothing"),
-        ("[[layers]]\nmatch = '*'\nscheme = 'fp8-dynamic'", "one on-disk format"),
+        ("[[layers]]\nmatch = '*'\nscheme = 'fp8-dynamic'", "holds one scheme, the others mix"),
         ("scheme = ", "not TOML"),
     ],
 )

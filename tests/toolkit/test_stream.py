@@ -19,9 +19,11 @@ from safetensors.torch import load_file
 from quantlab import jobs, stream
 from quantlab.checkpoint import MANIFEST, SUMMARY
 from quantlab.errors import PreflightError, UsageError
+from quantlab.jobs import nearest
 from quantlab.pipeline import quantize
 from quantlab.scheme import SCHEMES, Recipe
 from quantlab_kernels import qtensor
+from quantlab_kernels.packing import unpack_int4
 
 Make = Callable[..., Path]
 ROOT = Path(__file__).parents[2]
@@ -46,15 +48,20 @@ def test_every_tensor_is_what_the_definition_says(scheme: str, raw_checkpoint: M
     suffix = "_scale_inv" if scheme == "fp8-block" else "_scale"
     quantized = [name for name in before if name + suffix in after]
     assert len(quantized) == 14
+    packed = SCHEMES[scheme].layout == "pack-quantized"
     for name in quantized:
-        wanted = qtensor.quantize(before[name], SCHEMES[scheme].weight)
+        wanted = nearest(before[name], SCHEMES[scheme].weight)
+        if packed:
+            assert after.pop(name + "_shape").tolist() == list(before[name].shape)
+            after[name] = unpack_int4(after.pop(name + "_packed"), before[name].shape[1])
         assert torch.equal(after[name].view(torch.uint8), wanted.codes.view(torch.uint8)), name
         assert torch.equal(after[name + suffix].float(), wanted.scale), name
         assert after[name + suffix].dtype == (torch.float32 if scheme == "fp8-block" else torch.bfloat16)
     for name in before.keys() - set(quantized):
         assert torch.equal(before[name].view(torch.int16), after[name].view(torch.int16)), name
     assert len(after) == len(before) + 14
-    assert summary.bytes_after == sum(tensor.nbytes for tensor in after.values())
+    stored = tensors_of(tmp_path / "out").values()
+    assert summary.bytes_after == sum(tensor.nbytes for tensor in stored)
     assert summary.bytes_before == sum(tensor.nbytes for tensor in before.values())
 
 

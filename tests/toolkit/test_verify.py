@@ -46,7 +46,7 @@ def test_what_we_write_is_right(scheme: str, raw_checkpoint: Make, tmp_path: Pat
     assert result.problems == ()
     assert result.notes == ()
     readers = {check.name.split(":")[0] for check in result.checks if ":" in check.name}
-    assert readers == {"all", "transformers", "vLLM", "SGLang"}
+    assert readers == {"all", "compressed-tensors", "transformers", "vLLM", "SGLang"}
     assert all(row[1] == "ok" for row in result.rows())
     assert result.to_dict()["ok"] is True
 
@@ -123,7 +123,7 @@ def quantized_head(tensors: dict[str, torch.Tensor], _: Any) -> None:
 @pytest.mark.parametrize(
     ("edit", "found"),
     [
-        (drop_scale, {f"all: {Q}: FP8 weight without weight_scale_inv"}),
+        (drop_scale, {f"all: {Q}: quantized weight without weight_scale_inv"}),
         (wrong_scale_shape, {f"all: {Q}: scale has shape [1, 2], needs [2, 2]"}),
         (half_scale, {f"all: {Q}: scale is BF16, needs F32"}),
         (bad_scales, {f"scales are positive and finite: {Q}: 2 of 4 scales are not positive and finite"}),
@@ -190,7 +190,7 @@ def test_what_is_no_quantized_checkpoint(raw_checkpoint: Make, tmp_path: Path) -
         verify(tmp_path / "nowhere")
     config = {"quant_method": "fp8", "weight_block_size": [128, 128]}
     empty = raw_checkpoint({"norm.weight": torch.ones(2)}, name="empty", quantization_config=config)
-    assert f"{empty}: holds no FP8 weight" in verify_weights(empty)
+    assert f"{empty}: holds no quantized weight" in verify_weights(empty)
     (empty / "quantlab").mkdir()
     (empty / "quantlab" / "manifest.json").write_text("[]")
     with pytest.raises(PreflightError, match="is not a manifest"):
