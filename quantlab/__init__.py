@@ -20,12 +20,13 @@ _HOMES = {
     "plan": "pipeline",
     "quantize": "pipeline",
     "evaluate": "evaluate",
+    "mix": "mixed",
     "verify": "verify",
     "Recipe": "scheme",
     "Scheme": "scheme",
 }
 
-__all__ = ["Recipe", "Scheme", "enable", "evaluate", "load", "pipeline", "plan", "quantize", "verify"]
+__all__ = ["Recipe", "Scheme", "enable", "evaluate", "load", "mix", "pipeline", "plan", "quantize", "verify"]
 
 
 class _Package(ModuleType):

@@ -79,6 +79,7 @@ def mix(
     target_bits: float | None = None,
     max_kl: float | None = None,
     schemes: Sequence[str] = DEFAULT_SCHEMES,
+    ignore: Sequence[str] = (),
     calibration: str = "bundled",
     samples: int = 8,
     length: int = 256,
@@ -90,6 +91,7 @@ def mix(
 
     target_bits  most bits per weight, scales included, over the weights that can be quantized
     max_kl       or: highest KL to the original, nats per token, measured on the windows used here
+    ignore       patterns of modules that stay as they are and count for nothing
 
     Raises UsageError where not exactly one of the two is given, and for a size or a loss that no assignment reaches.
     """
@@ -99,7 +101,10 @@ def mix(
         raise UsageError(f"{target_bits if target_bits is not None else max_kl}: must be more than 0")
     quantizing = schemes_named([name for name in schemes if name != "none"])
     source = open_model(model, trust_remote_code)
-    plans = {name: preflight.plan(source, Recipe(name), trust_remote_code=trust_remote_code) for name in quantizing}
+    kept = tuple(Rule(pattern, "none") for pattern in ignore)
+    plans = {
+        name: preflight.plan(source, Recipe(name, kept), trust_remote_code=trust_remote_code) for name in quantizing
+    }
     tokens = tokens_of(source, calibration, samples, length, trust_remote_code)
     run = Run(source, plans, tokens, device, trust_remote_code, progress)
     choices = choices_of(plans, {(e.unit, e.scheme): e.kl.value for e in run.estimated()}, "none" in schemes)
@@ -117,7 +122,7 @@ def mix(
         picked, measured = _within(run, lambda limit: assignment(allocate(list(choices.values()), limit=limit)), max_kl)
     assigned = {name: choice.scheme for name, choice in picked.items()}
     return Mixture(
-        recipe_of(assigned, plans),
+        recipe_of(assigned, plans, kept),
         8 * sum(choice.nbytes for choice in picked.values()) / weights,
         sum(choice.kl for choice in picked.values()),
         measured,
@@ -208,12 +213,13 @@ def _shifted(best: torch.Tensor, cells: int) -> torch.Tensor:
     return moved
 
 
-def recipe_of(assigned: dict[str, str], plans: dict[str, Plan]) -> Recipe:
-    """The recipe that gives each unit its scheme: the one with the most weights for all, rules for the others."""
+def recipe_of(assigned: dict[str, str], plans: dict[str, Plan], kept: tuple[Rule, ...] = ()) -> Recipe:
+    """The recipe that gives each unit its scheme: the one with the most weights for all, rules for the others, after
+    those that keep modules out."""
     units = {unit.name: unit for plan in plans.values() for unit in units_of(plan)}
     weights: dict[str, int] = dict.fromkeys(assigned.values(), 0)
     for name, scheme in assigned.items():
         weights[scheme] += units[name].elements
     common = max(weights, key=lambda scheme: weights[scheme] if scheme != "none" else -1)
     rules = [Rule(p, scheme) for name, scheme in assigned.items() if scheme != common for p in units[name].patterns]
-    return Recipe(common, tuple(rules))
+    return Recipe(common, (*kept, *rules))

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from quantlab import kinds
 from quantlab.architecture import load_targets
+from quantlab.jobs import nearest
 from quantlab.layer_errors import common_name
 from quantlab.preflight import Plan
 from quantlab.scheme import Scheme
@@ -112,7 +113,7 @@ def quantizing(known: dict[int, str], schemes: dict[str, Scheme]) -> Products:
     def product(unit: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         address, scheme = weight.data_ptr(), schemes[unit]
         if address not in weights:
-            weights[address] = quantize(weight.detach(), scheme.weight).dequantize(weight.dtype)
+            weights[address] = nearest(weight.detach(), scheme.weight).dequantize(weight.dtype)
         return quantized_product(x, weights[address], bias, scheme)
 
     return Products({address: name for address, name in known.items() if name in schemes}, product)
@@ -128,7 +129,7 @@ def perturbing(known: dict[int, str], schemes: dict[str, Scheme], take: Callable
         with torch.no_grad():
             errors = {}
             for name, scheme in schemes.items():
-                rounded = quantize(weight, scheme.weight).dequantize(weight.dtype)
+                rounded = nearest(weight, scheme.weight).dequantize(weight.dtype)
                 errors[name] = quantized_product(x.detach(), rounded, bias, scheme) - exact
 
         def changed(gradient: Tensor) -> None:

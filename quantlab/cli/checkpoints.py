@@ -12,6 +12,7 @@ from quantlab.cli.output import Format, print_json, print_table, progress, size
 from quantlab.errors import UsageError, VerificationError
 
 if TYPE_CHECKING:
+    from quantlab.mixed import Mixture
     from quantlab.pipeline import Summary
     from quantlab.preflight import Plan
     from quantlab.scheme import Recipe
@@ -52,6 +53,15 @@ Steps = Annotated[
         show_default=False,
     ),
 ]
+TargetBits = Annotated[
+    float | None,
+    Option("--target-bits", help="Most bits per weight, scales included: solves for schemes.", show_default=False),
+]
+MaxKl = Annotated[
+    float | None,
+    Option("--max-kl", help="Or: highest KL to the original, nats per token.", show_default=False),
+]
+Mix = Annotated[str, Option("--mix", help="Schemes that --target-bits and --max-kl choose from; none leaves layers.")]
 Output = Annotated[
     Path | None, Option("-o", "--output", help="Folder to make [MODEL's name plus the scheme].", show_default=False)
 ]
@@ -78,6 +88,9 @@ def quantize(
     activations: Activations = "dynamic",
     effort: Effort = None,
     steps: Steps = None,
+    target_bits: TargetBits = None,
+    max_kl: MaxKl = None,
+    mix: Mix = "int4-fp8,fp8-dynamic,none",
     device: Device = "auto",
     workers: Workers = None,
     overwrite: Overwrite = False,
@@ -89,10 +102,21 @@ def quantize(
 
     Data-free unless --calib, --effort or --steps ask for calibration. Runs shard by shard and never holds the model.
     The same command continues an interrupted run; the output appears only when it is whole and verified.
+
+    With --target-bits or --max-kl every group of layers gets its own scheme, and the recipe is kept in the output.
     """
     import quantlab
+    from quantlab.output import output_folder
 
+    if (target_bits, max_kl) != (None, None):
+        if scheme is not None or recipe is not None:
+            raise UsageError("--target-bits and --max-kl choose the schemes; leave out --scheme and --recipe")
+        mixture = _mixture(model, target_bits, max_kl, mix, ignore, calib, device, trust_remote_code, format)
+        scheme, output = mixture.recipe.scheme, output_folder(model, "mixed", output)
     chosen = _recipe(scheme, recipe, ignore, calib, calib_samples, calib_length, seed, activations, effort, steps)
+    if (target_bits, max_kl) != (None, None):
+        asked = effort is not None or steps is not None  # the data then serve calibration, and not only the choice
+        chosen = replace(mixture.recipe, calibration=chosen.calibration if asked else None)
     with progress(format is Format.human) as callback:
         summary = quantlab.quantize(
             model,
@@ -193,6 +217,38 @@ def _recipe(
     elif activations != "dynamic" and recipe.calibration is None:
         raise UsageError(f"--activations {activations} needs data; add --calib bundled, or --calib FILE")
     return recipe
+
+
+def _mixture(
+    model: str,
+    target_bits: float | None,
+    max_kl: float | None,
+    schemes: str,
+    ignore: list[str],
+    calib: str | None,
+    device: str,
+    trust_remote_code: bool,
+    format: Format,
+) -> Mixture:
+    """The best assignment of schemes, shown to people."""
+    from quantlab.mixed import mix
+
+    with progress(format is Format.human) as callback:
+        found = mix(
+            model,
+            target_bits=target_bits,
+            max_kl=max_kl,
+            schemes=[name.strip() for name in schemes.split(",") if name.strip()],
+            ignore=ignore,
+            calibration=calib or "bundled",
+            device=device,
+            trust_remote_code=trust_remote_code,
+            progress=callback,
+        )
+    if format is Format.human:
+        print_table(f"{model}: schemes of its groups of layers", ("", ""), found.rows())
+        print()
+    return found
 
 
 def _show(result: Plan | Summary, format: Format) -> None:

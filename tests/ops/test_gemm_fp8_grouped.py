@@ -66,7 +66,7 @@ def test_tiles_follow_the_rows_of_an_expert():
     def config(rows, **changes):
         return sm90.config(GroupedProblem(rows, 4096, 7168, 8, **changes))
 
-    assert [config(rows).by for rows in (8, 8 * 12, 8 * 16, 8 * 50, 8 * 60)] == [16, 16, 32, 64, 128]
+    assert [config(rows).by for rows in (8, 8 * 12, 8 * 16, 8 * 50, 8 * 60)] == [16, 16, 32, 64, 64]
     assert all(config(rows).swap for rows in (1, 64, 512))
     assert not config(8 * 128).swap
     assert config(8 * 4096).bx == 192

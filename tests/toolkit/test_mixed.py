@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
+from quantlab import hf
+from quantlab.cli import app
 from quantlab.errors import UsageError
+from quantlab.evaluate import evaluate
 from quantlab.mixed import GRID, Choice, allocate, mix
-from quantlab.pipeline import plan
-from quantlab.scheme import Recipe
+from quantlab.pipeline import plan, quantize
+from quantlab.scheme import Recipe, Rule
+from quantlab.simulate import units_of
 
 MODEL = Path(__file__).parents[2] / "examples" / "tiny-llama"
 SMALL = {"samples": 2, "length": 96, "device": "cpu"}
@@ -76,6 +83,54 @@ def test_fewer_bits_lose_more_and_the_size_is_kept():
         weights = sum(d.info.elements for d in made.decisions if d.kind == "linear")
         kept = made.bytes_after - sum(d.info.nbytes for d in made.decisions if d.kind != "linear")
         assert 8 * kept / weights == pytest.approx(mixture.bits)
+
+
+def test_four_and_eight_bits_beat_four_at_the_same_size(tmp_path):
+    """The default schemes on a checkpoint: the recipe is kept, and the model runs as the mixture says."""
+    found = mix(MODEL, target_bits=5.0, **SMALL)
+    assert set(found.assigned.values()) <= {"int4-fp8", "fp8-dynamic", "none"}
+    assert len(set(found.assigned.values())) > 1
+    assert found.bits <= 5
+    quantize(MODEL, found.recipe, tmp_path / "mixed", device="cpu")
+    assert Recipe.from_toml(tmp_path / "mixed" / "quantlab" / "recipe.toml") == found.recipe
+    model = hf.load(tmp_path / "mixed", dtype=torch.float32)
+    kinds = Counter(type(module).__name__ for module in model.modules())
+    assert kinds["Int4Fp8Linear"] > kinds["Fp8RowLinear"] > 0
+
+    blind = Recipe("int4-fp8", tuple(Rule(p, "fp8-dynamic") for p in blindly(found)))
+    plans = {name: plan(MODEL, name) for name in ("int4-fp8", "fp8-dynamic")}
+    assert plan(MODEL, blind).bytes_after >= plan(MODEL, found.recipe).bytes_after
+    evaluations = []
+    for name, recipe in (("mixture", found.recipe), ("blind", blind)):
+        quantize(MODEL, recipe, tmp_path / name, device="cpu")
+        evaluations.append(evaluate(tmp_path / name, baseline=MODEL, windows=8, length=256).kl.value)
+    assert evaluations[0] < 0.95 * evaluations[1]
+    assert plans["int4-fp8"].bytes_after < plan(MODEL, found.recipe).bytes_after < plans["fp8-dynamic"].bytes_after
+
+
+def blindly(found):
+    """Patterns that spend as many bytes on the first layers as the mixture spends where it matters."""
+    units = units_of(plan(MODEL, "int4-fp8"))
+    total = sum(unit.elements for unit in units)
+    spent, patterns = 4.125 * total, []
+    for unit in units:
+        if spent >= found.bits * total:
+            break
+        spent += (8.06 - 4.125) * unit.elements
+        patterns += unit.patterns
+    return patterns
+
+
+def test_from_the_command_line(tmp_path):
+    given = ["quantize", str(MODEL), "--target-bits", "10", "--mix", "fp8-dynamic,none", "-o", str(tmp_path / "out")]
+    done = CliRunner().invoke(app, [*given, "--device", "cpu", "--ignore", "*.v_proj"])
+    assert done.exit_code == 0, done.output
+    assert "bits per weight" in done.output
+    recipe = Recipe.from_toml(tmp_path / "out" / "quantlab" / "recipe.toml")
+    assert recipe.rules[0] == Rule("*.v_proj", "none")
+    refused = CliRunner().invoke(app, [*given, "--scheme", "int4"])
+    assert isinstance(refused.exception, UsageError)
+    assert "leave out --scheme" in str(refused.exception)
 
 
 def test_a_limit_on_the_loss_is_kept():

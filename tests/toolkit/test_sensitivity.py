@@ -92,9 +92,7 @@ def test_it_continues_and_computes_nothing_twice(exact, tmp_path, monkeypatch):
     (tmp_path / "again.jsonl").write_text("\n".join(lines[:-2]) + "\n" + lines[-2][:20])  # killed while it wrote
     ran = []
     simulate = module.quantizing
-    monkeypatch.setattr(
-        module, "quantizing", lambda known, schemes: ran.extend(schemes) or simulate(known, schemes)
-    )
+    monkeypatch.setattr(module, "quantizing", lambda known, schemes: ran.extend(schemes) or simulate(known, schemes))
     again = sensitivity(MODEL, ["fp8-block"], tmp_path / "again.json", **SMALL)
     assert ran == ["model.layers.4.self_attn.o_proj", "model.layers.4.self_attn.q/k/v_proj"]
     assert again == result

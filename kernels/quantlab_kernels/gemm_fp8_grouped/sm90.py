@@ -38,7 +38,7 @@ def supports(problem: GroupedProblem) -> str | None:
 def config(problem: GroupedProblem) -> Config:
     """Tiles as tall as an expert has rows; with few, the weights go on the M side of the MMA as in `gemm_fp8_block`."""
     if problem.mean <= 64:
-        by = next(b for b in (16, 32, 64, 128) if 1.25 * problem.mean <= b)
+        by = next((b for b in (16, 32) if 1.25 * problem.mean <= b), 64)
         return deepest(Config(by=by, math_groups=2, swap=1, output_tma=0, grouped=1))
     tma = int(problem.out_dtype.itemsize == 2 and problem.n % 8 == 0)
     if not tma:
