@@ -1,7 +1,8 @@
-"""``python -m quantlab_kernels.attention_prefill.errors``: error of 8-bit attention against float32 on the same inputs.
+"""``python -m quantlab_kernels.attention_prefill.errors``: error against float32 attention of the same inputs.
 
-The distributions are those by which published kernels are compared: FlashAttention-3's (a normal one, and one element in
-a thousand of deviation 10), a plain normal one, keys with a bias per channel, and long contexts whose values have a mean.
+The distributions are those by which published kernels are compared: FlashAttention-3's (a normal one, and one element
+in a thousand of deviation 10), a plain normal one, keys with a bias per channel, and long contexts whose values have a
+mean.
 """
 
 from __future__ import annotations

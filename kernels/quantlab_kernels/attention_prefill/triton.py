@@ -78,9 +78,11 @@ def launch(
 @triton.jit
 def _operand(x, INT8: tl.constexpr, NATIVE: tl.constexpr):
     """Codes as a type that `tl.dot` takes."""
-    if INT8 or NATIVE:
-        return x
-    return decode_e4m3(x)
+    if INT8 or NATIVE:  # an early return would leave two types of result
+        operand = x
+    else:
+        operand = decode_e4m3(x)
+    return operand
 
 
 @triton.jit

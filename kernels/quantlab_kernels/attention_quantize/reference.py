@@ -6,7 +6,7 @@ same number to all scores of a query, which softmax does not see. That number, `
 soft caps, sinks and the log-sum-exp. Values are centred and rotated too; attention weights add up to 1, so the mean
 comes back by one addition, and one scale for all channels of 128 keys then serves as well as one per channel.
 
-Both means are those of at most 512 tokens. Any vector would do, the better ones make smaller codes.
+Both means are those of at most 256 tokens. Any vector would do, the better ones make smaller codes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 BLOCK = 128  # keys of a block
 GROUPS = 4  # key scales of a block: one for each thread of a quad of the tensor core's accumulator
-SAMPLES = 512  # tokens that a mean is taken of
+SAMPLES = 256  # tokens that a mean is taken of
 LIMIT = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 
 

@@ -76,7 +76,7 @@ def _means(
     samples = tl.minimum(count, SAMPLES)
     column = tl.arange(0, DP)
     total = tl.zeros((DP,), tl.float32)
-    for first in range(0, SAMPLES, CHUNK):
+    for first in tl.static_range(0, SAMPLES, CHUNK):
         i = first + tl.arange(0, CHUNK)
         token = start + i * count // tl.maximum(samples, 1)
         mask = (i < samples)[:, None] & (column < D)[None, :]
