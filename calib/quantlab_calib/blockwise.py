@@ -15,8 +15,8 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
-from typing import TypeVar
+from functools import cached_property, partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from quantlab_calib.capture import LeaveError, LinearCalls, Walk, Weights, alike, linear_weights, load_when_called
 from quantlab_calib.gptq import Gptq, SingularError
 from quantlab_calib.observers import GROUP, MomentObserver
+from quantlab_calib.rotate import RotationError, hadamard, rotate_block, rotate_ends
 from quantlab_calib.rounding import decode_int4, round_int4
 from quantlab_calib.smooth import apply, find_folds, search, trace
 from quantlab_calib.tune import Latent, Tune, tune
@@ -38,7 +39,7 @@ MATRIX_ELEMENTS = 1 << 28  # of second moments that are factored at a time
 WEIGHT_ELEMENTS = 1 << 27  # of weights that are rounded at a time
 BATCH_TOKENS = 8192
 SAMPLE_TOKENS = 1024  # on which scales are chosen
-PROBE_TOKENS = 32  # on which it is tried what folds
+PROBE_TOKENS, PROBE_SIZE = 32, 0.01  # of the hidden states on which it is tried what folds
 KEPT = 0.4  # of a GPU's free memory, for hidden states; above that they wait on the CPU
 
 
@@ -49,6 +50,7 @@ class Steps:
     input     spec of quantized activations; None leaves them
     gptq      how codes are chosen; None rounds each weight for itself
     original  aim at the original model's outputs, not at those of the layer itself on the inputs that it gets
+    rotate    turn the residual stream, and the values of each head (`rotate`)
     smooth    exponents to try for scales that are folded into norms and layers before (`smooth`); empty folds none
     tune      how codes are tuned for the block's output afterwards; None does not
     """
@@ -58,6 +60,7 @@ class Steps:
     original: bool = True
     smooth: tuple[tuple[float, float], ...] = ()
     tune: Tune | None = None
+    rotate: bool = False
 
 
 @dataclass
@@ -119,7 +122,7 @@ class Blockwise:
     ) -> None:
         self.model, self.tokens, self.weights, self.path = model.eval(), tokens, weights, path
         self.wanted, self.steps, self.done, self.loaded, self.device = wanted, steps, done, loaded, device
-        self.stored = stored
+        self.stored, self.ends = stored, dict[str, Tensor]()
         self.walk = Walk(model, path, device)
         self.at_once = max(1, BATCH_TOKENS // tokens.shape[1])
         self.ours, self.theirs = Stream(device), Stream(device)
@@ -129,6 +132,8 @@ class Blockwise:
         """Yield each block, its original weights still in memory."""
         hooks = load_when_called(self.model, self.path, self.weights)
         try:
+            if self.steps.rotate:
+                self._rotate_ends()
             for index in range(len(self.walk.blocks)):
                 yield self._block(index)
         finally:
@@ -141,9 +146,10 @@ class Blockwise:
         self.weights.load(path)
         layers = {n: w for n, w in linear_weights(self.walk.blocks[index], path).items() if self.wanted(n)}
         self.loaded(path, layers)
+        turned = self._rotate(index, path) if self.steps.rotate else {}
         block = self.done(path)
         if block is None:
-            block = Block(path)
+            block = Block(path, changed=turned)
             self.quantized = _Quantized(layers, self.steps.input)
             if self.steps.smooth:
                 self._smooth(index, block)
@@ -174,16 +180,53 @@ class Blockwise:
         """Whether the original's hidden states are wanted."""
         return self.steps.original or self.steps.tune is not None
 
+    def _rotate_ends(self) -> None:
+        """Turn the embedding and what computes logits; `ends` are their parameters as they are now."""
+        self.weights.load(f"{self.path}.0")
+        self._call_on(0, self.probe)  # from now on it is known what blocks return
+        tokens = self.tokens[:1, : self.probe.shape[1]]
+        names = rotate_ends(self.walk, tokens, self.probe, self.turn, self.weights.load)
+        self.ends = {name: self._copy(name) for name in sorted(names)}
+
+    def _rotate(self, index: int, path: str) -> dict[str, Tensor]:
+        """Turn a block; the parameters that changed and are not wanted."""
+        block = self.walk.blocks[index]
+        names = rotate_block(block, path, partial(self._call_on, index), self.probe, self.turn, self.head)
+        return {name: self._copy(name) for name in names if not self._is_wanted(name)}
+
+    def _copy(self, name: str) -> Tensor:
+        if self.stored(name) is None:
+            raise RotationError(f"the checkpoint has no {name} of its own")
+        return self.model.get_parameter(name).data.to("cpu", copy=True)
+
+    def _is_wanted(self, name: str) -> bool:
+        return self.wanted(name) or self.wanted(f"{name}[0]")
+
+    @cached_property
+    def turn(self) -> Tensor:
+        return hadamard(self.probe.shape[-1]).to(self.device)
+
+    @property
+    def head(self) -> int | None:
+        """Channels of values in a head, where the config says it."""
+        config: Any = getattr(self.model, "config", None)
+        config = config.get_text_config() if hasattr(config, "get_text_config") else config
+        for name in ("v_head_dim", "head_dim"):
+            if getattr(config, name, None):
+                return int(getattr(config, name))
+        heads = getattr(config, "num_attention_heads", None)
+        return self.probe.shape[-1] // heads if heads else None
+
     def _smooth(self, index: int, block: Block) -> None:
         """Fold scales into what produces the inputs of quantized layers, where it pays and changes nothing else."""
         module, layers = self.walk.blocks[index], self.quantized.layers
         few = slice(0, max(1, SAMPLE_TOKENS // self.tokens.shape[1]))
-        folds, notes = find_folds(module, block.path, lambda: self._run(index, slice(0, 1), PROBE_TOKENS))
+        folds, notes = find_folds(module, block.path, lambda: self._call_on(index, self.probe))
         block.notes += notes
-        inputs = trace(module, block.path, lambda: self._run(index, few, None)).inputs
+        inputs = trace(module, block.path, lambda: self._run(index, few)).inputs
         for fold in folds:
             touched = {f"{fold.producer}.weight", *(re.sub(r"\[\d+\]$", "", name) for name in fold.consumers)}
-            changed = {name for name in touched if name not in layers and f"{name}[0]" not in layers}
+            changed = {name for name in touched if not self._is_wanted(name)}
             changed |= {
                 name for name, _ in module.named_parameters(prefix=block.path) if name == f"{fold.producer}.bias"
             }
@@ -198,14 +241,28 @@ class Blockwise:
             if exponents != (0.0, 0.0):
                 apply(fold, scale, module, block.path, self.stored(f"{fold.producer}.weight"))
                 block.scaled[fold.producer] = exponents
-                block.changed |= {name: self.model.get_parameter(name).data.to("cpu", copy=True) for name in changed}
+                block.changed |= {name: self._copy(name) for name in changed}
 
-    def _run(self, index: int, part: slice, tokens: int | None) -> Tensor:
-        """The output of a block for some rows of ours, of which only the first tokens count."""
-        rows = self.ours.rows(part)
-        output = self.walk.call(index, None if rows is None else rows[:, :tokens], self.tokens[part, :tokens])
+    def _run(self, index: int, part: slice) -> Tensor:
+        """The output of a block for some rows of ours."""
+        output = self.walk.call(index, self.ours.rows(part), self.tokens[part])
         assert output is not None  # nobody leaves
         return output
+
+    def _call_on(self, index: int, hidden: Tensor) -> Tensor:
+        """The output of a block for hidden states of one's own making."""
+        output = self.walk.call(index, hidden, self.tokens[:1, : hidden.shape[1]])
+        assert output is not None  # nobody leaves
+        return output
+
+    @cached_property
+    def probe(self) -> Tensor:
+        """Hidden states on which it is tried what a block may be turned into: random, and so small that what a block
+        adds to them is not lost beside them."""
+        generator = torch.Generator().manual_seed(0)
+        shape = 1, min(PROBE_TOKENS, self.tokens.shape[1]), self.walk.entry(self.tokens[:1, :1]).shape[-1]
+        dtype = next(p.dtype for p in self.walk.blocks[0].parameters() if p.is_floating_point())
+        return (torch.randn(shape, generator=generator) * PROBE_SIZE).to(self.device, dtype)
 
     def _stages(self, index: int) -> list[list[str]]:
         """Names of layers in the order in which the block calls them, those that read one input together."""

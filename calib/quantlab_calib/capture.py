@@ -171,6 +171,27 @@ class Walk:
             raise CaptureError(f"{type(block).__name__} returns {type(output).__name__}, not hidden states")
         return output
 
+    def entry(self, batch: Tensor) -> Tensor:
+        """The hidden states that enter the first block."""
+        found: list[Tensor] = []
+
+        def leave(*args: Any, **kwargs: Any) -> Any:
+            found.append(args[0] if args else kwargs["hidden_states"])
+            raise LeaveError
+
+        with forward_replaced(self.blocks[0], leave), _as_capture_error(), contextlib.suppress(LeaveError):
+            self.model(**_inputs(self.model, batch.to(self.device)))
+        return found[0]
+
+    def exit(self, hidden: Tensor, batch: Tensor) -> Tensor:
+        """What the model makes of hidden states that leave the last block: its logits. Only after a block has run."""
+        with contextlib.ExitStack() as stack:
+            for block in self.blocks:
+                stack.enter_context(forward_replaced(block, self._pass))
+            stack.enter_context(forward_replaced(self.blocks[0], lambda *_, **__: self._pass(hidden)))
+            with _as_capture_error():
+                return self.model(**_inputs(self.model, batch.to(self.device)))[0]
+
     def through(self, index: int, hidden: Tensor | None, batch: Tensor) -> Tensor:
         """The same, on the CPU."""
         output = self.call(index, hidden, batch)
