@@ -169,11 +169,17 @@ def run(
 
 def steps_of(stored: Stored, calibration: Calibration) -> Steps | None:
     """What is done to each block under this calibration; None where one pass over the original model is all."""
-    smooth, gptq, original, tuned = (calibration.switched(step) for step in STEPS)
-    if stored.weight.format is not INT4 or not (smooth or gptq or original or tuned):
+    steps = {step for step in STEPS if calibration.switched(step)}
+    if stored.weight.format is not INT4 or not steps:
         return None
-    tune = Tune(steps=calibration.tune_steps) if tuned else None
-    return Steps(stored.input, Gptq() if gptq else None, original, EXPONENTS if smooth else (), tune)
+    return Steps(
+        input=stored.input,
+        gptq=Gptq() if "gptq" in steps else None,
+        original="original" in steps,
+        smooth=EXPONENTS if "smooth" in steps else (),
+        tune=Tune(steps=calibration.tune_steps) if "tune" in steps else None,
+        rotate="rotate" in steps,
+    )
 
 
 def _blocks(model: Any) -> str | None:

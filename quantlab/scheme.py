@@ -132,7 +132,7 @@ class Rule:
 
 
 # What calibration does to INT4 weights, in this order, and under which effort; a switch of the recipe wins over it.
-STEPS = ("smooth", "gptq", "original", "tune")
+STEPS = ("rotate", "smooth", "gptq", "original", "tune")
 EFFORTS: dict[str, tuple[str, ...]] = {
     "fast": (),
     "default": ("gptq", "original"),
@@ -150,8 +150,9 @@ class Calibration:
     seed         of the choice of sequences
     activations  "dynamic": 1x128 scales computed at run time; "static": from the pass, kept in a side file of ours
     effort       which steps INT4 weights get; "fast": one pass over the original model and rounding within groups
-    smooth, gptq, original, tune  each step by itself, None leaves it to the effort: fold scales into norms and layers
-                 before; GPTQ over whole rows; aim at the outputs of the original model; tune codes for a block's output
+    rotate, smooth, gptq, original, tune  each step by itself, None leaves it to the effort: turn the residual stream;
+                 fold scales into norms and layers before; GPTQ over whole rows; aim at the outputs of the original
+                 model; tune codes for a block's output
     tune_steps   of gradient descent for each block
     """
 
@@ -161,6 +162,7 @@ class Calibration:
     seed: int = 0
     activations: Literal["dynamic", "static"] = "dynamic"
     effort: str = "default"
+    rotate: bool | None = None
     smooth: bool | None = None
     gptq: bool | None = None
     original: bool | None = None

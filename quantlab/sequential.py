@@ -24,6 +24,7 @@ from quantlab.errors import PreflightError
 from quantlab.shards import TORCH_DTYPES
 from quantlab_calib.blockwise import Block, Blockwise
 from quantlab_calib.capture import CaptureError
+from quantlab_calib.rotate import RotationError
 from quantlab_kernels.packing import pack_int4, unpack_int4
 from quantlab_kernels.qtensor import QuantizedTensor
 
@@ -157,6 +158,9 @@ def run(
                 result.errors[block.path] = block.error
             if progress is not None:
                 progress(f"calibrating {block.path}", number, total)
+        result.replacements |= {targets[name]: value for name, value in blocks.ends.items()}
+    except RotationError as error:
+        raise PreflightError(f"{lazy.source.model}: cannot be rotated: {error}; leave rotate out of --steps") from None
     except CaptureError as error:
         raise PreflightError(
             f"{lazy.source.model}: its blocks do not run one by one ({error}); use --effort fast"

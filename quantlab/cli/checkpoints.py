@@ -49,7 +49,7 @@ Steps = Annotated[
     str | None,
     Option(
         "--steps",
-        help="Of INT4 calibration exactly these: smooth, gptq, original, tune, with commas between.",
+        help="Of INT4 calibration exactly these: rotate, smooth, gptq, original, tune, with commas between.",
         show_default=False,
     ),
 ]

@@ -10,8 +10,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from quantlab.convert import convert
+from quantlab.errors import PreflightError
 from quantlab.pipeline import quantize
-from quantlab.scheme import Calibration, Recipe
+from quantlab.scheme import Calibration, Recipe, Rule
 from quantlab.sequential import Store, first_row
 from quantlab.verify import verify
 from quantlab_calib import data
@@ -75,6 +76,23 @@ def test_an_interrupted_run_goes_on_behind_the_blocks_that_are_done(with_tokeniz
     whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out"))
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     assert not (tmp_path / "out" / "quantlab" / "kept").exists()
+
+
+def test_a_rotated_checkpoint_is_the_same_model(with_tokenizer, tmp_path, calibration):
+    model = with_tokenizer("llama")
+    rotated = replace(calibration, samples=8).only(["rotate"])
+    recipe = Recipe("int4", (Rule("model.layers.0.*", "none"),), rotated)
+    quantize(model.folder, recipe, tmp_path / "turned", device="cpu", workers=1)
+    before, after = (load_file(folder / "model.safetensors") for folder in (model.folder, tmp_path / "turned"))
+    assert torch.equal(after["model.norm.weight"], torch.ones_like(after["model.norm.weight"]))
+    gram = [t["model.embed_tokens.weight"].float() @ t["model.embed_tokens.weight"].float().T for t in (before, after)]
+    torch.testing.assert_close(*gram, rtol=0.05, atol=0.02)
+
+
+def test_rotation_of_tied_embeddings_is_refused(with_tokenizer, tmp_path, calibration):
+    recipe = Recipe("int4", calibration=calibration.only(["rotate", "gptq"]))
+    with pytest.raises(PreflightError, match=r"cannot be rotated: embeddings are tied to the output layer; .* MB more"):
+        quantize(with_tokenizer("qwen2").folder, recipe, tmp_path / "out", device="cpu", workers=1)
 
 
 def test_efforts_and_steps_are_reported(with_tokenizer, tmp_path, calibration):
