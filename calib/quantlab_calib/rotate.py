@@ -105,7 +105,9 @@ def rotate_ends(
     _put(head.weight, (head.weight.double() * (norm.get_parameter("weight").double() + offset)) @ turn)
     norm.get_parameter("weight").fill_(1 - offset)
     turned = (hidden.double() @ turn).to(hidden.dtype)
-    if not _equal(walk.entry(tokens), entry.double() @ turn, entry) or not _turns(norm, turn):
+    if not _turns(norm, turn):
+        raise RotationError(f"{norms[0]}: a {type(norm).__name__} does not commute with turning")
+    if not _equal(walk.entry(tokens), entry.double() @ turn, entry):
         raise RotationError("hidden states that enter the first block do not turn with the embedding")
     if not _equal(walk.exit(turned, tokens), exit_, exit_):
         raise RotationError("logits change when what they are computed from is turned")
