@@ -18,6 +18,7 @@ from quantlab_kernels.moe_combine.op import moe_combine
 from quantlab_kernels.moe_dispatch.op import moe_dispatch
 from quantlab_kernels.quantize_fp8.op import quantize_fp8_block, quantize_fp8_group, quantize_fp8_token
 from quantlab_kernels.rmsnorm_quantize.op import rmsnorm_quantize
+from quantlab_kernels.rope.op import rope
 from quantlab_kernels.swiglu_quantize.op import swiglu_quantize
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "quantize_fp8_token",
     "repack_int4",
     "rmsnorm_quantize",
+    "rope",
     "swiglu_quantize",
     "unrepack_int4",
     "warmup",

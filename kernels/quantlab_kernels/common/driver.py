@@ -32,7 +32,9 @@ class _Attribute(ctypes.Structure):
     _fields_ = (("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_uint * 16))
 
 
-class _Config(ctypes.Structure):
+class LaunchConfig(ctypes.Structure):
+    """CUlaunchConfig."""
+
     _fields_ = (
         ("grid", ctypes.c_uint * 3), ("block", ctypes.c_uint * 3), ("shared", ctypes.c_uint),
         ("stream", ctypes.c_void_p), ("attributes", ctypes.POINTER(_Attribute)), ("count", ctypes.c_uint),
@@ -130,7 +132,7 @@ class Kernel:
             attributes[count].id = _PROGRAMMATIC_STREAM_SERIALIZATION
             attributes[count].value[0] = 1
             count += 1
-        config = _Config((shape.grid, 1, 1), (shape.block, 1, 1), shape.shared, None, attributes, count)
+        config = LaunchConfig((shape.grid, 1, 1), (shape.block, 1, 1), shape.shared, None, attributes, count)
         buffer = ctypes.create_string_buffer(size)
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(buffer))
         prepared = (config, buffer, ctypes.byref(config), pointers)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quantlab_kernels.common.ops import require
+
 OUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -83,23 +85,23 @@ def check_operands(
     Raises RuntimeError that names the op, what was given and what is needed.
     """
     fp8 = torch.float8_e4m3fn
-    torch._check(a.dtype == fp8 and b.dtype == fp8, lambda: f"{op}: a is {a.dtype}, b is {b.dtype}, needs {fp8}")
-    torch._check(
+    require(a.dtype == fp8 and b.dtype == fp8, lambda: f"{op}: a is {a.dtype}, b is {b.dtype}, needs {fp8}")
+    require(
         a.dim() == 2 and b.dim() == 2 and a.shape[1] == b.shape[1],
         lambda: f"{op}: a {tuple(a.shape)} and b {tuple(b.shape)} do not match, needs [M, K] and [N, K]",
     )
     for name, codes, scale, block in (("a_scale", a, a_scale, blocks[0]), ("b_scale", b, b_scale, blocks[1])):
         rows = (codes.shape[0] + block[0] - 1) // block[0]
         columns = 1 if block[1] == -1 else (codes.shape[1] + block[1] - 1) // block[1]
-        torch._check(
+        require(
             scale.dtype == torch.float32 and tuple(scale.shape) == (rows, columns),
             lambda n=name, s=scale, r=rows, c=columns: (
                 f"{op}: {n} is {s.dtype} {tuple(s.shape)}, needs float32 {(r, c)}"
             ),
         )
     if bias is not None:
-        torch._check(
+        require(
             bias.dtype.is_floating_point and tuple(bias.shape) == (b.shape[0],),
             lambda: f"{op}: bias is {bias.dtype} {tuple(bias.shape)}, needs floats of shape {(b.shape[0],)}",
         )
-    torch._check(out_dtype in OUT_DTYPES, lambda: f"{op}: out_dtype {out_dtype}, needs one of {OUT_DTYPES}")
+    require(out_dtype in OUT_DTYPES, lambda: f"{op}: out_dtype {out_dtype}, needs one of {OUT_DTYPES}")

@@ -6,6 +6,7 @@ clock), which no kernel reaches. A GPU that is not listed has no roofline, and t
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from dataclasses import dataclass
 
@@ -69,3 +70,11 @@ def present_sm() -> int:
 def gpu_of(tensor: torch.Tensor) -> Gpu:
     """The GPU that holds the tensor."""
     return gpu(tensor.device.index or 0)
+
+
+_HERE = contextlib.nullcontext()
+
+
+def device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager[None]:
+    """A context in which the GPU of the tensor is torch's current device; costs nothing where it is that already."""
+    return _HERE if torch._C._cuda_getDevice() == tensor.get_device() else torch.cuda.device(tensor.device)

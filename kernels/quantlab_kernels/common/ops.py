@@ -37,3 +37,12 @@ def define(
     LIBRARY.impl(name, cuda, "CUDA")
     torch.library.register_fake(f"quantlab::{name}", fake, lib=LIBRARY)
     return getattr(torch.ops.quantlab, name).default
+
+
+def require(condition: Any, message: Callable[[], str]) -> None:
+    """`torch._check` for conditions that mostly are plain True: that one costs a microsecond each time.
+
+    Raises RuntimeError with the message; a condition on symbolic shapes becomes an assumption of the graph.
+    """
+    if condition is not True:
+        torch._check(condition, message)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from quantlab_kernels.common.backends import Backends
 from quantlab_kernels.common.gemm import GemmProblem, as_group_scale, check_operands
-from quantlab_kernels.common.hardware import gpu_of
+from quantlab_kernels.common.hardware import device_of, gpu_of
 from quantlab_kernels.common.ops import define
 from quantlab_kernels.gemm_fp8_block import reference
 
@@ -74,7 +74,7 @@ def _cuda(
         return out.zero_() if bias is None else out.copy_(bias.expand_as(out))
     problem = problem_of(a, b, bias, out_dtype)
     backend = BACKENDS.select(problem)
-    with torch.cuda.device(a.device):
+    with device_of(a):
         backend.launch(
             a.contiguous(), as_group_scale(a_scale), b.contiguous(), b_scale.contiguous(), bias, out,
             backend.config(problem),

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from quantlab_kernels.common.backends import Backends
 from quantlab_kernels.common.gemm import empty_group_scale
-from quantlab_kernels.common.hardware import gpu_of
-from quantlab_kernels.common.ops import define
+from quantlab_kernels.common.hardware import device_of, gpu_of
+from quantlab_kernels.common.ops import define, require
 from quantlab_kernels.quantize_fp8 import reference
 
 BACKENDS = Backends("quantize_fp8", ("triton", "eager"), last_resort="eager")
@@ -69,16 +69,16 @@ def quantize_fp8_block(w: Tensor, *, scale: Tensor | None = None, power2: bool =
 def check(granularity: str, x: Tensor, scale: Tensor | None) -> None:
     """Refuse what no backend takes. Shapes may be symbolic."""
     name = f"quantize_fp8_{granularity}"
-    torch._check(x.dim() == 2, lambda: f"{name}: got shape {tuple(x.shape)}, needs two dimensions; flatten the tokens")
-    torch._check(x.dtype in _INPUTS, lambda: f"{name}: got {x.dtype}, needs bfloat16, float16 or float32")
+    require(x.dim() == 2, lambda: f"{name}: got shape {tuple(x.shape)}, needs two dimensions; flatten the tokens")
+    require(x.dtype in _INPUTS, lambda: f"{name}: got {x.dtype}, needs bfloat16, float16 or float32")
     if scale is None:
         return
-    torch._check(scale.dtype == torch.float32, lambda: f"{name}: scale is {scale.dtype}, needs float32")
+    require(scale.dtype == torch.float32, lambda: f"{name}: scale is {scale.dtype}, needs float32")
     rows, groups = x.shape[0], (x.shape[1] + 127) // 128
     if granularity == "block":
         rows = (rows + 127) // 128
     fits = tuple(scale.shape) == (rows, groups) or (granularity == "group" and tuple(scale.shape) == (groups,))
-    torch._check(fits, lambda: f"{name}: scale {tuple(scale.shape)} does not fit, needs {(rows, groups)}")
+    require(fits, lambda: f"{name}: scale {tuple(scale.shape)} does not fit, needs {(rows, groups)}")
 
 
 def _empty(granularity: str, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -99,7 +99,7 @@ def _launch(granularity: str, x: Tensor, given: Tensor | None, power2: bool) -> 
     m, k = x.shape
     problem = Problem(granularity, m, k, x.dtype, power2, given is not None, gpu_of(x).sm)
     backend = BACKENDS.select(problem)
-    with torch.cuda.device(x.device):
+    with device_of(x):
         backend.launch(problem, x, given, codes, scale, backend.config(problem))
     return codes, scale
 

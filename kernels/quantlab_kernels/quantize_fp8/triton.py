@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quantlab_kernels.common.triton_fp8 import divide, largest_magnitude, scale_of, store_codes
+from quantlab_kernels.common.triton_launch import Launcher
 from quantlab_kernels.quantize_fp8.configs import Config, choose
 
 if TYPE_CHECKING:
@@ -36,21 +37,18 @@ def launch(problem: Problem, x: Tensor, given: Tensor | None, codes: Tensor, sca
     """Fill codes [M, K] and scale; x may have any strides, `given` is None or broadcasts to the groups."""
     native = problem.sm >= 89
     codes = codes if native else codes.view(torch.uint8)
-    options = {"NATIVE": native, "num_warps": config.num_warps}
     m, k = problem.m, problem.k
     if problem.granularity == "token":
-        grid = (triton.cdiv(m, config.rows),)
-        _token_kernel[grid](
-            x, codes, scale, m, k, *x.stride(), config.rows, config.columns, k > config.columns, **options
-        )
+        grid = (-(-m // config.rows),)
+        constants = config.rows, config.columns, k > config.columns, native
+        _TOKEN(grid, (x, codes, scale), (m, k, *x.stride()), constants, config.num_warps)
         return
     given = scale if given is None else given.expand(scale.shape)
-    grid = (triton.cdiv(m, config.rows) * triton.cdiv(k, config.columns),)
-    kernel = _group_kernel if problem.granularity == "group" else _block_kernel
-    kernel[grid](
-        x, given, codes, scale, m, k, *x.stride(), *given.stride(), *scale.stride(),
-        problem.given, problem.power2, config.rows, config.columns // 128, **options,
-    )  # fmt: skip
+    grid = (-(-m // config.rows) * -(-k // config.columns),)
+    kernel = _GROUP if problem.granularity == "group" else _BLOCK
+    numbers = m, k, *x.stride(), *given.stride(), *scale.stride()
+    constants = problem.given, problem.power2, config.rows, config.columns // 128, native
+    kernel(grid, (x, given, codes, scale), numbers, constants, config.num_warps)
 
 
 @triton.jit
@@ -136,3 +134,6 @@ def _token_kernel(
             mask = (row[:, None] < m) & (at < k)
             piece = tl.load(x_ptr + wide_row * x_row + at * x_column, mask=mask, other=0.0).to(tl.float32)
             store_codes(codes_ptr + wide_row * k + at, divide(piece, scale, False, SHORT), mask, NATIVE)
+
+
+_GROUP, _BLOCK, _TOKEN = Launcher(_group_kernel), Launcher(_block_kernel), Launcher(_token_kernel)

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from quantlab_kernels.common.backends import Backends
 from quantlab_kernels.common.gemm import empty_group_scale
-from quantlab_kernels.common.hardware import gpu_of
-from quantlab_kernels.common.ops import define
+from quantlab_kernels.common.hardware import device_of, gpu_of
+from quantlab_kernels.common.ops import define, require
 from quantlab_kernels.rmsnorm_quantize import reference
 
 BACKENDS = Backends("rmsnorm_quantize", ("triton", "eager"), last_resort="eager")
@@ -47,8 +47,8 @@ def rmsnorm_quantize(x: Tensor, weight: Tensor, eps: float, *, offset: float = 0
 
 def check(x: Tensor, weight: Tensor) -> None:
     """Refuse what no backend takes. Shapes may be symbolic."""
-    torch._check(x.dtype in _INPUTS, lambda: f"rmsnorm_quantize: got {x.dtype}, needs bfloat16, float16 or float32")
-    torch._check(
+    require(x.dtype in _INPUTS, lambda: f"rmsnorm_quantize: got {x.dtype}, needs bfloat16, float16 or float32")
+    require(
         x.dim() == 2 and tuple(weight.shape) == (x.shape[1],) and weight.dtype.is_floating_point,
         lambda: f"rmsnorm_quantize: x {tuple(x.shape)}, weight {weight.dtype} {tuple(weight.shape)}; needs [M, K], [K]",
     )
@@ -72,7 +72,7 @@ def _cuda(x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor,
         return out, codes, scale.fill_(1.0)
     problem = Problem(x.shape[0], x.shape[1], x.dtype, gpu_of(x).sm)
     backend = BACKENDS.select(problem)
-    with torch.cuda.device(x.device):
+    with device_of(x):
         backend.launch(problem, x, weight.contiguous(), eps, offset, out, codes, scale, backend.config(problem))
     return out, codes, scale
 

@@ -11,12 +11,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quantlab_kernels.common.triton_fp8 import largest_magnitude, scale_of, store_codes
+from quantlab_kernels.common.triton_fp8 import divide, largest_magnitude, scale_of, store_codes
+from quantlab_kernels.common.triton_launch import Launcher
 
 if TYPE_CHECKING:
     from quantlab_kernels.rmsnorm_quantize.op import Problem
 
-LONGEST_ROW = 16384  # columns; 32 warps hold 16 values a thread, beyond that registers spill
+LONGEST_ROW = 16384  # columns; 16 warps hold 32 values a thread
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,10 @@ def supports(problem: Problem) -> str | None:
 
 @functools.cache
 def config(problem: Problem) -> Config:
-    """16 values a thread where there are rows enough to fill the chip; 8 for few rows, whose latency counts."""
+    """32 values a thread where there are rows enough to fill the chip; 8 for few rows, whose latency counts."""
     columns = max(128, triton.next_power_of_2(problem.k))
-    per_thread = 8 if problem.m <= 256 else 16
-    return Config(columns, min(32, max(1, columns // (32 * per_thread))))
+    per_thread = 8 if problem.m <= 256 else 32
+    return Config(columns, min(16, max(1, columns // (32 * per_thread))))
 
 
 def launch(
@@ -50,10 +51,9 @@ def launch(
 ) -> None:  # fmt: skip
     """Fill out [M, K], codes [M, K] and scale [M, ceil(K/128)]; x may have any strides."""
     native = problem.sm >= 89
-    _kernel[(problem.m,)](
-        x, weight, out, codes if native else codes.view(torch.uint8), scale, problem.k, *x.stride(), *scale.stride(),
-        eps, offset, config.columns, native, num_warps=config.num_warps,
-    )  # fmt: skip
+    tensors = x, weight, out, codes if native else codes.view(torch.uint8), scale
+    numbers = problem.k, *x.stride(), *scale.stride(), eps, offset
+    _LAUNCH((problem.m,), tensors, numbers, (config.columns, native), config.num_warps)
 
 
 @triton.jit
@@ -72,8 +72,12 @@ def _kernel(
     tl.store(out_ptr + row * k + column, rounded, mask=mask)
     out = tl.where(mask, rounded.to(tl.float32), 0.0)
     grouped = tl.reshape(out, (COLUMNS // 128, 128))
-    scale = scale_of(largest_magnitude(grouped, 1), False)
-    quotient = tl.math.div_rn(grouped, tl.broadcast_to(scale[:, None], (COLUMNS // 128, 128)))
+    scale = scale_of(largest_magnitude(grouped, 1, NATIVE), False)
+    SHORT: tl.constexpr = NATIVE and out_ptr.dtype.element_ty.primitive_bitwidth == 16
+    quotient = divide(grouped, scale[:, None], False, SHORT)
     store_codes(codes_ptr + row * k + column, tl.reshape(quotient, (COLUMNS,)), mask, NATIVE)
     group = tl.arange(0, COLUMNS // 128)
     tl.store(scale_ptr + row * scale_row + group.to(tl.int64) * scale_column, scale, mask=group * 128 < k)
+
+
+_LAUNCH = Launcher(_kernel)

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from quantlab_kernels.common.backends import Backends
 from quantlab_kernels.common.gemm import empty_group_scale
-from quantlab_kernels.common.hardware import gpu_of
-from quantlab_kernels.common.ops import define
+from quantlab_kernels.common.hardware import device_of, gpu_of
+from quantlab_kernels.common.ops import define, require
 from quantlab_kernels.swiglu_quantize import reference
 
 BACKENDS = Backends("swiglu_quantize", ("triton", "eager"), last_resort="eager")
@@ -45,11 +45,11 @@ def swiglu_quantize(gate_up: Tensor) -> tuple[Tensor, Tensor]:
 
 def check(gate_up: Tensor) -> None:
     """Refuse what no backend takes. Shapes may be symbolic."""
-    torch._check(
+    require(
         gate_up.dim() == 2 and gate_up.shape[1] % 2 == 0,
         lambda: f"swiglu_quantize: got shape {tuple(gate_up.shape)}, needs [M, 2 I]",
     )
-    torch._check(
+    require(
         gate_up.dtype in _INPUTS, lambda: f"swiglu_quantize: got {gate_up.dtype}, needs bfloat16, float16 or float32"
     )
 
@@ -71,7 +71,7 @@ def _cuda(gate_up: Tensor) -> tuple[Tensor, Tensor]:
         return codes, scale.fill_(1.0)
     problem = Problem(codes.shape[0], codes.shape[1], gate_up.dtype, gpu_of(gate_up).sm)
     backend = BACKENDS.select(problem)
-    with torch.cuda.device(gate_up.device):
+    with device_of(gate_up):
         backend.launch(problem, gate_up, codes, scale, backend.config(problem))
     return codes, scale
 

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quantlab_kernels.common.triton_fp8 import largest_magnitude, scale_of, store_codes
+from quantlab_kernels.common.triton_launch import Launcher
 
 if TYPE_CHECKING:
     from quantlab_kernels.swiglu_quantize.op import Problem
@@ -42,11 +43,10 @@ def config(problem: Problem) -> Config:
 def launch(problem: Problem, gate_up: Tensor, codes: Tensor, scale: Tensor, config: Config) -> None:
     """Fill codes [M, I] and scale [M, ceil(I/128)]; gate_up may have any strides."""
     native = problem.sm >= 89
-    grid = (triton.cdiv(problem.m, config.rows) * triton.cdiv(problem.k, 128 * config.groups),)
-    _kernel[grid](
-        gate_up, codes if native else codes.view(torch.uint8), scale, problem.m, problem.k, *gate_up.stride(),
-        *scale.stride(), config.rows, config.groups, native, num_warps=config.num_warps,
-    )  # fmt: skip
+    grid = (-(-problem.m // config.rows) * -(-problem.k // (128 * config.groups)),)
+    tensors = gate_up, codes if native else codes.view(torch.uint8), scale
+    numbers = problem.m, problem.k, *gate_up.stride(), *scale.stride()
+    _LAUNCH(grid, tensors, numbers, (config.rows, config.groups, native), config.num_warps)
 
 
 @triton.jit
@@ -70,3 +70,6 @@ def _kernel(
     store_codes(codes_ptr + wide_row * k + column[None, :], tl.reshape(quotient, (ROWS, GROUPS * 128)), mask, NATIVE)
     scale_mask = (row[:, None] < m) & (group[None, :] * 128 < k)
     tl.store(scale_ptr + row[:, None] * scale_row + group[None, :].to(tl.int64) * scale_column, scale, mask=scale_mask)
+
+
+_LAUNCH = Launcher(_kernel)

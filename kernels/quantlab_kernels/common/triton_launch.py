@@ -1,0 +1,113 @@
+"""Triton kernels launched again for a quarter of the time.
+
+Triton binds, specialises and looks up a kernel anew in every call: about 15 us of Python, four times what the kernels
+of a decoding step take on the GPU. The first call here goes that way; what it compiled is then launched through the
+driver for every call with the same grid, numbers and dtypes. Kernels that need more than a plain launch (scratch
+memory, clusters), operands that are not aligned to 16 bytes and Triton's interpreter keep Triton's own way. Triton's
+launch hooks see the first call only.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantlab_kernels.common import driver
+
+_MOST = 4096  # prepared launches of a thread; a model has a few dozen for each number of tokens
+_SCALARS = {
+    "i32": ctypes.c_int32, "u32": ctypes.c_uint32, "i64": ctypes.c_int64, "u64": ctypes.c_uint64,
+    "fp32": ctypes.c_float,
+}  # fmt: skip
+_PLAIN = {"num_ctas": 1, "global_scratch_size": 0, "profile_scratch_size": 0, "launch_cooperative_grid": False}
+
+
+class _PerThread(threading.local):
+    """Buffers of a launch belong to one thread."""
+
+    def __init__(self) -> None:
+        self.prepared: dict[tuple, _Prepared | None] = {}
+
+
+class Launcher:
+    """Calls one `triton.jit` kernel whose parameters are tensors, then numbers, then constants.
+
+    options  of Triton's compiler, the same for every launch
+    """
+
+    def __init__(self, kernel: Any, **options: Any) -> None:
+        self.kernel = kernel
+        self.options = options
+        self._here = _PerThread()
+
+    def __call__(
+        self,
+        grid: tuple[int, ...],
+        tensors: tuple[Tensor, ...],
+        numbers: tuple[int | float, ...],
+        constants: tuple,
+        num_warps: int,
+    ) -> None:
+        """Launch on torch's current stream of the tensors' device, which must be torch's current device."""
+        addresses = [tensor.data_ptr() for tensor in tensors]
+        device = tensors[0].get_device()
+        key = (grid, numbers, constants, num_warps, device, *[tensor.dtype for tensor in tensors])
+        prepared = self._here.prepared.get(key)
+        if prepared is None or any(address % 16 for address in addresses):
+            compiled = self.kernel[grid](*tensors, *numbers, *constants, num_warps=num_warps, **self.options)
+            if key not in self._here.prepared and not any(address % 16 for address in addresses):
+                if len(self._here.prepared) >= _MOST:
+                    self._here.prepared.clear()
+                self._here.prepared[key] = prepare(compiled, grid, (*tensors, *numbers, *constants))
+            return
+        prepared.launch(addresses, device)
+
+
+class _Prepared:
+    """A compiled kernel with its grid and numbers; only addresses change between launches."""
+
+    def __init__(self, function: int, config: driver.LaunchConfig, values: list[Any], count: int) -> None:
+        self._function, self._config, self._values = ctypes.c_void_p(function), config, values
+        self._addresses = (ctypes.c_uint64 * count)()
+        step = ctypes.sizeof(ctypes.c_uint64)
+        start = ctypes.addressof(self._addresses)
+        slots = iter(range(count))
+        pointers = [start + step * next(slots) if value is None else ctypes.addressof(value) for value in values]
+        self._params = (ctypes.c_void_p * len(pointers))(*pointers)
+        self._config_address = ctypes.byref(config)
+        self._launch = driver.driver().cuLaunchKernelEx
+
+    def launch(self, addresses: list[int], device: int) -> None:
+        self._addresses[:] = addresses
+        self._config.stream = torch._C._cuda_getCurrentRawStream(device)
+        status = self._launch(self._config_address, self._function, self._params, None)
+        if status != 0:
+            driver.check(status, "cuLaunchKernelEx of a Triton kernel")
+
+
+def prepare(compiled: Any, grid: tuple[int, ...], arguments: tuple) -> _Prepared | None:
+    """What a later launch needs, or None where the kernel needs more than a plain launch or Triton has changed."""
+    try:
+        metadata, types = compiled.metadata, list(compiled.src.signature.values())
+        if any(getattr(metadata, name, plain) != plain for name, plain in _PLAIN.items()):
+            return None
+        values: list[Any] = []
+        for kind, argument in zip(types, arguments, strict=True):
+            if kind != "constexpr":  # which includes numbers that are 1
+                values.append(None if kind.startswith("*") else _SCALARS[kind](argument))
+        tensors = sum(isinstance(argument, Tensor) for argument in arguments)
+        if sum(value is None for value in values) != tensors:
+            return None
+        block, shared = 32 * metadata.num_warps, metadata.shared
+        function = compiled.function
+    except (AttributeError, KeyError, ValueError, TypeError):
+        return None
+    # Two scratch addresses that Triton passes behind the arguments; kernels that use none read none.
+    values += [ctypes.c_uint64(0), ctypes.c_uint64(0)]
+    extents = (ctypes.c_uint * 3)(*grid, *(1 for _ in range(3 - len(grid))))
+    config = driver.LaunchConfig(extents, (ctypes.c_uint * 3)(block, 1, 1), shared, None, None, 0)
+    return _Prepared(function, config, values, tensors)
