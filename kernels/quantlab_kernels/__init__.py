@@ -6,14 +6,17 @@ on top of torch and touches no CUDA; backends (triton, compilers) load at their 
 """
 
 from quantlab_kernels.aot import warmup
+from quantlab_kernels.attention_decode.op import attention_decode
 from quantlab_kernels.attention_prefill.op import attention_8bit, attention_prefill
 from quantlab_kernels.attention_quantize.op import attention_quantize
 from quantlab_kernels.common.int4 import prepare_int4, repack_int4, unrepack_int4
+from quantlab_kernels.common.kv import PackedKV
 from quantlab_kernels.gemm_fp8_block.op import gemm_fp8_block
 from quantlab_kernels.gemm_fp8_grouped.op import gemm_fp8_grouped
 from quantlab_kernels.gemm_fp8_row.op import gemm_fp8_row
 from quantlab_kernels.gemm_int4.op import gemm_int4
 from quantlab_kernels.gemm_int4_fp8.op import gemm_int4_fp8
+from quantlab_kernels.kv_append.op import kv_append
 from quantlab_kernels.moe_combine.op import moe_combine
 from quantlab_kernels.moe_dispatch.op import moe_dispatch
 from quantlab_kernels.quantize_fp8.op import quantize_fp8_block, quantize_fp8_group, quantize_fp8_token
@@ -22,7 +25,9 @@ from quantlab_kernels.rope.op import rope
 from quantlab_kernels.swiglu_quantize.op import swiglu_quantize
 
 __all__ = [
+    "PackedKV",
     "attention_8bit",
+    "attention_decode",
     "attention_prefill",
     "attention_quantize",
     "gemm_fp8_block",
@@ -30,6 +35,7 @@ __all__ = [
     "gemm_fp8_row",
     "gemm_int4",
     "gemm_int4_fp8",
+    "kv_append",
     "moe_combine",
     "moe_dispatch",
     "prepare_int4",
