@@ -13,6 +13,7 @@ import importlib.abc
 import importlib.util
 import sys
 import warnings
+from collections.abc import Callable
 from importlib.machinery import ModuleSpec
 from operator import attrgetter
 from pathlib import Path
@@ -25,6 +26,7 @@ from quantlab.errors import UsageError, VerificationError
 __all__ = ["Architecture", "IntegrationWarning", "architecture", "disable", "enable", "load", "pipeline", "status"]
 
 _REGISTRY = "transformers.quantizers.auto"
+_MODELS = "transformers.modeling_utils"
 _METHODS = ("fp8", "compressed-tensors")
 # What `quantizers` and `architecture` lean on beyond the public interface; looked up before anything is replaced.
 _NEEDED = (
@@ -47,10 +49,11 @@ class IntegrationWarning(UserWarning):
 
 def enable() -> None:
     """Make transformers use our layers for `fp8` and compressed-tensors checkpoints. Done by `import quantlab`."""
-    if _REGISTRY in sys.modules:
-        _replace(sys.modules[_REGISTRY])
-    elif not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _AfterImport())
+    for name, action in ((_REGISTRY, _replace), (_MODELS, _register_attention)):
+        if name in sys.modules:
+            action(sys.modules[name])
+        elif not any(isinstance(finder, _AfterImport) and finder.name == name for finder in sys.meta_path):
+            sys.meta_path.insert(0, _AfterImport(name, action))
 
 
 def disable() -> None:
@@ -155,10 +158,13 @@ def _require_complete(path: str | Path, info: dict[str, Any]) -> None:
 
 
 class _AfterImport(importlib.abc.MetaPathFinder):
-    """Lets the registry be found as usual and replaces its entries once it has been executed."""
+    """Lets a module be found as usual and calls the action on it once it has been executed."""
+
+    def __init__(self, name: str, action: Callable[[ModuleType], None]) -> None:
+        self.name, self.action = name, action
 
     def find_spec(self, name: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name != _REGISTRY:
+        if name != self.name:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
@@ -167,10 +173,21 @@ class _AfterImport(importlib.abc.MetaPathFinder):
 
             def exec_module(module: ModuleType) -> None:
                 execute(module)
-                _replace(module)
+                self.action(module)
 
             spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
+
+
+def _register_attention(models: ModuleType) -> None:
+    """Make our attention functions known; a model takes one when it is asked for by name."""
+    try:
+        from quantlab import attention
+
+        attention.register()
+    except (ImportError, AttributeError) as error:
+        version = importlib.import_module("transformers").__version__
+        warnings.warn(f"transformers {version}: no attention of ours ({error})", IntegrationWarning, stacklevel=2)
 
 
 def _replace(registry: ModuleType) -> None:

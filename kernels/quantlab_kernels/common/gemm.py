@@ -72,7 +72,8 @@ def as_group_scale(scale: Tensor) -> Tensor:
     """`scale` [M, G] in the layout of `empty_group_scale`; a copy only when it has another one."""
     if is_group_scale(scale):
         return scale
-    return empty_group_scale(scale, *scale.shape, scale.dtype).copy_(scale)
+    m, groups = scale.shape
+    return empty_group_scale(scale, m, groups, scale.dtype).copy_(scale)
 
 
 def check_operands(
@@ -90,18 +91,20 @@ def check_operands(
         a.dim() == 2 and b.dim() == 2 and a.shape[1] == b.shape[1],
         lambda: f"{op}: a {tuple(a.shape)} and b {tuple(b.shape)} do not match, needs [M, K] and [N, K]",
     )
-    for name, codes, scale, block in (("a_scale", a, a_scale, blocks[0]), ("b_scale", b, b_scale, blocks[1])):
-        rows = (codes.shape[0] + block[0] - 1) // block[0]
-        columns = 1 if block[1] == -1 else (codes.shape[1] + block[1] - 1) // block[1]
-        require(
-            scale.dtype == torch.float32 and tuple(scale.shape) == (rows, columns),
-            lambda n=name, s=scale, r=rows, c=columns: (
-                f"{op}: {n} is {s.dtype} {tuple(s.shape)}, needs float32 {(r, c)}"
-            ),
-        )
+    _check_scale(f"{op}: a_scale", a, a_scale, blocks[0])
+    _check_scale(f"{op}: b_scale", b, b_scale, blocks[1])
     if bias is not None:
         require(
             bias.dtype.is_floating_point and tuple(bias.shape) == (b.shape[0],),
             lambda: f"{op}: bias is {bias.dtype} {tuple(bias.shape)}, needs floats of shape {(b.shape[0],)}",
         )
     require(out_dtype in OUT_DTYPES, lambda: f"{op}: out_dtype {out_dtype}, needs one of {OUT_DTYPES}")
+
+
+def _check_scale(name: str, codes: Tensor, scale: Tensor, block: tuple[int, int]) -> None:
+    rows = (codes.shape[0] + block[0] - 1) // block[0]
+    columns = 1 if block[1] == -1 else (codes.shape[1] + block[1] - 1) // block[1]
+    require(
+        scale.dtype == torch.float32 and tuple(scale.shape) == (rows, columns),
+        lambda: f"{name} is {scale.dtype} {tuple(scale.shape)}, needs float32 {(rows, columns)}",
+    )

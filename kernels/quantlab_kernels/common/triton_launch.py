@@ -82,7 +82,7 @@ class _Prepared:
         self._launch = driver.driver().cuLaunchKernelEx
 
     def launch(self, addresses: list[int], device: int) -> None:
-        self._addresses[:] = addresses
+        self._addresses[:] = addresses  # type: ignore[assignment]
         self._config.stream = torch._C._cuda_getCurrentRawStream(device)
         status = self._launch(self._config_address, self._function, self._params, None)
         if status != 0:

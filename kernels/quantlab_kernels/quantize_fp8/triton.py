@@ -40,8 +40,8 @@ def launch(problem: Problem, x: Tensor, given: Tensor | None, codes: Tensor, sca
     m, k = problem.m, problem.k
     if problem.granularity == "token":
         grid = (-(-m // config.rows),)
-        constants = config.rows, config.columns, k > config.columns, native
-        _TOKEN(grid, (x, codes, scale), (m, k, *x.stride()), constants, config.num_warps)
+        tile = config.rows, config.columns, k > config.columns, native
+        _TOKEN(grid, (x, codes, scale), (m, k, *x.stride()), tile, config.num_warps)
         return
     given = scale if given is None else given.expand(scale.shape)
     grid = (-(-m // config.rows) * -(-k // config.columns),)
