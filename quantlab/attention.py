@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantlab import masks
+from quantlab import cache, masks
 from quantlab.masks import Visible
 from quantlab_kernels import attention_8bit
 from quantlab_kernels.attention_quantize.op import HEAD_DIMS, Format
@@ -62,6 +62,12 @@ def _function(name: str, codes: Format | None) -> Callable[..., tuple[Tensor, No
     ) -> tuple[Tensor, None]:
         """query [B, Hq, Sq, D], key and value [B, Hkv, Skv, D] -> [B, Sq, Hq, D], None, as `sdpa_attention_forward`."""
         causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+        held = cache.packed(key)
+        if held is not None:
+            out = held.attend(query, attention_mask, scaling, kwargs)
+            if out is not None:
+                return out, None
+            key, value, attention_mask = held.dense(attention_mask)
         visible = _visible(query, key, attention_mask, causal, kwargs)
         if codes is not None:
             reason = _why_not(query, key, value, visible, dropout, kwargs)
@@ -70,6 +76,8 @@ def _function(name: str, codes: Format | None) -> Callable[..., tuple[Tensor, No
             _say(name, str(reason), query)
         if visible is not None and attention_mask is not None:
             attention_mask = visible.dense
+            if held is not None and attention_mask is not None:  # a static cache's mask covers its empty part too
+                attention_mask = attention_mask[..., : key.shape[2]]
         return _in_16_bits(module, query, key, value, attention_mask, dropout, scaling, causal, kwargs)
 
     return forward

@@ -1,0 +1,532 @@
+"""Layers of the quantized KV cache, in transformers' terms: growing, static, and the ring of a sliding window.
+
+`update` only makes place and returns a `Handle`; tokens are quantized once attention has brought the mask, because
+padding must stay out of the statistics. See `quantlab.cache`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from quantlab import masks
+from quantlab.errors import UsageError
+from quantlab.scheme import did_you_mean
+from quantlab_kernels import attention_decode, kv_append
+from quantlab_kernels.common.kv import FORMATS, KVFormat, PackedKV, dequantize_rows, quantize_rows
+from quantlab_kernels.kv_append.reference import smooth
+
+BLOCK = 256  # tokens that a growing layer allocates at a time
+FEW = 16  # queries up to which reading the packed tokens beats dequantizing them
+SAMPLES = 4096  # tokens of a prompt that statistics are taken of
+FLOOR = 1 / 64  # least scale of a channel, of the largest: a channel that a prompt leaves still may move later
+
+
+@dataclass(frozen=True)
+class KV:
+    """What the cache holds.
+
+    format   "fp8", "int8", "int4", "k8v4" (keys INT8, values INT4) or "16bit"
+    first, newest
+             so many tokens at the start of a sequence and at its end are read in 16 bits
+    prefill  "exact": a prompt attends to its own 16-bit keys; "packed": to what the cache will hold. The second is
+             what a measurement of the format's loss wants
+    """
+
+    format: KVFormat
+    first: int = 0
+    newest: int = 0
+    prefill: Literal["exact", "packed"] = "exact"
+
+    def __post_init__(self) -> None:
+        if self.format not in FORMATS:
+            raise UsageError(f"unknown KV format {self.format!r}; {did_you_mean(str(self.format), FORMATS)}")
+        if self.first < 0 or self.newest < 0:
+            raise UsageError(f"first = {self.first}, newest = {self.newest}: needs numbers of tokens, 0 or more")
+        if self.prefill not in ("exact", "packed"):
+            raise UsageError(f"prefill = {self.prefill!r}; {did_you_mean(self.prefill, ['exact', 'packed'])}")
+
+    @classmethod
+    def of(cls, kv: KV | str) -> KV:
+        """A setting as it is, or by the name of its format."""
+        return kv if isinstance(kv, KV) else cls(kv)  # type: ignore[arg-type]
+
+    @property
+    def scales_channels(self) -> bool:
+        """Whether keys are divided by a scale per channel: where codes are equally spaced and channels are not."""
+        return FORMATS[self.format][0] in ("int4", "int8")
+
+
+class Handle:
+    """What `update` gives to attention in place of keys and of values. `shape` and `dtype` are those of the keys."""
+
+    def __init__(self, layer: PackedLayer, key: Tensor, value: Tensor) -> None:
+        self.layer, self.key, self.value = layer, key, value
+        self.dtype, self.device, self.ndim = key.dtype, key.device, 4
+
+    @property
+    def shape(self) -> torch.Size:
+        batch, heads, _, d = self.key.shape
+        return torch.Size((batch, heads, self.layer.get_mask_sizes(0)[0], d))
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise UsageError(
+            f"the model asks cached keys for {name!r}: it computes on them outside of attention, or its attention is "
+            "not ours (attn_implementation must be quantlab, quantlab_int8 or quantlab_fp8); load it without kv"
+        )
+
+    def attend(
+        self, query: Tensor, mask: Tensor | None, scaling: float | None, kwargs: dict[str, Any]
+    ) -> Tensor | None:
+        """Appends the new tokens. Returns out [B, Sq, Hq, D] of attention over the packed cache, None for a prompt and
+        for masks that are more than left padding: those take `dense`, then."""
+        if kwargs.get("position_bias") is not None:
+            raise UsageError(
+                "scores have a position bias, which attention over a quantized cache lacks; load without kv"
+            )
+        layer, queries = self.layer, query.shape[2]
+        prompt = not layer.filled and queries > 1
+        layer.begin(self.key, mask)
+        if prompt or not layer.reads_packed(queries, mask):
+            self.key, self.value = layer.dense(self.key, self.value, prompt)
+            return None
+        layer.append(self.key, self.value)
+        out, _ = attention_decode(
+            query, layer.cache, layer.length, start=layer.start, window=layer.window or kwargs.get("sliding_window"),
+            scale=scaling, softcap=kwargs.get("softcap") or 0.0, sinks=kwargs.get("s_aux"), longest=layer.longest,
+        )  # fmt: skip
+        return out
+
+    def dense(self, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Keys and values [B, Hkv, keys, D] for attention as usual, after `attend` gave None; the mask cut to them."""
+        if mask is not None and mask.ndim == 4:
+            mask = mask[..., : self.key.shape[2]]
+        return self.key, self.value, mask
+
+
+class PackedLayer(CacheLayerMixin):
+    """What all layers have in common: the packed tokens, how many they are, and where padding ends.
+
+    cache    `PackedKV` of B sequences         length  [B] int32, tokens of each sequence, on the device
+    start    [B] int32, the first real token   filled  whether there are any tokens
+    irregular  a mask hid more than left padding: attention goes over the dequantized tokens from then on
+    """
+
+    is_sliding = False
+    is_croppable = False
+    window: int | None = None
+
+    def __init__(self, kv: KV, **kwargs: Any) -> None:
+        super().__init__()
+        self.kv = kv
+        self.filled = self.irregular = False
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        batch, heads, tokens, d = key_states.shape
+        if batch == 0:
+            raise UsageError("an empty batch: the quantized cache needs one sequence at least")
+        if value_states.shape != key_states.shape:
+            raise UsageError(
+                f"keys {tuple(key_states.shape)} and values {tuple(value_states.shape)}: a quantized cache needs them "
+                "alike, as in grouped-query attention; load this model without kv"
+            )
+        if d % 2 and "int4" in FORMATS[self.kv.format]:
+            raise UsageError(f"heads of {d} channels: kv={self.kv.format} needs an even number; take int8 or fp8")
+        self.dtype, self.device, self.batch_size = key_states.dtype, key_states.device, batch
+        self.cache = PackedKV.empty(
+            self.kv.format, batch, heads, self._slots(tokens), d, dtype=self.dtype, device=self.device,
+            first=self.kv.first, newest=self._newest(), ring=self.window is not None,
+        )  # fmt: skip
+        numbers = [torch.zeros(batch, heads, d, device=self.device), torch.ones(batch, heads, d, device=self.device)]
+        lossless = self.kv.format == "16bit"
+        self.cache = self.cache.with_keys(
+            None if lossless else numbers[0], numbers[1] if self.kv.scales_channels else None
+        )
+        self.length = torch.zeros(batch, dtype=torch.int32, device=self.device)
+        self.start = torch.zeros(batch, dtype=torch.int32, device=self.device)
+        self.is_initialized = True
+
+    def _slots(self, tokens: int) -> int:
+        raise NotImplementedError
+
+    def _newest(self) -> int:
+        return self.kv.newest if self.window is None else min(self.kv.newest, self.window)
+
+    @property
+    def longest(self) -> int | None:
+        """Upper bound of `length` known to the host."""
+        return self.cache.capacity
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """A handle, twice, in place of keys and values; the tokens are appended once attention has seen the mask."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        if key_states.shape[0] != self.batch_size:
+            raise UsageError(f"a batch of {key_states.shape[0]} for a cache of {self.batch_size} sequences; reset it")
+        self._reserve(key_states.shape[2])
+        handle = Handle(self, key_states, value_states)
+        return handle, handle
+
+    def _reserve(self, tokens: int) -> None:
+        raise NotImplementedError
+
+    def begin(self, key: Tensor, mask: Tensor | None) -> None:
+        """Learn from a mask where padding ends, and from the first tokens what keys look like."""
+        visible, queries = masks.visible_of(mask), key.shape[2]
+        if queries > 1 and mask is not None and not torch.compiler.is_compiling():
+            bounds = None if visible is None else visible.key_range
+            if visible is None or visible.cu_seqlens is not None or visible.right != 0:
+                self.irregular = True
+            elif bounds is not None:
+                self.irregular |= bool((bounds[:, 1] != visible.keys).any())
+                if not self.filled:
+                    self.start.copy_(bounds[:, 0])
+        if not self.filled:
+            self._measure(key)
+
+    def _measure(self, key: Tensor) -> None:
+        """Mean and scale per channel of a prompt's keys [B, Hkv, S, D], its padding left out."""
+        if self.cache.k_mean is None:
+            return
+        mean, spread = statistics(key, self.start)
+        self.cache.k_mean.copy_(mean)
+        if self.cache.k_channel is not None:
+            self.cache.k_channel.copy_(channel_scale(spread))
+
+    def reads_packed(self, queries: int, mask: Tensor | None) -> bool:
+        """Whether attention of so many queries may go over the packed tokens."""
+        if self.irregular or queries > (1 if self.window is not None else FEW):
+            return False
+        return queries == 1 or masks.visible_of(mask) is not None
+
+    def append(self, key: Tensor, value: Tensor) -> None:
+        """Quantize keys and values [B, Hkv, S, D] and write them behind the others."""
+        self.length.add_(key.shape[2])
+        kv_append(key, value, self.cache, self.length, start=self.start)
+        self.filled = True
+
+    def dense(self, key: Tensor, value: Tensor, prompt: bool) -> tuple[Tensor, Tensor]:
+        """Append, and return all that these queries may see in 16 bits: what was there dequantized, what is new as it
+        is (`KV.prefill`)."""
+        past = None if prompt or not self.filled else self._past()
+        self.append(key, value)
+        if self.kv.prefill == "packed":
+            key, value = self.round_trip(key, value)
+        if past is None:
+            return key, value
+        return torch.cat((past[0], key), 2), torch.cat((past[1], value), 2)
+
+    def _past(self) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+    def round_trip(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values as they come back from the cache."""
+        key_code, value_code = FORMATS[self.kv.format]
+        codes = quantize_rows(smooth(key, self.cache.k_mean, self.cache.k_channel), key_code, self.dtype)
+        values = quantize_rows(value.float(), value_code, self.dtype)
+        return self._keys(*codes), dequantize_rows(*values, torch.float32).to(self.dtype)
+
+    def _keys(self, codes: Tensor, scale: Tensor | None) -> Tensor:
+        k = dequantize_rows(codes, scale, torch.float32)
+        if self.cache.k_channel is not None:
+            k = k * self.cache.k_channel[:, :, None]
+        if self.cache.k_mean is not None:
+            k = k + self.cache.k_mean[:, :, None]
+        return k.to(self.dtype)
+
+    def dequantized(self, slots: Any) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, Hkv, slots, D] of a slice or of numbers of slots."""
+        c = self.cache
+        k, v = (_slots(x, slots) for x in (c.k, c.v))
+        k_scale, v_scale = (None if x is None else _slots(x, slots) for x in (c.k_scale, c.v_scale))
+        return self._keys(k, k_scale), dequantize_rows(v, v_scale, torch.float32).to(self.dtype)
+
+    def reset(self) -> None:
+        self.filled = self.irregular = False
+        if self.is_initialized:
+            self.length.zero_()
+            self.start.zero_()
+
+    def _map_sequences(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Replace what belongs to sequences, all tensors of the layer, by a change of their first dimension."""
+        if not self.is_initialized:
+            return
+        names = ("k", "v", "k_scale", "v_scale", "k_mean", "k_channel", "k_near", "v_near")
+        changed: dict[str, Any] = {n: change(t) for n in names if (t := getattr(self.cache, n)) is not None}
+        self.cache = replace(self.cache, **changed)
+        self.length, self.start = change(self.length), change(self.start)
+        self.batch_size = len(self.length)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._map_sequences(lambda x: _rows(x, beam_idx))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.is_initialized:
+            index = torch.arange(self.batch_size, device=self.device).repeat_interleave(repeats)
+            self._map_sequences(lambda x: _rows(x, index))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._map_sequences(lambda x: _rows(x, indices))
+
+    def offload(self) -> None:
+        raise UsageError("the quantized cache stays on its GPU; leave out offloading, or load the model without kv")
+
+    prefetch = offload
+
+
+class DynamicPackedLayer(PackedLayer):
+    """Grows by blocks of `BLOCK` tokens."""
+
+    is_croppable = True
+
+    def __init__(self, kv: KV, **kwargs: Any) -> None:
+        super().__init__(kv)
+        self.tokens = 0
+
+    def _slots(self, tokens: int) -> int:
+        return -(-max(tokens, 1) // BLOCK) * BLOCK
+
+    @property
+    def longest(self) -> int | None:
+        return self.tokens
+
+    def _reserve(self, tokens: int) -> None:
+        self.tokens += tokens
+        if self.tokens > self.cache.capacity:
+            slots = self._slots(self.tokens)
+            names = ("k", "v", "k_scale", "v_scale")
+            grown: dict[str, Any] = {n: _resized(t, slots) for n in names if (t := getattr(self.cache, n)) is not None}
+            self.cache = replace(self.cache, **grown)
+
+    def _past(self) -> tuple[Tensor, Tensor]:
+        return self.dequantized(slice(0, self._appended))
+
+    def append(self, key: Tensor, value: Tensor) -> None:
+        super().append(key, value)
+        self._appended = self.tokens
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.tokens + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.tokens
+
+    def get_max_length(self) -> int:
+        return -1
+
+    get_max_cache_shape = get_max_length
+
+    def reset(self) -> None:
+        super().reset()
+        self.tokens, self.is_initialized = 0, False
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last ``-tokens_to_remove`` tokens. A positive number is what should be left, as it once was."""
+        kept = tokens_to_remove if tokens_to_remove > 0 else self.tokens + tokens_to_remove
+        if not self.is_initialized or kept >= self.tokens:
+            return
+        old, self.tokens = self.tokens, max(kept, 0)
+        self._appended = self.tokens
+        self.length.sub_(old - self.tokens)
+        self.filled = self.tokens > 0
+        if self.cache.newest and self.filled:
+            self._refill_newest(old)
+
+    def _refill_newest(self, old: int) -> None:
+        """The newest in 16 bits are others after a crop: those that had left come back from the packed slots."""
+        c = self.cache
+        back = torch.arange(
+            max(self.tokens - c.newest, 0), max(min(old - c.newest, self.tokens), 0), device=self.device
+        )
+        if back.numel() and c.k_near is not None and c.v_near is not None:
+            k, v = self.dequantized(back)
+            place = c.first + back % c.newest
+            c.k_near[:, :, place], c.v_near[:, :, place] = k, v
+
+
+class StaticPackedLayer(PackedLayer):
+    """As long as it will ever be, at fixed addresses: compiled models and CUDA graphs read it."""
+
+    is_compileable = True
+
+    def __init__(self, kv: KV, max_cache_len: int, **kwargs: Any) -> None:
+        super().__init__(kv)
+        self.max_cache_len = max_cache_len
+        self._eager_tokens = 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        super().lazy_initialization(key_states, value_states)
+        _keep_addresses(self)
+
+    def _slots(self, tokens: int) -> int:
+        return self.max_cache_len
+
+    def _reserve(self, tokens: int) -> None:
+        """Refuse what does not fit, as far as the host knows: compiled steps count on the device alone."""
+        if torch.compiler.is_compiling():
+            return
+        self._eager_tokens += tokens
+        if self._eager_tokens > self.max_cache_len:
+            raise UsageError(
+                f"{self._eager_tokens} tokens for a static cache of {self.max_cache_len}; give it more by max_cache_len"
+            )
+
+    def dense(self, key: Tensor, value: Tensor, prompt: bool) -> tuple[Tensor, Tensor]:
+        if prompt or not self.filled:
+            return super().dense(key, value, True)
+        self.append(key, value)  # how many there are only the device knows: all slots, the mask hides the rest
+        return self.dequantized(slice(None))
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.max_cache_len, 0
+
+    def get_seq_length(self) -> Any:
+        return self.length[0] if self.is_initialized else 0
+
+    def get_max_length(self) -> int:
+        return self.max_cache_len
+
+    get_max_cache_shape = get_max_length
+
+    def reset(self) -> None:
+        super().reset()
+        self._eager_tokens = 0
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        _reorder_in_place(self, beam_idx)
+
+
+class WindowPackedLayer(PackedLayer):
+    """The last tokens of a sliding window in a ring: dynamic and static caches have the same one."""
+
+    is_compileable = True
+    is_sliding = True
+
+    def __init__(self, kv: KV, sliding_window: int, max_cache_len: int | None = None, **kwargs: Any) -> None:
+        super().__init__(kv)
+        self.window = sliding_window
+        self.capacity = sliding_window if max_cache_len is None else min(sliding_window, max_cache_len)
+        self.max_cache_len = self.capacity
+        self.tokens = 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        super().lazy_initialization(key_states, value_states)
+        _keep_addresses(self)
+
+    def _slots(self, tokens: int) -> int:
+        return self.capacity
+
+    def _reserve(self, tokens: int) -> None:
+        self.tokens += tokens
+
+    def dense(self, key: Tensor, value: Tensor, prompt: bool) -> tuple[Tensor, Tensor]:
+        self._before = self.tokens - key.shape[2]
+        return super().dense(key, value, prompt)
+
+    def _past(self) -> tuple[Tensor, Tensor]:
+        """Of the tokens before the new ones, those that the first new one sees."""
+        position = torch.arange(max(self._before - self.capacity + 1, 0), self._before, device=self.device)
+        return self.dequantized(position % self.capacity)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        past = min(self.tokens, self.capacity - 1)
+        return past + query_length, self.tokens - past
+
+    def get_seq_length(self) -> int:
+        return self.tokens
+
+    def get_max_length(self) -> int:
+        return self.capacity
+
+    get_max_cache_shape = get_max_length
+
+    def reset(self) -> None:
+        super().reset()
+        self.tokens = 0
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        _reorder_in_place(self, beam_idx)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove == 0 or not self.is_initialized:
+            return
+        kept = tokens_to_remove if tokens_to_remove > 0 else self.tokens + tokens_to_remove
+        if self.tokens > self.capacity or self.cache.newest:
+            raise UsageError(
+                "tokens of a quantized sliding window cannot be taken back: speculative decoding needs a model without "
+                "windows, or to be loaded without kv"
+            )
+        self.length.sub_(self.tokens - max(kept, 0))
+        self.tokens = max(kept, 0)
+        self.filled = self.tokens > 0
+
+
+def statistics(key: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+    """(mean, spread), each [B, Hkv, D] float32, of keys [B, Hkv, S, D] from token `start` [B] on.
+
+    spread is the largest distance from the mean. Of a long prompt `SAMPLES` evenly spaced tokens are taken.
+    """
+    step = -(-key.shape[2] // SAMPLES)
+    taken = key[:, :, step - 1 :: step].float()
+    token = torch.arange(step - 1, key.shape[2], step, device=key.device)
+    real = (token >= start[:, None])[:, None, :, None]
+    count = real.sum(2).clamp(min=1)
+    mean = torch.where(real, taken, 0.0).sum(2) / count
+    spread = torch.where(real, (taken - mean[:, :, None]).abs(), 0.0).amax(2)
+    return mean, spread
+
+
+def channel_scale(spread: Tensor) -> Tensor:
+    """[B, Hkv, D] scale of each channel from how far it strays; all ones where nothing strays, as for one token.
+
+    SmoothQuant's migration (arXiv 2211.10438) with all of it on the keys' side: queries are not quantized.
+    """
+    largest = spread.amax(-1, keepdim=True)
+    return torch.where(largest > 0, spread.clamp(min=1e-20).maximum(FLOOR * largest), 1.0)
+
+
+def _slots(x: Tensor, slots: Any) -> Tensor:
+    if isinstance(slots, slice):
+        return x[:, :, slots]
+    return _as_bytes(x)[:, :, slots].view(x.dtype)
+
+
+def _rows(x: Tensor, index: Tensor) -> Tensor:
+    return _as_bytes(x).index_select(0, index.to(x.device)).view(x.dtype)
+
+
+def _as_bytes(x: Tensor) -> Tensor:
+    """E4M3 as bytes: torch cannot index it everywhere."""
+    return x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x
+
+
+def _resized(x: Tensor, slots: int) -> Tensor:
+    grown = x.new_zeros((*x.shape[:2], slots, *x.shape[3:]))
+    _as_bytes(grown)[:, :, : x.shape[2]] = _as_bytes(x)
+    return grown
+
+
+def _all_tensors(layer: PackedLayer) -> list[Tensor]:
+    c = layer.cache
+    held = (c.k, c.v, c.k_scale, c.v_scale, c.k_mean, c.k_channel, c.k_near, c.v_near, layer.length, layer.start)
+    return [t for t in held if t is not None]
+
+
+def _keep_addresses(layer: PackedLayer) -> None:
+    """Tell the compiler that these tensors stay where they are: CUDA graphs need it."""
+    if not torch.compiler.is_compiling():
+        for tensor in _all_tensors(layer):
+            torch._dynamo.mark_static_address(tensor)
+
+
+def _reorder_in_place(layer: PackedLayer, index: Tensor) -> None:
+    if layer.is_initialized:
+        for tensor in _all_tensors(layer):
+            tensor.copy_(_rows(tensor, index))
