@@ -66,7 +66,8 @@ class Config:
         output = round_up(output, 128) + (self.split - 1) * share // 2 * 4 * 2 * self.bx
         tokens, channels = (self.by, self.bx) if self.swap else (self.bx, self.by)
         span = next(s for s in (128, 64, 32, 16, 8) if channels % s == 0)
-        scales = round_up((tokens + 4 * self.grouped) * 4, 128) * self.stages + round_up(self.stages * (channels // span) * 4, 8)
+        scales = round_up((tokens + 4 * self.grouped) * 4, 128) * self.stages
+        scales += round_up(self.stages * (channels // span) * 4, 8)
         groups = self.grouped * 8 * (MAX_EXPERTS + 1)
         return (self.bx + self.by) * 128 * self.stages + output + scales + 8 * (2 * self.stages + 2) + groups
 

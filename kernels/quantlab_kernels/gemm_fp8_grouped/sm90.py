@@ -76,9 +76,7 @@ def _prepared(
     ]
     tokens = config.by if config.swap else config.bx
     column = round_up(4 * max(a_scale[1], 4), 16)  # a single column of scales may report any stride
-    maps.append(
-        driver.tensor_map(driver.FLOAT32, a_scale[0], rows, k // 128, column, tokens + 4, 1, driver.NO_SWIZZLE)
-    )
+    maps.append(driver.tensor_map(driver.FLOAT32, a_scale[0], rows, k // 128, column, tokens + 4, 1, driver.NO_SWIZZLE))
     maps.append(sm90.output_map(config, (rows, n), (out, n), out_dtype) if config.output_tma else bytes(128))
     scalars = struct.pack("<QQQqQQiiiiQi", b_scale, 0, out, n, 0, 0, rows, n, k // 128, 0, counts, experts)
     params = b"".join(maps) + scalars
