@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 GROUP = 128  # weights along K that share a scale
+POWER, FREE_POWER = 2.0, 4.0  # of errors, with and without knowledge of the inputs
 CODE_MAX = 7  # -8 is left unused: symmetric, and sign-magnitude in the kernels
 SMALLEST = 0.125  # of the E4M3 numbers: an eighth of it is still normal, which is how vLLM stores them
 FLOOR = 1 / (448 * 512)  # vLLM takes no smaller factor for a row
@@ -56,8 +57,10 @@ def decode_int4(codes: Tensor, scale: Tensor) -> Tensor:
 
 
 def search_scales(weight: Tensor, *, group: int = GROUP, importance: Tensor | None = None) -> Tensor:
-    """Scales float32 [N, K / group] with the least error ``sum importance (W - scale code)^2``, on the grid.
+    """Scales float32 [N, K / group] with the least error ``sum importance |W - scale code|^p``, on the grid.
 
+    p is 2 where the importance is known, and 4 where it is not: large weights are cut off less. Those that belong to
+    outlier channels matter more than their number, and without data nobody knows which they are (the README has both).
     First the clip of each group, whatever the grid; then the row's factor, set by its largest scale; then of the grid's
     numbers around each group's choice the best.
     """
@@ -83,7 +86,15 @@ def _better(
 ) -> tuple[Tensor, Tensor]:
     """Of the scales found so far [N, G], with their errors, and others: the better ones. Of equals the earlier."""
     step = scale.clamp_min(torch.finfo(torch.float32).tiny)[:, :, None]
-    error = (groups / step).round_().clamp_(-CODE_MAX, CODE_MAX).mul_(step).sub_(groups).square_()
+    error = (
+        (groups / step)
+        .round_()
+        .clamp_(-CODE_MAX, CODE_MAX)
+        .mul_(step)
+        .sub_(groups)
+        .abs_()
+        .pow_(FREE_POWER if weights is None else POWER)
+    )
     if weights is not None:
         error *= weights
     total = error.sum(dim=2)
