@@ -5,32 +5,41 @@ asks the handle: a few queries go over the packed tokens by `attention_decode`; 
 which are at hand, cost nothing and lose nothing. A handle is no tensor, so a model that computes on cached keys itself
 fails with a clear error where a tensor of another meaning would be silently wrong.
 
-What keys need to survive few bits is measured on the prompt: their mean per channel, which softmax does not see, and
-for INT4 how far each channel strays from it, which is folded into queries. So there is nothing to calibrate, rotary
-embeddings of any kind need not be known, and nothing in the weights changes. The statistics of a prompt hold for what
-follows it; alternatives and their losses are in `calib/README.md`.
+What keys need to survive few bits is two numbers per channel (`quantlab_calib.rope`): their mean, which softmax does
+not see, and how far they stray from it, which is folded into queries. They are measured as the model is prepared, on
+a few short texts run at all places of the context. Nothing in the weights changes and no kind of rotary embedding has
+to be known. Statistics of each prompt (the alternative) are as good for the prompt itself, and useless for what is
+written after a short one. Losses of all ways are in `calib/README.md`.
 """
 
 from __future__ import annotations
 
 import inspect
 import types
+from dataclasses import dataclass
 from typing import Any
 
-from transformers.cache_utils import (
-    Cache,
-    DummyLayer,
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-    StaticLayer,
-    StaticSlidingWindowLayer,
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache
+
+from quantlab.cache_layers import (
+    FEW,
+    KV,
+    DynamicPackedLayer,
+    Handle,
+    Keys,
+    PackedLayer,
+    StaticPackedLayer,
+    WindowPackedLayer,
 )
-
-from quantlab.cache_layers import KV, DynamicPackedLayer, Handle, PackedLayer, StaticPackedLayer, WindowPackedLayer
 from quantlab.errors import UsageError
+from quantlab_calib import rope
 
-__all__ = ["KV", "PackedCache", "packed", "use"]
+__all__ = ["FEW", "KV", "PackedCache", "Prepared", "new_cache", "packed", "prepared", "use"]
 
+FLOOR = 1 / 64  # least scale of a channel, of the head's largest: what hardly moved while measuring still may
+_PREPARED = "quantlab_kv"  # of a model: `Prepared`
 _PREPARE = "_prepare_cache_for_generation"
 
 
@@ -39,23 +48,72 @@ def packed(key: Any) -> Handle | None:
     return key if isinstance(key, Handle) else None
 
 
-def use(model: Any, kv: KV | str | None) -> Any:
+@dataclass(frozen=True)
+class Prepared:
+    """A format and what the keys of a model need for it: mean and scale of each layer's channels."""
+
+    kv: KV
+    keys: dict[int, Keys]
+
+    def like(self, cache: Cache) -> PackedCache:
+        """An empty quantized cache in the shape of one of transformers'."""
+        return PackedCache.like(cache, self.kv, self.keys)
+
+
+def use(model: Any, kv: KV | str | None, tokens: Tensor | None = None) -> Any:
     """Let `model.generate` make quantized caches, dynamic or static as it is asked for; None takes that back.
 
-    A cache that is given to `generate` or to the model itself stays what it is: `PackedCache.like` makes one of ours.
-    Returns the model. Raises UsageError for models whose attention cannot read a quantized cache.
+    tokens  [pieces, length] int64: texts to measure keys on, by default random tokens
+
+    A cache that is given to `generate` or to the model itself stays what it is; `new_cache` makes one of ours. Returns
+    the model. Raises UsageError for models whose attention cannot read a quantized cache.
     """
-    if kv is None:
-        model.__dict__.pop(_PREPARE, None)
-        model.__dict__.pop("quantlab_kv", None)
+    for name in (_PREPARE, _PREPARED):
+        model.__dict__.pop(name, None)
+    if kv is None or kv == "none":
         return model
     kv = KV.of(kv)
     _require_support(model)
     if not str(model.config._attn_implementation).startswith("quantlab"):
         model.set_attn_implementation("quantlab")
-    model.quantlab_kv = kv
+    setattr(model, _PREPARED, Prepared(kv, {} if kv.format == "16bit" else _keys(model, tokens)))
     setattr(model, _PREPARE, types.MethodType(_prepare, model))
     return model
+
+
+def prepared(model: Any) -> Prepared | None:
+    """What `use` has left on a model."""
+    return getattr(model, _PREPARED, None)
+
+
+def new_cache(model: Any) -> Cache:
+    """An empty growing cache for a model that `use` has prepared, or else transformers' own."""
+    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    found = prepared(model)
+    return cache if found is None else found.like(cache)
+
+
+def _keys(model: Any, tokens: Tensor | None) -> dict[int, Keys]:
+    if tokens is None:
+        size = model.config.get_text_config(decoder=True).vocab_size
+        tokens = torch.randint(size, (rope.PIECES, rope.PIECE), generator=torch.Generator().manual_seed(0))
+    try:
+        found = rope.key_statistics(model, tokens)
+    except (TypeError, ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UsageError(
+            f"{type(model).__name__} cannot have a quantized KV cache: it does not run at given places ({reason})"
+        ) from None
+    return {layer: (mean, channel_scale(spread)) for layer, (mean, spread) in found.items()}
+
+
+def channel_scale(spread: Tensor) -> Tensor:
+    """[1, Hkv, D] scale of each channel from how far it strays; all ones where nothing strays.
+
+    SmoothQuant's migration (arXiv 2211.10438) with all of it on the keys' side: queries are not quantized.
+    """
+    largest = spread.amax(-1, keepdim=True)
+    return torch.where(largest > 0, spread.maximum(FLOOR * largest), 1.0)
 
 
 def _require_support(model: Any) -> None:
@@ -83,40 +141,41 @@ def _prepare(self: Any, generation_config: Any, model_kwargs: dict[str, Any], *a
     result = getattr(type(self), _PREPARE)(self, generation_config, model_kwargs, *args, **kwargs)
     made = model_kwargs.get("past_key_values")
     if made is not None and made is not given:
-        model_kwargs["past_key_values"] = PackedCache.like(made, self.quantlab_kv)
+        model_kwargs["past_key_values"] = getattr(self, _PREPARED).like(made)
     return result
 
 
 class PackedCache(Cache):
-    """A quantized cache in the shape of one of transformers': `PackedCache.like(DynamicCache(config=config), kv)`."""
+    """A quantized cache for a whole model."""
 
     @classmethod
-    def like(cls, cache: Cache, kv: KV | str) -> PackedCache:
+    def like(cls, cache: Cache, kv: KV | str, keys: dict[int, Keys]) -> PackedCache:
         """Layers of the same kinds and lengths. Raises UsageError for kinds that cannot be quantized."""
         kv = KV.of(kv)
         if getattr(cache, "offloading", False):
             raise UsageError("cache_implementation is an offloaded one: the quantized cache stays on its GPU")
         if not cache.layers:
             raise UsageError(f"{type(cache).__name__} names no layers; give it the model's config")
-        return cls(layers=[_like(layer, kv) for layer in cache.layers])
+        return cls(layers=[_like(layer, kv, keys.get(i)) for i, layer in enumerate(cache.layers)])
 
 
-def _like(layer: Any, kv: KV) -> Any:
+def _like(layer: Any, kv: KV, keys: Keys | None) -> Any:
     made: PackedLayer
-    match type(layer).__name__, layer:
-        case "DummyLayer", DummyLayer():
+    match type(layer).__name__ if type(layer).__module__ == Cache.__module__ else "":
+        case "DummyLayer":  # of a layer without attention
             return layer
-        case "DynamicLayer", DynamicLayer():
-            made = DynamicPackedLayer(kv)
-        case "DynamicSlidingWindowLayer", DynamicSlidingWindowLayer():
-            made = WindowPackedLayer(kv, layer.sliding_window)
-        case "StaticLayer", StaticLayer():
-            made = StaticPackedLayer(kv, layer.max_cache_len)
-        case "StaticSlidingWindowLayer", StaticSlidingWindowLayer():
-            made = WindowPackedLayer(kv, layer.max_cache_len)
-        case name, _:
+        case "DynamicLayer":
+            made = DynamicPackedLayer(kv, keys)
+        case "DynamicSlidingWindowLayer":
+            made = WindowPackedLayer(kv, layer.sliding_window, keys)
+        case "StaticLayer":
+            made = StaticPackedLayer(kv, layer.max_cache_len, keys)
+        case "StaticSlidingWindowLayer":
+            made = WindowPackedLayer(kv, layer.max_cache_len, keys)
+        case _:
+            kind = type(layer).__name__
             raise UsageError(
-                f"cache layers of kind {name}: full and sliding-window attention can be quantized; load without kv"
+                f"cache layers of kind {kind}: full and sliding-window attention can be quantized; load without kv"
             )
     if layer.is_initialized and layer.keys is not None:
         made.lazy_initialization(layer.keys[:, :, :0], layer.values[:, :, :0])

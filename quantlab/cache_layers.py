@@ -1,7 +1,7 @@
 """Layers of the quantized KV cache, in transformers' terms: growing, static, and the ring of a sliding window.
 
-`update` only makes place and returns a `Handle`; tokens are quantized once attention has brought the mask, because
-padding must stay out of the statistics. See `quantlab.cache`.
+`update` only makes place and returns a `Handle`; tokens are appended once attention has brought the mask, which says
+where padding ends and a sequence begins. See `quantlab.cache`.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from quantlab_kernels.kv_append.reference import smooth
 
 BLOCK = 256  # tokens that a growing layer allocates at a time
 FEW = 16  # queries up to which reading the packed tokens beats dequantizing them
-SAMPLES = 4096  # tokens of a prompt that statistics are taken of
-FLOOR = 1 / 64  # least scale of a channel, of the largest: a channel that a prompt leaves still may move later
+
+NEAR = {"int4": (4, 64)}  # format -> tokens at the start (attention sinks) and the newest that are read in 16 bits
+Keys = tuple[Tensor, Tensor]  # of a layer: mean and scale per channel, each [1, Hkv, D] float32
 
 
 @dataclass(frozen=True)
@@ -53,13 +54,8 @@ class KV:
 
     @classmethod
     def of(cls, kv: KV | str) -> KV:
-        """A setting as it is, or by the name of its format."""
-        return kv if isinstance(kv, KV) else cls(kv)  # type: ignore[arg-type]
-
-    @property
-    def scales_channels(self) -> bool:
-        """Whether keys are divided by a scale per channel: where codes are equally spaced and channels are not."""
-        return FORMATS[self.format][0] in ("int4", "int8")
+        """A setting as it is, or by the name of its format: INT4 keys then have 16-bit company (`NEAR`)."""
+        return kv if isinstance(kv, KV) else cls(kv, *NEAR.get(kv, (0, 0)))  # type: ignore[arg-type]
 
 
 class Handle:
@@ -123,9 +119,9 @@ class PackedLayer(CacheLayerMixin):
     is_croppable = False
     window: int | None = None
 
-    def __init__(self, kv: KV, **kwargs: Any) -> None:
+    def __init__(self, kv: KV, keys: Keys | None = None) -> None:
         super().__init__()
-        self.kv = kv
+        self.kv, self.channels = kv, keys
         self.filled = self.irregular = False
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -144,11 +140,11 @@ class PackedLayer(CacheLayerMixin):
             self.kv.format, batch, heads, self._slots(tokens), d, dtype=self.dtype, device=self.device,
             first=self.kv.first, newest=self._newest(), ring=self.window is not None,
         )  # fmt: skip
-        numbers = [torch.zeros(batch, heads, d, device=self.device), torch.ones(batch, heads, d, device=self.device)]
-        lossless = self.kv.format == "16bit"
-        self.cache = self.cache.with_keys(
-            None if lossless else numbers[0], numbers[1] if self.kv.scales_channels else None
-        )
+        if self.channels is not None:
+            mean, scale = (x.to(self.device) for x in self.channels)
+            if mean.shape[1:] != (heads, d):
+                raise UsageError(f"statistics of {tuple(mean.shape[1:])} heads and channels for keys of {(heads, d)}")
+            self.cache = self.cache.with_keys(mean, scale)
         self.length = torch.zeros(batch, dtype=torch.int32, device=self.device)
         self.start = torch.zeros(batch, dtype=torch.int32, device=self.device)
         self.is_initialized = True
@@ -178,7 +174,7 @@ class PackedLayer(CacheLayerMixin):
         raise NotImplementedError
 
     def begin(self, key: Tensor, mask: Tensor | None) -> None:
-        """Learn from a mask where padding ends, and from the first tokens what keys look like."""
+        """Learn from a mask where padding ends."""
         visible, queries = masks.visible_of(mask), key.shape[2]
         if queries > 1 and mask is not None and not torch.compiler.is_compiling():
             bounds = None if visible is None else visible.key_range
@@ -188,17 +184,6 @@ class PackedLayer(CacheLayerMixin):
                 self.irregular |= bool((bounds[:, 1] != visible.keys).any())
                 if not self.filled:
                     self.start.copy_(bounds[:, 0])
-        if not self.filled:
-            self._measure(key)
-
-    def _measure(self, key: Tensor) -> None:
-        """Mean and scale per channel of a prompt's keys [B, Hkv, S, D], its padding left out."""
-        if self.cache.k_mean is None:
-            return
-        mean, spread = statistics(key, self.start)
-        self.cache.k_mean.copy_(mean)
-        if self.cache.k_channel is not None:
-            self.cache.k_channel.copy_(channel_scale(spread))
 
     def reads_packed(self, queries: int, mask: Tensor | None) -> bool:
         """Whether attention of so many queries may go over the packed tokens."""
@@ -258,7 +243,7 @@ class PackedLayer(CacheLayerMixin):
         """Replace what belongs to sequences, all tensors of the layer, by a change of their first dimension."""
         if not self.is_initialized:
             return
-        names = ("k", "v", "k_scale", "v_scale", "k_mean", "k_channel", "k_near", "v_near")
+        names = ("k", "v", "k_scale", "v_scale", "k_near", "v_near")
         changed: dict[str, Any] = {n: change(t) for n in names if (t := getattr(self.cache, n)) is not None}
         self.cache = replace(self.cache, **changed)
         self.length, self.start = change(self.length), change(self.start)
@@ -286,9 +271,9 @@ class DynamicPackedLayer(PackedLayer):
 
     is_croppable = True
 
-    def __init__(self, kv: KV, **kwargs: Any) -> None:
-        super().__init__(kv)
-        self.tokens = 0
+    def __init__(self, kv: KV, keys: Keys | None = None) -> None:
+        super().__init__(kv, keys)
+        self.tokens = self._appended = 0
 
     def _slots(self, tokens: int) -> int:
         return -(-max(tokens, 1) // BLOCK) * BLOCK
@@ -356,8 +341,8 @@ class StaticPackedLayer(PackedLayer):
 
     is_compileable = True
 
-    def __init__(self, kv: KV, max_cache_len: int, **kwargs: Any) -> None:
-        super().__init__(kv)
+    def __init__(self, kv: KV, max_cache_len: int, keys: Keys | None = None) -> None:
+        super().__init__(kv, keys)
         self.max_cache_len = max_cache_len
         self._eager_tokens = 0
 
@@ -409,11 +394,9 @@ class WindowPackedLayer(PackedLayer):
     is_compileable = True
     is_sliding = True
 
-    def __init__(self, kv: KV, sliding_window: int, max_cache_len: int | None = None, **kwargs: Any) -> None:
-        super().__init__(kv)
-        self.window = sliding_window
-        self.capacity = sliding_window if max_cache_len is None else min(sliding_window, max_cache_len)
-        self.max_cache_len = self.capacity
+    def __init__(self, kv: KV, sliding_window: int, keys: Keys | None = None) -> None:
+        super().__init__(kv, keys)
+        self.window = self.capacity = self.max_cache_len = sliding_window
         self.tokens = 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -468,30 +451,6 @@ class WindowPackedLayer(PackedLayer):
         self.filled = self.tokens > 0
 
 
-def statistics(key: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
-    """(mean, spread), each [B, Hkv, D] float32, of keys [B, Hkv, S, D] from token `start` [B] on.
-
-    spread is the largest distance from the mean. Of a long prompt `SAMPLES` evenly spaced tokens are taken.
-    """
-    step = -(-key.shape[2] // SAMPLES)
-    taken = key[:, :, step - 1 :: step].float()
-    token = torch.arange(step - 1, key.shape[2], step, device=key.device)
-    real = (token >= start[:, None])[:, None, :, None]
-    count = real.sum(2).clamp(min=1)
-    mean = torch.where(real, taken, 0.0).sum(2) / count
-    spread = torch.where(real, (taken - mean[:, :, None]).abs(), 0.0).amax(2)
-    return mean, spread
-
-
-def channel_scale(spread: Tensor) -> Tensor:
-    """[B, Hkv, D] scale of each channel from how far it strays; all ones where nothing strays, as for one token.
-
-    SmoothQuant's migration (arXiv 2211.10438) with all of it on the keys' side: queries are not quantized.
-    """
-    largest = spread.amax(-1, keepdim=True)
-    return torch.where(largest > 0, spread.clamp(min=1e-20).maximum(FLOOR * largest), 1.0)
-
-
 def _slots(x: Tensor, slots: Any) -> Tensor:
     if isinstance(slots, slice):
         return x[:, :, slots]
@@ -515,14 +474,15 @@ def _resized(x: Tensor, slots: int) -> Tensor:
 
 def _all_tensors(layer: PackedLayer) -> list[Tensor]:
     c = layer.cache
-    held = (c.k, c.v, c.k_scale, c.v_scale, c.k_mean, c.k_channel, c.k_near, c.v_near, layer.length, layer.start)
+    held = (c.k, c.v, c.k_scale, c.v_scale, c.k_near, c.v_near, layer.length, layer.start)
     return [t for t in held if t is not None]
 
 
 def _keep_addresses(layer: PackedLayer) -> None:
     """Tell the compiler that these tensors stay where they are: CUDA graphs need it."""
     if not torch.compiler.is_compiling():
-        for tensor in _all_tensors(layer):
+        numbers = (layer.cache.k_mean, layer.cache.k_channel)
+        for tensor in (*_all_tensors(layer), *(x for x in numbers if x is not None)):
             torch._dynamo.mark_static_address(tensor)
 
 

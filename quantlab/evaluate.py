@@ -118,6 +118,7 @@ def evaluate(
     context: int = 0,
     device_map: str = "auto",
     dtype: str = "auto",
+    kv: str | None = None,
     min_recovery: float | None = None,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
@@ -132,6 +133,8 @@ def evaluate(
     context        tokens at the start of each window that are not scored: every scored token sees at least so many
                    before it. Windows may share them with the end of the window before
     dtype          of what is not quantized, for both models; "auto" takes each checkpoint's
+    kv             format of the model's KV cache, None as its recipe says; with one, windows are read in steps of few
+                   tokens, each out of the packed cache. The baseline's is 16-bit
     min_recovery   raises VerificationError, after saving, for a recovery below this
 
     Raises UsageError for models, texts and tokenizers that do not fit, VerificationError for logits that are not
@@ -151,7 +154,7 @@ def evaluate(
     tokens = torch.cat(parts)
 
     kept = run.baseline(reference, tokens) if reference else None
-    loaded = run.load(source)
+    loaded = run.load(source, kv)
     scores = run.score(loaded, tokens, kept).after(context)
     results = lm_tasks.run(loaded, source.folder, tasks) if tasks else {}
     settings = {
@@ -162,6 +165,7 @@ def evaluate(
         "tokens_scored": scores.nll.numel(),
         "tokens_sha256": baselines.digest(tokens),
         "dtype": _plain(loaded.dtype),
+        "kv": _kv_of(loaded),
         "baseline_dtype": _plain(kept.hidden.dtype) if kept else None,
         "baseline_from_cache": kept.cached if kept else None,
         "device": str(loaded.device),
@@ -272,11 +276,11 @@ class _Run:
         except data.DataError as error:
             raise UsageError(str(error)) from None
 
-    def load(self, source: Source) -> Any:
+    def load(self, source: Source, kv: str | None = "none") -> Any:
         where = None if self.device_map == "auto" and not torch.cuda.is_available() else self.device_map
         dtype = self.dtype if self.dtype == "auto" else DTYPES[self.dtype]
         options = {"trust_remote_code": True} if self.trust_remote_code else {}
-        return hf.load(source.folder, device_map=where, dtype=dtype, **options).eval()
+        return hf.load(source.folder, device_map=where, dtype=dtype, kv=kv, **options).eval()
 
     def baseline(self, source: Source, tokens: Tensor) -> Baseline:
         """Run the baseline over all windows, or read what an earlier run left."""
@@ -313,6 +317,10 @@ class _Run:
             done += len(batch)
             if self.progress is not None:
                 self.progress(f"{Path(model.name_or_path).name}: {len(tokens)} windows", done, len(tokens))
+
+
+def _kv_of(model: Any) -> str:
+    return model.quantlab_kv.kv.format if hasattr(model, "quantlab_kv") else "none"
 
 
 def _check_arguments(

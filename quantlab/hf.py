@@ -75,11 +75,21 @@ def status() -> str:
     return _failure or "off; `quantlab.hf.enable()` turns it on"
 
 
-def load(path: str | Path, *, device_map: Any = None, dtype: Any = "auto", warmup: bool = False, **kwargs: Any) -> Any:
+def load(
+    path: str | Path,
+    *,
+    device_map: Any = None,
+    dtype: Any = "auto",
+    kv: Any = None,
+    warmup: bool = False,
+    **kwargs: Any,
+) -> Any:
     """The model of a checkpoint folder on our layers, by the class that its config names. Never asks a hub.
 
     device_map  as in `from_pretrained`; None is the CPU
     dtype       of everything that is not quantized; "auto" takes the checkpoint's
+    kv          format of the KV cache that `generate` makes: "fp8", "int8", "int4", "k8v4" or a `cache.KV`; "none" for
+                16 bits; None takes what the checkpoint's recipe says
     warmup      runs every shape of layer once, so that kernels are compiled before the first real call
     kwargs      go to `from_pretrained`
 
@@ -107,14 +117,37 @@ def load(path: str | Path, *, device_map: Any = None, dtype: Any = "auto", warmu
     _require_complete(path, info)
     if warmup:
         warm_up(model)
-    return model
+    return with_kv(model, path, kv)
 
 
-def pipeline(task: str, path: str | Path, *, device_map: Any = None, dtype: Any = "auto", **kwargs: Any) -> Any:
+def with_kv(model: Any, path: str | Path, kv: Any) -> Any:
+    """The model with a quantized KV cache: as asked for, or as the recipe beside its checkpoint says."""
+    from quantlab import checkpoint
+    from quantlab.scheme import Recipe
+
+    recipe = Path(path) / checkpoint.RECIPE
+    if kv is None:
+        kv = Recipe.from_toml(recipe).kv if recipe.is_file() else "none"
+    if kv == "none":
+        return model
+    from quantlab import cache
+    from quantlab_calib import data, rope
+
+    try:
+        tokenizer = data.load_tokenizer(path)
+        tokens = data.windows("bundled", tokenizer, "calibration", count=rope.PIECES, length=rope.PIECE)
+    except data.DataError:  # no tokenizer: random tokens do nearly as well
+        tokens = None
+    return cache.use(model, kv, tokens)
+
+
+def pipeline(
+    task: str, path: str | Path, *, device_map: Any = None, dtype: Any = "auto", kv: Any = None, **kwargs: Any
+) -> Any:
     """`transformers.pipeline` on a model that `load` has checked; tokenizer and processors are those of the folder."""
     import transformers
 
-    model = load(path, device_map=device_map, dtype=dtype)
+    model = load(path, device_map=device_map, dtype=dtype, kv=kv)
     implementation = transformers.pipelines.check_task(task)[1]["impl"]
     if isinstance(implementation, str):
         implementation = getattr(transformers, implementation.rpartition(".")[2])

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from quantlab.errors import UsageError
+from quantlab_kernels.common.kv import FORMATS as KV_FORMATS
 from quantlab_kernels.formats import E4M3, INT4
 from quantlab_kernels.qtensor import TensorSpec
 
@@ -198,13 +199,19 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Which scheme each layer gets. `rules` are tried in order, then `scheme` holds for the rest."""
+    """Which scheme each layer gets. `rules` are tried in order, then `scheme` holds for the rest.
+
+    kv is the format of the KV cache that `quantlab.load` gives the checkpoint; other loaders do not see it.
+    """
 
     scheme: str = "fp8-block"
     rules: tuple[Rule, ...] = ()
     calibration: Calibration | None = None
+    kv: str = "none"
 
     def __post_init__(self) -> None:
+        if self.kv not in ("none", *KV_FORMATS):
+            raise UsageError(f"unknown KV format {self.kv!r}; {did_you_mean(self.kv, ['none', *KV_FORMATS])}")
         layouts = {s.layout for s in self.schemes()}
         if not layouts:
             raise UsageError("the recipe quantizes nothing: every scheme in it is 'none'")
@@ -261,6 +268,8 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """Plain data that `from_dict` reads back; also what `to_toml` writes."""
         data: dict[str, Any] = {"scheme": self.scheme}
+        if self.kv != "none":
+            data["kv"] = self.kv
         data["layers"] = [asdict(rule) for rule in self.rules]
         if self.calibration is not None:
             data["calibration"] = {key: value for key, value in asdict(self.calibration).items() if value is not None}

@@ -101,7 +101,17 @@ def base_of(model: Any) -> Any:
 
 @torch.no_grad()
 def hidden_states(model: Any, windows: Tensor) -> Tensor:
-    """Last hidden states [rows, tokens, hidden] of windows of token ids [rows, tokens]."""
+    """Last hidden states [rows, tokens, hidden] of windows of token ids [rows, tokens].
+
+    A model with a quantized KV cache (`cache.use`) reads a window in steps of few tokens, as while generating: every
+    step sees what is before it out of the packed cache.
+    """
+    if hasattr(model, "quantlab_kv"):
+        from quantlab.cache import FEW, new_cache
+
+        cache, base = new_cache(model), base_of(model)
+        steps = [base(input_ids=part, past_key_values=cache, use_cache=True) for part in windows.split(FEW, 1)]
+        return torch.cat([step.last_hidden_state for step in steps], 1)
     return base_of(model)(input_ids=windows, use_cache=False, return_dict=True).last_hidden_state
 
 

@@ -27,7 +27,7 @@ Statistics = dict[int, tuple[Tensor, Tensor]]
 
 @torch.no_grad()
 def key_statistics(model: Any, tokens: Tensor, horizon: int | None = None) -> Statistics:
-    """Layer -> (mean, spread), each [1, Hkv, D] float32 of the layer's keys; spread: the largest distance from the mean.
+    """Layer -> (mean, spread) of its keys, each [1, Hkv, D] float32; spread is the largest distance from the mean.
 
     tokens   [pieces, length] int64, pieces of text; they are spread evenly over the places 0 .. horizon - 1
     horizon  by default the model's `max_position_embeddings`, `HORIZON` at most

@@ -36,6 +36,10 @@ def eval(
     ] = 0,
     device_map: Annotated[str, Option("--device-map", help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[str, Option("--dtype", help="Of unquantized weights: auto, float32, bfloat16, float16.")] = "auto",
+    kv: Annotated[
+        str | None,
+        Option("--kv", help="KV cache: fp8, int8, int4, k8v4 or none [the checkpoint's].", show_default=False),
+    ] = None,
     min_recovery: Annotated[
         float | None,
         Option("--min-recovery", min=0, max=1, help="Fail with exit code 4 below this.", show_default=False),
@@ -60,6 +64,7 @@ def eval(
             context=context,
             device_map=device_map,
             dtype=dtype,
+            kv=kv,
             min_recovery=min_recovery,
             trust_remote_code=trust_remote_code,
             progress=callback,
