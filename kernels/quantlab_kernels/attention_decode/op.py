@@ -15,7 +15,7 @@ from quantlab_kernels.common.kv import FORMATS, Code, PackedKV, code_of
 from quantlab_kernels.common.ops import define, require
 from quantlab_kernels.kv_append.op import check_cache, check_channels, check_places
 
-BACKENDS = Backends("attention_decode", ("triton", "eager"), last_resort="eager")
+BACKENDS = Backends("attention_decode", ("sm90", "triton", "eager"), last_resort="eager")
 _QUERIES = (torch.bfloat16, torch.float16, torch.float32)
 
 

@@ -265,17 +265,17 @@ def _attend(
                 valid = (slot < near_total) & (position < length) & (late < length)
                 valid = valid & ((slot < first) | (position >= start + first))
                 mask = valid[:, None] & (column < D)[None, :]
-                at = slot.to(tl.int64)[:, None]
-                k = tl.load(
-                    k_near_ptr + batch * kn_row + head * kn_head + at * kn_slot + column[None, :], mask=mask, other=0.0
+                near_at = slot.to(tl.int64)[:, None]
+                near_k = tl.load(
+                    k_near_ptr + batch * kn_row + head * kn_head + near_at * kn_slot + column[None, :], mask=mask, other=0.0
                 )
-                x = _capped(tl.dot(q_near, tl.trans(k)) * to_power, softcap, SOFTCAP)
-                x = _seen(tl.where(valid[None, :], x, float("-inf")), position, place, start, length, window, WINDOW)
-                scaled, weight, largest, rescale, total = _weights(x, tl.zeros((BN,), tl.float32), largest, total)
-                v = tl.load(
-                    v_near_ptr + batch * vn_row + head * vn_head + at * vn_slot + column[None, :], mask=mask, other=0.0
+                near_x = _capped(tl.dot(q_near, tl.trans(near_k)) * to_power, softcap, SOFTCAP)
+                near_x = _seen(tl.where(valid[None, :], near_x, float("-inf")), position, place, start, length, window, WINDOW)
+                scaled, weight, largest, rescale, total = _weights(near_x, tl.zeros((BN,), tl.float32), largest, total)
+                near_v = tl.load(
+                    v_near_ptr + batch * vn_row + head * vn_head + near_at * vn_slot + column[None, :], mask=mask, other=0.0
                 )
-                out = out * rescale[:, None] + tl.dot(scaled.to(v.dtype), v)
+                out = out * rescale[:, None] + tl.dot(scaled.to(near_v.dtype), near_v)
                 zeros = zeros * rescale
                 out_low = out_low * rescale[:, None]
                 out_high = out_high * rescale[:, None]

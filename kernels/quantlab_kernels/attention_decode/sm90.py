@@ -1,0 +1,155 @@
+"""Hopper backend: `sm90.cu`, compiled at run time by NVRTC, one pair of kernels per configuration."""
+
+from __future__ import annotations
+
+import functools
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from quantlab_kernels.attention_decode.reference import Attributes
+from quantlab_kernels.attention_decode.splits import splits
+from quantlab_kernels.common import driver, nvrtc
+from quantlab_kernels.common.backends import Mendable
+from quantlab_kernels.common.hardware import gpu_of
+from quantlab_kernels.common.kv import Code, PackedKV
+
+if TYPE_CHECKING:
+    from quantlab_kernels.attention_decode.op import Problem
+
+_FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_CODES: dict[Code, int] = {"e4m3": 0, "int8": 1, "int4": 2}
+TILE = 16  # tokens of a warp's step
+
+
+@dataclass(frozen=True)
+class Config:
+    """eights: query rows of a tile / 8; warps, stages of the copies' ring, ctas on a multiprocessor at once."""
+
+    eights: int
+    warps: int = 8
+    stages: int = 3
+    ctas: int = 2
+
+    def shared_bytes(self, problem: Problem) -> int:
+        widths = [problem.d // (2 if code == "int4" else 1) for code in (problem.key, problem.value)]
+        stage = 32 * (2 * widths[0] // 4 + 4 * widths[1] // 8) + 512
+        merged = 8 * self.eights * (4 * problem.d + 8)
+        return self.warps * max(self.stages * stage, merged)
+
+
+def supports(problem: Problem) -> str | None:
+    if problem.sm != 90:
+        return f"compiled for sm_90 only, the GPU is sm_{problem.sm}"
+    if problem.d not in (64, 128, 256):
+        return f"head dim {problem.d}, needs 64, 128 or 256"
+    if problem.key not in _CODES or problem.value not in _CODES:
+        return "reads codes of 8 and 4 bits only"
+    if problem.near:
+        return "tokens in 16 bits beside the codes"
+    if problem.page % TILE or (problem.ring and problem.longest % TILE):
+        return f"pages and rings need a multiple of {TILE} slots"
+    try:
+        nvrtc.library()
+    except nvrtc.CompilerMissingError as error:
+        return Mendable(str(error))
+    return None
+
+
+@functools.cache
+def config(problem: Problem) -> Config:
+    """Two CTAs of eight warps; half of it where accumulators fill the registers."""
+    rows = problem.heads_q // problem.heads_kv * problem.sq
+    if problem.d == 256:
+        return Config(1, 8, 2 if "int4" not in (problem.key, problem.value) else 3, 1)
+    return Config(1) if rows <= 8 else Config(2, ctas=1)
+
+
+def source(config: Config, problem: Problem) -> nvrtc.Source:
+    """What is compiled for a configuration."""
+    macros = {
+        "D": problem.d, "NT": config.eights, "KEY": _CODES[problem.key], "VALUE": _CODES[problem.value],
+        "QUERY": _FLOATS[problem.dtype], "PAGED": int(problem.page > 0), "RING": int(problem.ring),
+        "SOFTCAP": int(problem.softcap), "WARPS": config.warps, "STAGES": config.stages, "CTAS": config.ctas,
+    }  # fmt: skip
+    return nvrtc.Source("attention_decode", (Path(__file__).parent / "sm90.cu").read_text(), {}, macros)
+
+
+@functools.cache
+def _compiled(source: _Key) -> tuple[driver.Kernel, driver.Kernel]:
+    code = nvrtc.cubin(source.source)
+    return driver.Kernel(code, "attention_decode"), driver.Kernel(code, "merge")
+
+
+@dataclass(frozen=True)
+class _Key:
+    """A source by its hash, which decides the machine code."""
+
+    key: str
+    source: nvrtc.Source
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Key) and self.key == other.key
+
+
+@functools.cache
+def kernels(config: Config, problem: Problem) -> tuple[driver.Kernel, driver.Kernel]:
+    """The kernel that attends and the one that merges."""
+    text = source(config, problem)
+    return _compiled(_Key(text.key(""), text))
+
+
+def launch(
+    problem: Problem, q: Tensor, cache: PackedKV, length: Tensor, start: Tensor | None, table: Tensor | None,
+    attributes: Attributes, sinks: Tensor | None, out: Tensor, lse: Tensor,
+) -> None:  # fmt: skip
+    """Fill out [B, Sq, Hq, D] and lse [B, Hq, Sq]."""
+    p, chosen = problem, config(problem)
+    if q.stride(3) != 1:
+        q = q.contiguous()
+    rows = p.heads_q // p.heads_kv * p.sq
+    tiles = -(-rows // (8 * chosen.eights))
+    tokens = p.longest if p.window < 0 else min(p.longest, p.window + p.sq)
+    pairs = p.batch * p.heads_kv * tiles
+    count = splits(pairs, tokens, chosen.ctas * gpu_of(q).sm_count)
+    part = sums = None
+    if count > 1:
+        part = q.new_empty(count * p.batch * p.heads_kv * rows * p.d, dtype=torch.float32)
+        sums = q.new_empty(count * p.batch * p.heads_kv * rows * 2, dtype=torch.float32)
+    addresses = (
+        q, cache.k, cache.v, cache.k_scale, cache.v_scale, cache.k_mean, cache.k_channel, length, start, table, sinks,
+        part, sums, out, lse,
+    )  # fmt: skip
+    strides = (
+        *q.stride()[:3], *_bytes(cache.k), *_bytes(cache.v), *_bytes(cache.k_scale), *_bytes(cache.v_scale),
+        _per_sequence(cache.k_mean), _per_sequence(cache.k_channel),
+    )  # fmt: skip
+    params = struct.pack(
+        "<15Q17q11i2f4x", *(0 if t is None else t.data_ptr() for t in addresses), *strides,
+        p.batch, p.heads_kv, p.heads_q // p.heads_kv, p.sq, rows, tiles, count, cache.capacity,
+        0 if table is None else table.stride(0), attributes.window, 0 if sinks is None else _FLOATS[sinks.dtype],
+        attributes.scale, attributes.softcap,
+    )  # fmt: skip
+    attend, merge = kernels(chosen, problem)
+    device = q.get_device()
+    attend.launch(driver.Launch(pairs * count, 32 * chosen.warps, 1, chosen.shared_bytes(p)), params, device)
+    if count > 1:
+        merge.launch(driver.Launch(p.batch * p.heads_kv * rows, p.d, 1, 0, early=True), params, device)
+
+
+def _bytes(tensor: Tensor | None) -> tuple[int, int, int]:
+    if tensor is None:
+        return 0, 0, 0
+    row, head, slot = tensor.stride()[:3]
+    return row * tensor.element_size(), head * tensor.element_size(), slot * tensor.element_size()
+
+
+def _per_sequence(tensor: Tensor | None) -> int:
+    return 0 if tensor is None or tensor.shape[0] == 1 else tensor.stride(0)
