@@ -21,7 +21,7 @@ _QUERIES = (torch.bfloat16, torch.float16, torch.float32)
 
 @dataclass(frozen=True)
 class Problem:
-    """What a backend decides on. longest: tokens that a sequence has at most; page: slots of a page, 0 when dense."""
+    """What a backend decides on. longest: tokens that a sequence has at most; page: slots of a page or of a ring."""
 
     batch: int
     heads_q: int
@@ -165,7 +165,7 @@ def _problem(
     batch, heads, sq, d = q.shape
     return Problem(
         batch, heads, cache.k.shape[1], sq, d, longest, code_of(cache.k), code_of(cache.v), q.dtype,
-        0 if table is None else cache.capacity, cache.first + cache.newest, window, cache.ring, softcap > 0, sm,
+        cache.capacity if cache.ring or table is not None else 0, cache.first + cache.newest, window, cache.ring, softcap > 0, sm,
     )  # fmt: skip
 
 
@@ -180,6 +180,7 @@ def _cuda(
     if out.numel() == 0 or longest == 0:
         return out.zero_(), lse.fill_(-torch.inf)
     cache = _packed(q, k, k_scale, v, v_scale, k_near, v_near, k_mean, k_channel, first, ring)
+    longest = (longest + 255) // 256 * 256  # a cache that grows by tokens does not make a problem of each
     problem = _problem(q, cache, table, window, softcap, longest, gpu_of(q).sm)
     with device_of(q):
         BACKENDS.select(problem).launch(

@@ -59,6 +59,7 @@ constexpr int V_PIECE = V_BYTES < 16 ? V_BYTES : 16;
 constexpr int K_STAGE = 2 * K_BYTES * 32;
 constexpr int V_STAGE = 4 * V_BYTES * 32;
 constexpr int STAGE = K_STAGE + V_STAGE + 4 * 4 * 32;  // and four scales
+constexpr int CHAINS = NT == 1 ? 2 : 1;  // of dependent MMAs that make a score
 constexpr float LOG2E = 1.4426950408889634f;
 #define INFINITE __int_as_float(0x7f800000)
 constexpr float WEIGHT = 16384.0f;
@@ -262,8 +263,7 @@ DEVICE Place place_of(const Params& p) {
   here.length = length;
   here.low = low;
   const int base = low / TILE * TILE;
-  const int step = WARPS * TILE;
-  const int share = (max(length - base, 0) + p.splits * step - 1) / (p.splits * step) * step;
+  const int share = (max(length - base, 0) + p.splits * TILE - 1) / (p.splits * TILE) * TILE;
   here.begin = base + here.split * share;
   here.end = min(here.begin + share, length);
   return here;
@@ -397,16 +397,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) attention_decode(con
       for (int piece = 0; piece < K_BYTES / K_PIECE; piece++)
         read<K_PIECE>(&words[token][piece * K_PIECE / 4],
                       from + ((token * (K_BYTES / K_PIECE) + piece) * 32 + lane) * K_PIECE);
-    float scores[NT][4];
+    float scores[NT][CHAINS][4];
 #pragma unroll
-    for (int nt = 0; nt < NT; nt++) scores[nt][0] = scores[nt][1] = scores[nt][2] = scores[nt][3] = 0.0f;
+    for (int nt = 0; nt < NT; nt++)
+#pragma unroll
+      for (int e = 0; e < 4 * CHAINS; e++) scores[nt][e / 4][e % 4] = 0.0f;
 #pragma unroll
     for (int step = 0; step < K_STEPS; step++) {
       u32 a[2], b[2];
       key_operand(a, words[0], step);
       key_operand(b, words[1], step);
 #pragma unroll
-      for (int nt = 0; nt < NT; nt++) mma(scores[nt], a[0], b[0], a[1], b[1], q[nt][step][0], q[nt][step][1]);
+      for (int nt = 0; nt < NT; nt++)
+        mma(scores[nt][step % CHAINS], a[0], b[0], a[1], b[1], q[nt][step][0], q[nt][step][1]);
     }
 
     u32 scale_bits[4];
@@ -430,7 +433,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) attention_decode(con
 #pragma unroll
       for (int e = 0; e < 4; e++) {
         const int token = e / 2, row = e % 2;
-        float score = (scores[nt][e] - bias[nt][row]) * k_scale[token];
+        float product = scores[nt][0][e];
+        if (CHAINS == 2) product += scores[nt][CHAINS - 1][e];
+        float score = (product - bias[nt][row]) * k_scale[token];
         if (KEY == 2) score += k_zero[token] * q_sum[nt][row];
         x[e] = score * factor[nt][row] + shift[nt][row];
         if (SOFTCAP) {

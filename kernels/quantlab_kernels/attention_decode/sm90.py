@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from quantlab_kernels.attention_decode import triton
 from quantlab_kernels.attention_decode.reference import Attributes
 from quantlab_kernels.attention_decode.splits import splits
 from quantlab_kernels.common import driver, nvrtc
@@ -51,7 +52,7 @@ def supports(problem: Problem) -> str | None:
         return "reads codes of 8 and 4 bits only"
     if problem.near:
         return "tokens in 16 bits beside the codes"
-    if problem.page % TILE or (problem.ring and problem.longest % TILE):
+    if problem.page % TILE:
         return f"pages and rings need a multiple of {TILE} slots"
     try:
         nvrtc.library()
@@ -73,7 +74,7 @@ def source(config: Config, problem: Problem) -> nvrtc.Source:
     """What is compiled for a configuration."""
     macros = {
         "D": problem.d, "NT": config.eights, "KEY": _CODES[problem.key], "VALUE": _CODES[problem.value],
-        "QUERY": _FLOATS[problem.dtype], "PAGED": int(problem.page > 0), "RING": int(problem.ring),
+        "QUERY": _FLOATS[problem.dtype], "PAGED": int(problem.page > 0 and not problem.ring), "RING": int(problem.ring),
         "SOFTCAP": int(problem.softcap), "WARPS": config.warps, "STAGES": config.stages, "CTAS": config.ctas,
     }  # fmt: skip
     return nvrtc.Source("attention_decode", (Path(__file__).parent / "sm90.cu").read_text(), {}, macros)
@@ -110,8 +111,10 @@ def launch(
     problem: Problem, q: Tensor, cache: PackedKV, length: Tensor, start: Tensor | None, table: Tensor | None,
     attributes: Attributes, sinks: Tensor | None, out: Tensor, lse: Tensor,
 ) -> None:  # fmt: skip
-    """Fill out [B, Sq, Hq, D] and lse [B, Hq, Sq]."""
+    """Fill out [B, Sq, Hq, D] and lse [B, Hq, Sq]. A cache whose rows do not start at 16 bytes goes to Triton."""
     p, chosen = problem, config(problem)
+    if not (_aligned(cache.k) and _aligned(cache.v)):
+        return triton.launch(problem, q, cache, length, start, table, attributes, sinks, out, lse)
     if q.stride(3) != 1:
         q = q.contiguous()
     rows = p.heads_q // p.heads_kv * p.sq
@@ -142,6 +145,10 @@ def launch(
     attend.launch(driver.Launch(pairs * count, 32 * chosen.warps, 1, chosen.shared_bytes(p)), params, device)
     if count > 1:
         merge.launch(driver.Launch(p.batch * p.heads_kv * rows, p.d, 1, 0, early=True), params, device)
+
+
+def _aligned(codes: Tensor) -> bool:
+    return codes.data_ptr() % 16 == 0 and all(stride % 16 == 0 for stride in _bytes(codes))
 
 
 def _bytes(tensor: Tensor | None) -> tuple[int, int, int]:
