@@ -148,12 +148,15 @@ class Observed:
     tokens    that ran through the model
     output    module -> SQNR of the layer's output, in dB, its input quantized as the scheme does
     outliers  of every input of linear layers, the worst first: the layers that read it, its largest channels
+    cache     what a quantized KV cache would lose in each layer, and keys: the extent of their channels (`kv_errors`)
     notes     what could not be seen
     """
 
     tokens: int
     output: dict[str, float | None] = field(default_factory=dict)
     outliers: list[dict[str, Any]] = field(default_factory=list)
+    cache: list[dict[str, Any]] = field(default_factory=list)
+    keys: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
@@ -184,7 +187,9 @@ def observe(
     blocks = find_blocks(lazy.model)
     total = len(lazy.model.get_submodule(blocks)) if blocks else 1
     found = Observed(tokens.numel())
-    outputs = _Outputs(pair, lazy.model)
+    from quantlab.kv_errors import CacheErrors
+
+    outputs, cache = _Outputs(pair, lazy.model), CacheErrors(lazy.model)
     try:
         for number, block in enumerate(capture(lazy.model, batches, lazy, device=lazy.device, blocks=blocks), start=1):
             outputs.weights.clear()
@@ -195,6 +200,8 @@ def observe(
         raise PreflightError(f"{pair.original.model}: does not run on text, leave out --calib: {error}") from None
     finally:
         outputs.remove()
+        cache.remove()
+    found.cache, found.keys = cache.rows(), cache.keys()
     found.output = {module: ratio.decibels for module, ratio in outputs.ratios.items()}
     found.outliers.sort(key=lambda layer: -layer["ratio"])
     if unseen := len(pair.weights) - len(found.output):

@@ -136,7 +136,9 @@ def heat_map(
     return Plot(name, title, caption, figure)
 
 
-def channels(name: str, title: str, caption: str, layers: Sequence[tuple[str, list[float], float]]) -> Plot:
+def channels(
+    name: str, title: str, caption: str, layers: Sequence[tuple[str, list[float], float]], of: str = "input"
+) -> Plot:
     """(title, absolute maximum of each channel, their median), one below the other; bins keep their largest value."""
     from matplotlib import rc_context
     from matplotlib.ticker import LogLocator, NullFormatter
@@ -155,7 +157,7 @@ def channels(name: str, title: str, caption: str, layers: Sequence[tuple[str, li
             axes.set_ylabel("|x| max")
             axes.yaxis.set_major_locator(LogLocator(numticks=4))
             axes.yaxis.set_minor_formatter(NullFormatter())
-        every[-1].set_xlabel("input channel; dashed: the median channel")
+        every[-1].set_xlabel(f"{of} channel; dashed: the median channel")
     return Plot(name, title, caption, figure)
 
 

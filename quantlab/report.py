@@ -44,6 +44,8 @@ class Report:
     recipe      TOML text, summary: of the run, evaluation: of `evaluate`; None where the folder has none
     layers      a row for each quantized layer: module, depth, type, weight_sqnr_db, output_sqnr_db
     outliers    of every input of linear layers, the worst first
+    cache       a row for each layer's keys or values and each way to keep them quantized: sqnr_db
+    keys        the extent of the channels of each layer's keys
     tokens      that ran through the model for the two
     texts       what the quantized model and, where it was given, the original write
     """
@@ -57,6 +59,8 @@ class Report:
     evaluation: dict[str, Any] | None = None
     layers: list[dict[str, Any]] = field(default_factory=list)
     outliers: list[dict[str, Any]] = field(default_factory=list)
+    cache: list[dict[str, Any]] = field(default_factory=list)
+    keys: list[dict[str, Any]] = field(default_factory=list)
     tokens: int = 0
     texts: dict[str, dict[str, Any]] = field(default_factory=dict)
     commands: list[str] = field(default_factory=list)
@@ -65,7 +69,7 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """What the JSON file holds. Of the channels of an input only the largest."""
         outliers = [{key: value for key, value in layer.items() if key != "channels"} for layer in self.outliers]
-        return {"schema": SCHEMA, **self.__dict__, "outliers": outliers}
+        return {"schema": SCHEMA, **self.__dict__, "outliers": outliers, "keys": []}
 
 
 @dataclass(frozen=True)
@@ -165,6 +169,8 @@ def collect(
         evaluation=evaluation,
         layers=rows,
         outliers=seen.outliers,
+        cache=seen.cache,
+        keys=seen.keys,
         tokens=seen.tokens,
         commands=list(_commands(folder, model, recipe, evaluation, calibration)),
         versions=_versions(),
@@ -248,7 +254,7 @@ def _versions() -> dict[str, str]:
 
 def draw(made: Report) -> list[Plot]:
     """Every plot that there are numbers for."""
-    return [*_coverage(made), *_quality(made), *_errors(made), *_outliers(made)]
+    return [*_coverage(made), *_quality(made), *_errors(made), *_outliers(made), *_cache(made)]
 
 
 def _coverage(made: Report) -> Iterable[Plot]:
@@ -288,6 +294,35 @@ def _errors(made: Report) -> Iterable[Plot]:
         cells = _cells((row["depth"], row["type"], row[f"{key}_sqnr_db"]) for row in made.layers)
         if cells:
             yield plots.heat_map(f"{key}-error", f"Error of the layers' {what}", look, cells, "SQNR (dB), high is good")
+
+
+def _cache(made: Report) -> Iterable[Plot]:
+    cells = _cells((row["depth"], row["form"], row["sqnr_db"]) for row in made.cache)
+    if cells:
+        yield plots.heat_map(
+            "cache-error",
+            "What a quantized KV cache would lose",
+            "Keys against their distance from their mean, values as they are. Look for dark cells in the rows of "
+            "centred keys and of values: formats there cost quality. Plain keys are dark where channels have outliers.",
+            cells,
+            "SQNR (dB), high is good",
+        )
+    worst = sorted(made.keys, key=lambda keys: -_peak(keys["channels"]))[:2]
+    if worst:
+        ways = (("channels", "as they are"), ("centred", "centred"))
+        yield plots.channels(
+            "keys",
+            "Keys with the largest channels, before and after centring",
+            "Before the rotary embedding. Look for spikes that centring takes away: constants of a channel, which cost "
+            "all other channels of a token their codes unless they are subtracted.",
+            [(f"{k['module']}, {say}", k[way], statistics.median(k[way])) for k in worst for way, say in ways],
+            of="key",
+        )
+
+
+def _peak(channels: list[float]) -> float:
+    """The largest channel over the median one."""
+    return max(channels) / max(statistics.median(channels), 1e-30)
 
 
 def _outliers(made: Report) -> Iterable[Plot]:

@@ -119,7 +119,12 @@ def test_json_beside_it(full):
     assert found["outliers"][0]["ratio"] == max(layer["ratio"] for layer in found["outliers"])
     assert "channels" not in found["outliers"][0]
     assert len(found["outliers"]) == 4 * 5  # q, k and v read one tensor; gate and up another
-    assert len(full.images) == 6
+    assert len(found["cache"]) == 9 * 5  # keys in two ways and values, each in three formats
+    cache = {(row["depth"], row["form"]): row["sqnr_db"] for row in found["cache"]}
+    for depth in range(5):
+        assert cache[depth, "keys, centred, int4"] > cache[depth, "keys, plain, int4"]
+        assert 14 < cache[depth, "values, int4"] < cache[depth, "values, fp8"] < cache[depth, "values, int8"]
+    assert len(full.images) == 8
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in full.images)
 
 
