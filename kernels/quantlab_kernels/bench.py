@@ -121,7 +121,8 @@ def _row(room: str, case: Case, times: dict[str, Timing], absent: dict[str, str]
 def check(room: str) -> None:
     """Run the room's tests. Raises RuntimeError when one fails or when they are not there."""
     root = PACKAGE.parent.parent
-    shared = "gemm_fp8" if room.startswith("gemm_fp8") else room  # both FP8 GEMMs have the same tests
+    families = ("gemm_fp8", "gemm_int4")  # whose rooms have the same tests
+    shared = next((family for family in families if room.startswith(family)), room)
     files = sorted((root / "tests" / "ops").glob(f"test_{shared}*.py"))
     if not files:
         raise RuntimeError(f"the tests of {room} are not beside the package; benchmark from a checkout")

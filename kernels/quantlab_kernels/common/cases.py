@@ -28,6 +28,7 @@ class Case:
     peers      name -> the same by other means, or a text that says why there is none here
     flops      of dense matrix work, 0 for a pure stream
     bytes      least traffic
+    wide       the matrix work is in 16 bits, which has its own roof
     """
 
     name: str
@@ -39,10 +40,12 @@ class Case:
     bytes: int
     backends: dict[str, Callable[..., Any]] = field(default_factory=dict)
     peers: dict[str, Callable[..., Any] | str] = field(default_factory=dict)
+    wide: bool = False
 
     def roofline_us(self, rates: Rates) -> float:
         """Time that no kernel beats: of the memory or of the matrix unit, whichever is longer."""
-        matrix = self.flops / rates.fp8 if rates.fp8 else 0.0
+        rate = rates.bf16 if self.wide else rates.fp8
+        matrix = self.flops / rate if rate else 0.0
         return max(self.bytes / rates.hbm, matrix) * 1e6
 
 

@@ -120,6 +120,15 @@ DEVICE void tma_load_multicast(u32 destination, const TensorMap* map, u32 barrie
       : "memory");
 }
 
+// `bytes` in a row, a multiple of 16 like both addresses; no tensor map.
+DEVICE void bulk_load(u32 destination, const void* source, u32 bytes, u32 barrier, u64 policy) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
+          destination),
+      "l"(reinterpret_cast<u64>(source)), "r"(bytes), "r"(barrier), "l"(policy)
+      : "memory");
+}
+
 DEVICE void tma_store(const TensorMap* map, u32 source, int x, int y) {
   asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(
                    reinterpret_cast<u64>(map)),
@@ -220,6 +229,13 @@ struct Float16 {
 // Four 8x8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8.
 DEVICE void store_matrix_x4(u32 address, u32 a, u32 b, u32 c, u32 d) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b),
+               "r"(c), "r"(d)
+               : "memory");
+}
+
+// The same, each matrix transposed: lane l gives the address of column l % 8 of matrix l / 8.
+DEVICE void store_matrix_x4_transposed(u32 address, u32 a, u32 b, u32 c, u32 d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b),
                "r"(c), "r"(d)
                : "memory");
 }

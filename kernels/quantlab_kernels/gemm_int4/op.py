@@ -12,7 +12,7 @@ from quantlab_kernels.common.int4 import Int4Problem, check_weight
 from quantlab_kernels.common.ops import define
 from quantlab_kernels.gemm_int4 import reference
 
-BACKENDS = Backends("gemm_int4", ("eager",), last_resort="eager")
+BACKENDS = Backends("gemm_int4", ("sm90", "triton", "eager"), last_resort="eager")
 
 
 def gemm_int4(x: Tensor, b: Tensor, b_scale: Tensor, bias: Tensor | None = None) -> Tensor:

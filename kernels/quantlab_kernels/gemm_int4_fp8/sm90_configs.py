@@ -1,0 +1,120 @@
+"""Configurations of the Hopper kernel: what is legal, what a sweep tries, what is taken where nothing was tuned."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from quantlab_kernels.common.gemm import round_up
+from quantlab_kernels.common.int4 import GROUP, Int4Problem
+
+SHARED_LIMIT = 232448  # bytes of shared memory that a CTA may have on compute capability 9.0
+_REGISTERS = {1: 255, 2: 232, 3: 160, 4: 112}  # of a math thread, by math groups
+
+
+@dataclass(frozen=True)
+class Config:
+    """How the kernel is built and launched.
+
+    row_groups, k_groups, by, stages, prefetch, band  the macros of `sm90.cu` in lower case
+    stream  0: tiles are given out whole; 1: those of the last, incomplete wave and of the one before it are cut along
+            K; 2: all are
+    """
+
+    row_groups: int = 2
+    k_groups: int = 1
+    by: int = 16
+    stages: int = 8
+    prefetch: int = 1
+    band: int = 8
+    stream: int = 2
+
+    @property
+    def bx(self) -> int:
+        return 64 * self.row_groups
+
+    @property
+    def math_groups(self) -> int:
+        return self.row_groups * self.k_groups
+
+    @property
+    def threads(self) -> int:
+        """Of the math groups and of the producers."""
+        return 128 * (self.math_groups + 1)
+
+    def shared_bytes(self, problem: Int4Problem) -> int:
+        """Dynamic shared memory, as `sm90.cu` lays it out."""
+        tokens = self.by * GROUP * problem.x.itemsize
+        token_scale = round_up(4 * self.by, 128) if problem.grouped else 0
+        stage = tokens + self.bx * GROUP // 2 + self.bx * problem.scale.itemsize + token_scale
+        output = 128 * self.by * self.row_groups if output_tma(problem) else 0
+        reduced = (self.k_groups - 1) * self.bx * self.by * 4
+        return self.stages * (stage + 16) + output + reduced
+
+    def tiles(self, problem: Int4Problem) -> int:
+        return -(-problem.n // self.bx) * -(-problem.m // self.by)
+
+    def schedule(self, problem: Int4Problem, sms: int) -> tuple[int, int]:
+        """(CTAs, tiles that are cut along K). No CTA is given less than four blocks of K."""
+        tiles, blocks = self.tiles(problem), problem.k // GROUP
+        if self.stream == 0 or tiles * blocks * sms >= 1 << 32:
+            return min(tiles, sms), 0
+        ctas = min(sms, max(tiles, tiles * blocks // 4))
+        rest = tiles % ctas
+        streamed = tiles if self.stream == 2 or tiles <= ctas else rest + ctas if rest else 0
+        return ctas, streamed
+
+
+def output_tma(problem: Int4Problem) -> bool:
+    """Whether the copy engine can write the result: 16-bit rows of a multiple of 16 bytes."""
+    return problem.out_dtype.itemsize == 2 and problem.n % 8 == 0
+
+
+def reject(config: Config, problem: Int4Problem) -> str | None:
+    """Why the configuration cannot run the problem, or None."""
+    shared = config.shared_bytes(problem)
+    if shared > SHARED_LIMIT:
+        return f"{shared} bytes of shared memory, {SHARED_LIMIT} are there"
+    if config.math_groups not in _REGISTERS:
+        return f"{config.math_groups} math groups, 1 to 4 fit on a multiprocessor"
+    operands = 16 if problem.x.itemsize == 1 else 32
+    needed = config.by + operands + 8 * config.prefetch + 16
+    if needed > _REGISTERS[config.math_groups]:
+        return f"about {needed} registers a thread, {_REGISTERS[config.math_groups]} are there"
+    if config.stages % config.k_groups or not config.stages:
+        return f"{config.stages} stages for {config.k_groups} groups that take them in turns"
+    return None
+
+
+@functools.cache
+def deepest(config: Config, problem: Int4Problem, most: int = 24) -> Config:
+    """With as many stages as shared memory holds, up to `most`."""
+    turn = config.k_groups
+    fitting = (replace(config, stages=stages) for stages in range(most - most % turn, turn, -turn))
+    return next((c for c in fitting if c.shared_bytes(problem) <= SHARED_LIMIT), replace(config, stages=turn))
+
+
+def candidates(problem: Int4Problem) -> list[Config]:
+    """Legal configurations worth timing."""
+    tried = (deepest(config, problem) for config in _family(problem))
+    return [config for config in dict.fromkeys(tried) if reject(config, problem) is None]
+
+
+def _family(problem: Int4Problem) -> Iterator[Config]:
+    by = next((b for b in (16, 32, 64, 128) if problem.m <= b), 128)
+    widths = [by] if by < 128 else [128, 64]
+    for width in widths:
+        for rows, k_groups in ((1, 1), (1, 2), (1, 4), (2, 1), (2, 2), (3, 1), (4, 1)):
+            for prefetch in (0, 1):
+                for stream in (0, 1, 2):
+                    yield Config(rows, k_groups, width, prefetch=prefetch, stream=stream)
+
+
+def default(problem: Int4Problem) -> Config:
+    """The configuration when nothing was tuned."""
+    by = next((b for b in (16, 32, 64) if problem.m <= b), 128)
+    if by < 128:
+        return deepest(Config(2, 1, by), problem)
+    groups = 3 if problem.x.itemsize == 1 else 2
+    return deepest(Config(groups, 1, 128, prefetch=0, stream=1), problem)

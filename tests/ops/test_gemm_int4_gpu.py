@@ -1,0 +1,236 @@
+"""Both INT4 rooms on the GPU: the Hopper kernel in all its configurations, Triton, the ops and their dispatch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from quantlab_kernels import gemm_int4, gemm_int4_fp8, prepare_int4, quantize_fp8_group, quantize_fp8_token
+from quantlab_kernels.common.bounds import gemm_bound, worst
+from quantlab_kernels.common.gemm import as_group_scale
+from quantlab_kernels.common.int4 import Int4Problem, repack_int4, unrepack_int4
+from quantlab_kernels.common.operands import KINDS, operand
+from quantlab_kernels.common.tuning import table
+from quantlab_kernels.gemm_int4 import op as wide_op
+from quantlab_kernels.gemm_int4_fp8 import op as fp8_op
+from quantlab_kernels.gemm_int4_fp8 import sm90, sm90_configs
+from quantlab_kernels.gemm_int4_fp8.sm90_configs import Config
+from quantlab_kernels.packing import pack_int4
+
+gpu = pytest.mark.gpu(sm=80)
+hopper = pytest.mark.gpu(sm=90)
+
+BF16, FP16, FP32, E4M3 = torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn
+
+
+def weight(n: int, k: int, *, lowest: int = -7, scale: torch.dtype = BF16):
+    """Codes, words and scales that span three orders of magnitude."""
+    generator = torch.Generator("cuda").manual_seed(5)
+    codes = torch.randint(lowest, 8, (n, k), dtype=torch.int8, device="cuda", generator=generator)
+    spread = torch.rand(n, k // 128, device="cuda", generator=generator) + 0.01
+    scales = spread * torch.logspace(-3, 0, n, device="cuda")[:, None]
+    return codes, pack_int4(codes), as_group_scale(scales.to(scale))
+
+
+def activations(kind: str, m: int, k: int, x: torch.dtype, grouped: bool = False):
+    values = operand(kind, m, k, seed=1, device="cuda")
+    if x != E4M3:
+        return values.to(x), None
+    return (quantize_fp8_group if grouped else quantize_fp8_token)(values.to(BF16))
+
+
+def exact_and_magnitude(a, a_scale, codes, b_scale, bias=None):
+    wide = a.double()
+    if a_scale is not None:
+        wide = (wide.unflatten(1, (a_scale.shape[1], -1)) * a_scale.double()[:, :, None]).flatten(1)
+    w = (codes.double().unflatten(1, (b_scale.shape[1], 128)) * b_scale.double()[:, :, None]).flatten(1)
+    exact, magnitude = wide @ w.t(), wide.abs() @ w.abs().t()
+    return (exact, magnitude) if bias is None else (exact + bias.double(), magnitude + bias.double().abs())
+
+
+def check(out, a, a_scale, codes, b_scale, bias=None):
+    exact, magnitude = exact_and_magnitude(a, a_scale, codes, b_scale, bias)
+    accumulation = "fp8" if a.dtype == E4M3 else "float32"
+    found = worst(out, exact, gemm_bound(exact, magnitude, a.shape[1], out.dtype, accumulation))
+    assert found.ratio <= 1, found
+
+
+def run(config, a, a_scale, tiles, b_scale, bias=None, dtype=BF16):
+    out = torch.full((a.shape[0], b_scale.shape[0]), torch.nan, dtype=dtype, device="cuda")
+    sm90.launch(a, a_scale, tiles, b_scale, bias, out, config)
+    return out
+
+
+def tiles_for(words, x):
+    return repack_int4(words, activation_bits=8 * x.itemsize)
+
+
+@hopper
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 384, 1024), (13, 1224, 1152), (64, 584, 2048), (300, 1216, 1152)])
+@pytest.mark.parametrize(("x", "grouped"), [(E4M3, False), (E4M3, True), (BF16, False), (FP16, False)])
+def test_every_candidate_is_inside_the_bound_and_repeats_itself(m, n, k, x, grouped):
+    codes, words, b_scale = weight(n, k)
+    tiles = tiles_for(words, x)
+    a, a_scale = activations("rows", m, k, x, grouped)
+    for config in sm90_configs.candidates(Int4Problem(m, n, k, x, grouped=grouped)):
+        out = run(config, a, a_scale, tiles, b_scale)
+        check(out, a, a_scale, codes, b_scale)
+        assert torch.equal(out, run(config, a, a_scale, tiles, b_scale)), config
+
+
+@hopper
+@pytest.mark.parametrize("room", ["gemm_int4_fp8", "gemm_int4"])
+def test_every_tuned_configuration_is_right(room):
+    x = E4M3 if room == "gemm_int4_fp8" else BF16
+    entries = table(room, "NVIDIA_H200").get("sm90", {}).values()
+    tuned = {Config(**found) for by_m in entries for found in by_m.values()}
+    codes, words, b_scale = weight(1224, 1152)
+    tiles = tiles_for(words, x)
+    for config in tuned:
+        m = config.by * 2 + 5
+        a, a_scale = activations("positive", m, 1152, x)
+        deep = sm90_configs.deepest(config, Int4Problem(m, 1224, 1152, x))
+        check(run(deep, a, a_scale, tiles, b_scale), a, a_scale, codes, b_scale)
+
+
+@hopper
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("x", [E4M3, BF16, FP16])
+def test_every_kind_of_data(kind, x):
+    codes, words, b_scale = weight(1024, 4096)
+    for m in (16, 256, 1000):
+        a, a_scale = activations(kind, m, 4096, x)
+        if not a.float().isfinite().all():
+            continue  # outliers beyond float16
+        config = sm90.config(Int4Problem(m, 1024, 4096, x))
+        check(run(config, a, a_scale, tiles_for(words, x), b_scale), a, a_scale, codes, b_scale)
+
+
+@hopper
+@pytest.mark.parametrize("x", [E4M3, BF16])
+def test_integers_come_out_exactly(x):
+    """Codes times -1, 0 and 1, scales of powers of two: every sum is an integer that float32 holds. A register of the
+    MMA's operand that was given away too early, or a K block that was counted twice, cannot hide in an error bound."""
+    n, k = 640, 16384
+    codes, words, _ = weight(n, k)
+    b_scale = as_group_scale((2.0 ** (torch.arange(n * k // 128, device="cuda") % 3)).view(n, -1).to(BF16))
+    tiles = tiles_for(words, x)
+    generator = torch.Generator("cuda").manual_seed(9)
+    for m in (1, 48, 200):
+        values = torch.randint(-1, 2, (m, k), device="cuda", generator=generator).float()
+        a, a_scale = values.to(x), torch.ones(m, 1, device="cuda") if x == E4M3 else None
+        exact, _ = exact_and_magnitude(a, a_scale, codes, b_scale)
+        for config in sm90_configs.candidates(Int4Problem(m, n, k, x, FP32)):
+            for _ in range(3):
+                assert torch.equal(run(config, a, a_scale, tiles, b_scale, dtype=FP32).double(), exact), config
+
+
+@hopper
+@pytest.mark.parametrize("scale", [BF16, FP16, FP32])
+@pytest.mark.parametrize("bias_dtype", [None, BF16, FP16, FP32])
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
+def test_dtypes_of_scales_bias_and_result(dtype, bias_dtype, scale):
+    for n in (264, 259):  # with the copy engine and without
+        codes, words, b_scale = weight(n, 512, scale=scale)
+        bias = None if bias_dtype is None else torch.linspace(-2, 2, n, device="cuda").to(bias_dtype)
+        a, a_scale = activations("normal", 37, 512, E4M3)
+        out = run(Config(2, 1, 64, stages=4), a, a_scale, tiles_for(words, E4M3), b_scale, bias, dtype)
+        check(out, a, a_scale, codes, b_scale, bias)
+
+
+@hopper
+@pytest.mark.parametrize(("x", "grouped"), [(E4M3, False), (E4M3, True), (BF16, False)])
+def test_many_tiles_for_each_cta(x, grouped):
+    """More than one wave: persistent CTAs, tiles in parts before whole ones, accumulators and barriers used again."""
+    for m, n, k in ((1500, 4160, 1024), (16, 20_000, 512)):
+        codes, words, b_scale = weight(n, k)
+        a, a_scale = activations("normal", m, k, x, grouped)
+        by = 16 if m == 16 else 128
+        problem = Int4Problem(m, n, k, x, grouped=grouped)
+        for config in (Config(2, 1, by, prefetch=0), Config(3, 1, by, prefetch=0), Config(1, 2, by, prefetch=0)):
+            deep = sm90_configs.deepest(config, problem)
+            for stream in (0, 1, 2):
+                if sm90_configs.reject(deep, problem) is None:
+                    out = run(replace(deep, stream=stream), a, a_scale, tiles_for(words, x), b_scale)
+                    check(out, a, a_scale, codes, b_scale)
+
+
+@hopper
+def test_nothing_outside_the_result_is_written():
+    codes, words, b_scale = weight(200, 512)
+    a, a_scale = activations("normal", 37, 512, E4M3)
+    for dtype in (BF16, FP32):
+        wide = torch.full((60, 320), torch.nan, dtype=dtype, device="cuda")
+        out = wide[8:45, 64:264]
+        sm90.launch(a, a_scale, tiles_for(words, E4M3), b_scale, None, out, Config(2, 1, 64, stages=4))
+        check(out, a, a_scale, codes, b_scale)
+        assert int(wide.isnan().sum()) == wide.numel() - out.numel()
+
+
+@hopper
+@pytest.mark.parametrize("m", [16, 300])
+def test_graphs_replay_on_fresh_data(m):
+    codes, words, b_scale = weight(4096, 2048)
+    tiles = tiles_for(words, E4M3)
+    a, a_scale = activations("normal", m, 2048, E4M3)
+    expected = gemm_int4_fp8(a, a_scale, tiles, b_scale)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(3):
+            out = gemm_int4_fp8(a, a_scale, tiles, b_scale)
+    graph.replay()
+    assert torch.equal(out, expected)
+    for seed in range(3):
+        fresh, scale = quantize_fp8_token(operand("normal", m, 2048, seed=seed, device="cuda").to(BF16))
+        a.copy_(fresh)
+        a_scale.copy_(scale)
+        out.fill_(torch.nan)
+        graph.replay()
+        check(out, a, a_scale, codes, b_scale)
+
+
+@hopper
+def test_a_weight_goes_where_it_is_fastest_and_stays_right():
+    for lowest, bits, tiled in ((-7, 8, True), (-8, 8, False), (-8, 16, True)):
+        codes, words, b_scale = weight(200, 384, lowest=lowest)
+        prepared = prepare_int4(words, activation_bits=bits)
+        assert (prepared.dim() > 2) == tiled
+        assert not tiled or torch.equal(unrepack_int4(prepared, 200), words)
+        a, a_scale = activations("normal", 20, 384, E4M3 if bits == 8 else BF16)
+        for _ in range(2):
+            out = gemm_int4_fp8(a, a_scale, prepared, b_scale) if bits == 8 else gemm_int4(a, prepared, b_scale)
+            check(out, a, a_scale, codes, b_scale)
+
+
+@gpu
+@pytest.mark.parametrize("x", [E4M3, BF16, FP16])
+@pytest.mark.parametrize("m", [3, 70, 300])
+def test_words_run_on_triton(x, m):
+    codes, words, b_scale = weight(328, 1152, lowest=-8)
+    bias = torch.linspace(-1, 1, 328, device="cuda")
+    for grouped in (False, True) if x == E4M3 else (False,):
+        a, a_scale = activations("outliers", m, 1152, x, grouped)
+        if x == E4M3:
+            problem = fp8_op.problem_of(a, a_scale, words, b_scale, bias, BF16)
+            assert fp8_op.BACKENDS.select(problem).__name__.endswith("triton")
+            out = gemm_int4_fp8(a, a_scale, words, b_scale, bias)
+        else:
+            if not a.float().isfinite().all():
+                continue
+            problem = wide_op.problem_of(a, words, b_scale, bias)
+            assert wide_op.BACKENDS.select(problem).__name__.endswith("triton")
+            out = gemm_int4(a, words, b_scale, bias)
+        check(out, a, a_scale, codes, b_scale, bias)
+
+
+@gpu
+def test_empty_batches_and_layouts_that_are_copied():
+    codes, words, b_scale = weight(72, 256)
+    a, a_scale = activations("normal", 5, 256, E4M3, grouped=True)
+    expected = gemm_int4_fp8(a, a_scale, words, b_scale)
+    check(expected, a, a_scale, codes, b_scale)
+    assert torch.equal(gemm_int4_fp8(a, a_scale.contiguous(), words, b_scale.contiguous()), expected)
+    assert gemm_int4_fp8(a[:0], a_scale[:0], words, b_scale).shape == (0, 72)
+    assert gemm_int4(a[:0].to(BF16), words, b_scale).shape == (0, 72)
