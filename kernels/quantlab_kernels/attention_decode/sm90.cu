@@ -40,10 +40,8 @@ struct Params {
   char* out;
   float* lse;
   i64 q_batch, q_head, q_token;          // in elements
-  i64 k_row, k_head, k_slot;             // in bytes, as are the next
-  i64 v_row, v_head, v_slot;
-  i64 ks_row, ks_head, ks_slot;
-  i64 vs_row, vs_head, vs_slot;
+  i64 k_row, k_head, v_row, v_head;      // in bytes, as are the next; slots follow each other
+  i64 ks_row, ks_head, vs_row, vs_head;
   i64 mean_batch, channel_batch;         // in elements
   int batches, heads, group, sq, rows, tiles, splits, capacity, table_row, window, sinks_kind;
   float scale, softcap;
@@ -52,8 +50,8 @@ struct Params {
 constexpr int ROWS = 8 * NT;
 constexpr int TILE = 16;  // tokens of a step of a warp
 constexpr int THREADS = 32 * WARPS;
-constexpr int K_BYTES = D / (KEY == 2 ? 2 : 1) / 4;    // of one token, in one thread
-constexpr int V_BYTES = D / (VALUE == 2 ? 2 : 1) / 8;
+constexpr int K_ROW = D / (KEY == 2 ? 2 : 1), V_ROW = D / (VALUE == 2 ? 2 : 1);  // bytes of a token
+constexpr int K_BYTES = K_ROW / 4, V_BYTES = V_ROW / 8;                          // of it, in one thread
 constexpr int K_PIECE = K_BYTES < 16 ? K_BYTES : 16;
 constexpr int V_PIECE = V_BYTES < 16 ? V_BYTES : 16;
 constexpr int K_STAGE = 2 * K_BYTES * 32;
@@ -108,7 +106,7 @@ DEVICE void store_float(char* base, i64 index, float x) {
 
 template <int BYTES>
 DEVICE void copy(u32 to, const char* from, bool valid) {
-  const int size = valid ? BYTES : 0;  // what is not copied is filled with zeros
+  const int size = valid ? BYTES : 0;  // what is not copied is filled with zeros; a constant `valid` costs nothing
   if constexpr (BYTES == 16)
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(size) : "memory");
   else
@@ -269,6 +267,41 @@ DEVICE Place place_of(const Params& p) {
   return here;
 }
 
+// Where the pieces of a thread begin in a tile of 16 tokens.
+struct Tile {
+  const char* k;
+  const char* v;
+  const char* k_scale;
+  const char* v_scale;
+};
+
+// Keys of tokens g and g + 8, values of tokens 2 t, 2 t + 1, 2 t + 8, 2 t + 9, scales of g and g + 8, as far as the
+// first `count` of the tile.
+template <bool WHOLE>
+DEVICE void copy_tile(const Tile& tile, u32 to, int count, int lane) {
+  const int g = lane / 4, t = lane % 4;
+#pragma unroll
+  for (int token = 0; token < 2; token++)
+#pragma unroll
+    for (int piece = 0; piece < K_BYTES / K_PIECE; piece++)
+      copy<K_PIECE>(to + ((token * (K_BYTES / K_PIECE) + piece) * 32 + lane) * K_PIECE,
+                    tile.k + 8 * token * K_ROW + piece * K_PIECE, WHOLE || g + 8 * token < count);
+#pragma unroll
+  for (int token = 0; token < 4; token++) {
+    const int at = token % 2 + token / 2 * 8;
+#pragma unroll
+    for (int piece = 0; piece < V_BYTES / V_PIECE; piece++)
+      copy<V_PIECE>(to + K_STAGE + ((token * (V_BYTES / V_PIECE) + piece) * 32 + lane) * V_PIECE,
+                    tile.v + at * V_ROW + piece * V_PIECE, WHOLE || 2 * t + at < count);
+  }
+  const u32 scales = to + K_STAGE + V_STAGE + lane * 4;
+#pragma unroll
+  for (int token = 0; token < 2; token++) {
+    copy<4>(scales + 128 * token, tile.k_scale + 32 * token, WHOLE || g + 8 * token < count);
+    copy<4>(scales + 256 + 128 * token, tile.v_scale + 32 * token, WHOLE || g + 8 * token < count);
+  }
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS, CTAS) attention_decode(const __grid_constant__ Params p) {
   extern __shared__ __align__(128) unsigned char shared[];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
@@ -278,6 +311,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) attention_decode(con
   const int steps = (count + TILE - 1) / TILE;                  // of the CTA
   const int mine = (steps - warp + WARPS - 1) / WARPS;          // of this warp: warp, warp + WARPS, ...
 
+  const char* k_of = p.k + here.head * p.k_head + g * K_ROW + t * K_BYTES;
+  const char* v_of = p.v + here.head * p.v_head + 2 * t * V_ROW + g * V_BYTES;
+  const char* ks_of = p.k_scale + here.head * p.ks_head + 4 * g;
+  const char* vs_of = p.v_scale + here.head * p.vs_head + 4 * g;
   auto issue = [&](int i) {
     const int first = here.begin + (warp + WARPS * i) * TILE;
     i64 row = here.batch;
@@ -288,32 +325,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) attention_decode(con
     } else if (RING) {
       slot = first % p.capacity;
     }
+    const Tile tile = {k_of + row * p.k_row + static_cast<i64>(slot) * K_ROW,
+                       v_of + row * p.v_row + static_cast<i64>(slot) * V_ROW,
+                       ks_of + row * p.ks_row + static_cast<i64>(slot) * 4,
+                       vs_of + row * p.vs_row + static_cast<i64>(slot) * 4};
     const u32 to = ring + i % STAGES * STAGE;
-    const char* k = p.k + row * p.k_row + here.head * p.k_head + slot * p.k_slot + t * K_BYTES;
-#pragma unroll
-    for (int token = 0; token < 2; token++) {
-      const int at = g + 8 * token;
-#pragma unroll
-      for (int piece = 0; piece < K_BYTES / K_PIECE; piece++)
-        copy<K_PIECE>(to + ((token * (K_BYTES / K_PIECE) + piece) * 32 + lane) * K_PIECE,
-                      k + at * p.k_slot + piece * K_PIECE, first + at < here.end);
-    }
-    const char* v = p.v + row * p.v_row + here.head * p.v_head + slot * p.v_slot + g * V_BYTES;
-#pragma unroll
-    for (int token = 0; token < 4; token++) {
-      const int at = 2 * t + token % 2 + token / 2 * 8;
-#pragma unroll
-      for (int piece = 0; piece < V_BYTES / V_PIECE; piece++)
-        copy<V_PIECE>(to + K_STAGE + ((token * (V_BYTES / V_PIECE) + piece) * 32 + lane) * V_PIECE,
-                      v + at * p.v_slot + piece * V_PIECE, first + at < here.end);
-    }
-    const char* ks = p.k_scale + row * p.ks_row + here.head * p.ks_head + (slot + g) * p.ks_slot;
-    const char* vs = p.v_scale + row * p.vs_row + here.head * p.vs_head + (slot + g) * p.vs_slot;
-    const u32 scales = to + K_STAGE + V_STAGE + lane * 4;
-    copy<4>(scales, ks, first + g < here.end);
-    copy<4>(scales + 128, ks + 8 * p.ks_slot, first + g + 8 < here.end);
-    copy<4>(scales + 256, vs, first + g < here.end);
-    copy<4>(scales + 384, vs + 8 * p.vs_slot, first + g + 8 < here.end);
+    if (first + TILE <= here.end)
+      copy_tile<true>(tile, to, 0, lane);
+    else
+      copy_tile<false>(tile, to, here.end - first, lane);
   };
 #pragma unroll
   for (int i = 0; i < STAGES - 1; i++) {

@@ -111,9 +111,9 @@ def launch(
     problem: Problem, q: Tensor, cache: PackedKV, length: Tensor, start: Tensor | None, table: Tensor | None,
     attributes: Attributes, sinks: Tensor | None, out: Tensor, lse: Tensor,
 ) -> None:  # fmt: skip
-    """Fill out [B, Sq, Hq, D] and lse [B, Hq, Sq]. A cache whose rows do not start at 16 bytes goes to Triton."""
+    """Fill out [B, Sq, Hq, D] and lse [B, Hq, Sq]. A cache whose slots lie apart goes to Triton."""
     p, chosen = problem, config(problem)
-    if not (_aligned(cache.k) and _aligned(cache.v)):
+    if not (_plain(cache.k, cache.k_scale) and _plain(cache.v, cache.v_scale)):
         return triton.launch(problem, q, cache, length, start, table, attributes, sinks, out, lse)
     if q.stride(3) != 1:
         q = q.contiguous()
@@ -131,11 +131,11 @@ def launch(
         part, sums, out, lse,
     )  # fmt: skip
     strides = (
-        *q.stride()[:3], *_bytes(cache.k), *_bytes(cache.v), *_bytes(cache.k_scale), *_bytes(cache.v_scale),
+        *q.stride()[:3], *_bytes(cache.k), *_bytes(cache.v), *_bytes(cache.k_scale), *_bytes(cache.v_scale),  # type: ignore[arg-type]
         _per_sequence(cache.k_mean), _per_sequence(cache.k_channel),
     )  # fmt: skip
     params = struct.pack(
-        "<15Q17q11i2f4x", *(0 if t is None else t.data_ptr() for t in addresses), *strides,
+        "<15Q13q11i2f4x", *(0 if t is None else t.data_ptr() for t in addresses), *strides,
         p.batch, p.heads_kv, p.heads_q // p.heads_kv, p.sq, rows, tiles, count, cache.capacity,
         0 if table is None else table.stride(0), attributes.window, 0 if sinks is None else _FLOATS[sinks.dtype],
         attributes.scale, attributes.softcap,
@@ -147,15 +147,15 @@ def launch(
         merge.launch(driver.Launch(p.batch * p.heads_kv * rows, p.d, 1, 0, early=True), params, device)
 
 
-def _aligned(codes: Tensor) -> bool:
-    return codes.data_ptr() % 16 == 0 and all(stride % 16 == 0 for stride in _bytes(codes))
+def _plain(codes: Tensor, scale: Tensor | None) -> bool:
+    """Whether slots follow each other, and sequences and heads begin at a multiple of 16 bytes."""
+    assert scale is not None
+    together = codes.stride(2) == codes.shape[3] and scale.stride(2) * scale.element_size() == 4
+    return together and codes.data_ptr() % 16 == 0 and codes.stride(0) % 16 == 0 and codes.stride(1) % 16 == 0
 
 
-def _bytes(tensor: Tensor | None) -> tuple[int, int, int]:
-    if tensor is None:
-        return 0, 0, 0
-    row, head, slot = tensor.stride()[:3]
-    return row * tensor.element_size(), head * tensor.element_size(), slot * tensor.element_size()
+def _bytes(tensor: Tensor) -> tuple[int, int]:
+    return tensor.stride(0) * tensor.element_size(), tensor.stride(1) * tensor.element_size()
 
 
 def _per_sequence(tensor: Tensor | None) -> int:
