@@ -5,6 +5,8 @@ was interrupted continues. The estimate (`fast`) needs one forward and one backw
 small changes ``KL = 1/2 E (g . e)^2`` (the Fisher information is the second derivative of the KL; Amari, 1998), e the
 error that quantization makes in a product, g the gradient of the log-likelihood of tokens drawn from the model itself.
 On the embedded model (20 groups, 8 x 256 tokens) the ranks of both correlate with 0.99 for fp8-block and fp8-dynamic.
+On Qwen2.5-Coder-0.5B in bfloat16 on an H200 (96 groups, 8 x 256 against 4 x 256 tokens) they correlate with 0.97 for
+int4-fp8, and with 0.40 for fp8-dynamic, whose groups cost less than what bfloat16 itself adds to the exact answer.
 """
 
 from __future__ import annotations
