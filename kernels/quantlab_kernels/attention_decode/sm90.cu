@@ -133,6 +133,9 @@ DEVICE u32 transposed(u32 a) {
   asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(a));
   return r;
 }
+// Keeps a value in its register: the compiler would rather compute addresses anew in every step.
+DEVICE void pin(const char*& pointer) { asm volatile("" : "+l"(pointer)); }
+DEVICE void pin(u32& address) { asm volatile("" : "+r"(address)); }
 // (a & mask) | bits
 DEVICE u32 spread(u32 a, u32 mask, u32 bits) {
   u32 r;
@@ -275,6 +278,11 @@ struct Tile {
   const char* v_scale;
 };
 
+DEVICE Tile moved(const Params& p, const Tile& from, i64 row, i64 slot) {
+  return {from.k + row * p.k_row + slot * K_ROW, from.v + row * p.v_row + slot * V_ROW,
+          from.k_scale + row * p.ks_row + slot * 4, from.v_scale + row * p.vs_row + slot * 4};
+}
+
 // Keys of tokens g and g + 8, values of tokens 2 t, 2 t + 1, 2 t + 8, 2 t + 9, scales of g and g + 8, as far as the
 // first `count` of the tile.
 template <bool WHOLE>
@@ -306,38 +314,40 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) attention_decode(con
   extern __shared__ __align__(128) unsigned char shared[];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const Place here = place_of(p);
-  const u32 ring = static_cast<u32>(__cvta_generic_to_shared(shared)) + warp * STAGES * STAGE;
+  u32 ring = static_cast<u32>(__cvta_generic_to_shared(shared)) + warp * STAGES * STAGE;
   const int count = max(here.end - here.begin, 0);
   const int steps = (count + TILE - 1) / TILE;                  // of the CTA
   const int mine = (steps - warp + WARPS - 1) / WARPS;          // of this warp: warp, warp + WARPS, ...
 
-  const char* k_of = p.k + here.head * p.k_head + g * K_ROW + t * K_BYTES;
-  const char* v_of = p.v + here.head * p.v_head + 2 * t * V_ROW + g * V_BYTES;
-  const char* ks_of = p.k_scale + here.head * p.ks_head + 4 * g;
-  const char* vs_of = p.v_scale + here.head * p.vs_head + 4 * g;
-  auto issue = [&](int i) {
-    const int first = here.begin + (warp + WARPS * i) * TILE;
-    i64 row = here.batch;
-    int slot = first;
+  // The pieces of the next tile to copy: of a dense cache they move on by a constant, else they are a head's first.
+  int next = here.begin + warp * TILE;
+  Tile tile = {p.k + here.head * p.k_head + g * K_ROW + t * K_BYTES,
+               p.v + here.head * p.v_head + 2 * t * V_ROW + g * V_BYTES,
+               p.k_scale + here.head * p.ks_head + 4 * g, p.v_scale + here.head * p.vs_head + 4 * g};
+  if (!PAGED && !RING) tile = moved(p, tile, here.batch, next);
+  u32 to = ring;
+  pin(tile.k), pin(tile.v), pin(tile.k_scale), pin(tile.v_scale), pin(ring);
+  auto issue = [&]() {
+    Tile from = tile;
     if (PAGED) {
-      row = p.table[static_cast<i64>(here.batch) * p.table_row + first / p.capacity];
-      slot = first % p.capacity;
+      const int page = p.table[static_cast<i64>(here.batch) * p.table_row + next / p.capacity];
+      from = moved(p, tile, page, next % p.capacity);
     } else if (RING) {
-      slot = first % p.capacity;
+      from = moved(p, tile, here.batch, next % p.capacity);
+    } else {
+      tile.k += WARPS * TILE * K_ROW, tile.v += WARPS * TILE * V_ROW;
+      tile.k_scale += WARPS * TILE * 4, tile.v_scale += WARPS * TILE * 4;
     }
-    const Tile tile = {k_of + row * p.k_row + static_cast<i64>(slot) * K_ROW,
-                       v_of + row * p.v_row + static_cast<i64>(slot) * V_ROW,
-                       ks_of + row * p.ks_row + static_cast<i64>(slot) * 4,
-                       vs_of + row * p.vs_row + static_cast<i64>(slot) * 4};
-    const u32 to = ring + i % STAGES * STAGE;
-    if (first + TILE <= here.end)
-      copy_tile<true>(tile, to, 0, lane);
+    if (next + TILE <= here.end)
+      copy_tile<true>(from, to, 0, lane);
     else
-      copy_tile<false>(tile, to, here.end - first, lane);
+      copy_tile<false>(from, to, here.end - next, lane);
+    next += WARPS * TILE;
+    to = to == ring + (STAGES - 1) * STAGE ? ring : to + STAGE;
   };
 #pragma unroll
   for (int i = 0; i < STAGES - 1; i++) {
-    if (i < mine) issue(i);
+    if (i < mine) issue();
     asm volatile("cp.async.commit_group;" ::: "memory");
   }
 
@@ -404,11 +414,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) attention_decode(con
     for (int e = 0; e < 2; e++) largest[nt][e] = -INFINITE, total[nt][e] = zeros[nt][e] = 0.0f;
   }
 
+  u32 from = ring;
+  int first = here.begin + warp * TILE;
   for (int i = 0; i < mine; i++) {
-    if (i + STAGES - 1 < mine) issue(i + STAGES - 1);
+    if (i + STAGES - 1 < mine) issue();
     asm volatile("cp.async.commit_group;\ncp.async.wait_group %0;" ::"n"(STAGES - 1) : "memory");
-    const u32 from = ring + i % STAGES * STAGE;
-    const int first = here.begin + (warp + WARPS * i) * TILE;
 
     u32 words[2][K_BYTES / 4];
 #pragma unroll
@@ -518,6 +528,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) attention_decode(con
         for (int nt = 0; nt < NT; nt++)
           mma(out[nt][(word * V_CODES + j) / 2], a[j], a[j + 1], b[j], b[j + 1], weights[nt][0], weights[nt][1]);
     }
+    first += WARPS * TILE;
+    from = from == ring + (STAGES - 1) * STAGE ? ring : from + STAGE;
   }
 
   // The warps' sums, added in their order.
