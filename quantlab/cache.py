@@ -17,12 +17,14 @@ from __future__ import annotations
 import inspect
 import types
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
+from quantlab.architecture import meta_model
 from quantlab.cache_layers import (
     FEW,
     KV,
@@ -33,7 +35,7 @@ from quantlab.cache_layers import (
     StaticPackedLayer,
     WindowPackedLayer,
 )
-from quantlab.errors import UsageError
+from quantlab.errors import PreflightError, UsageError
 from quantlab_calib import rope
 
 __all__ = ["FEW", "KV", "PackedCache", "Prepared", "new_cache", "packed", "prepared", "use"]
@@ -73,7 +75,9 @@ def use(model: Any, kv: KV | str | None, tokens: Tensor | None = None) -> Any:
     if kv is None or kv == "none":
         return model
     kv = KV.of(kv)
-    _require_support(model)
+    reason = _unsupported(model)
+    if reason is not None:
+        raise UsageError(f"{type(model).__name__} cannot have a quantized KV cache: {reason}; leave out kv")
     if not str(model.config._attn_implementation).startswith("quantlab"):
         model.set_attn_implementation("quantlab")
     setattr(model, _PREPARED, Prepared(kv, {} if kv.format == "16bit" else _keys(model, tokens)))
@@ -116,23 +120,30 @@ def channel_scale(spread: Tensor) -> Tensor:
     return torch.where(largest > 0, spread.maximum(FLOOR * largest), 1.0)
 
 
-def _require_support(model: Any) -> None:
-    name, config = type(model).__name__, model.config.get_text_config(decoder=True)
-    reason = None
-    if not model.can_generate() or getattr(model.config, "is_encoder_decoder", False):
-        reason = "it is no decoder that generates"
-    elif not model._supports_attention_backend:
-        reason = "its attention does not go through transformers' interface"
-    elif getattr(config, "kv_lora_rank", None):
-        reason = "its cache is to be that of latent attention"
-    elif getattr(config, "num_kv_shared_layers", 0):
-        reason = "its layers share keys and values"
-    elif "max_cache_length" not in inspect.signature(getattr(type(model), _PREPARE)).parameters:
-        reason = "this version of transformers prepares caches in another way"
+def require_support(folder: Path, trust_remote_code: bool = False) -> None:
+    """Raise PreflightError for a model that `use` would refuse; looks at its config alone."""
+    model = meta_model(folder, trust_remote_code)
+    reason = "transformers does not know it" if model is None else _unsupported(model)
     if reason is not None:
-        raise UsageError(f"{name} cannot have a quantized KV cache: {reason}; load it without kv")
+        raise PreflightError(f"{folder}: the model cannot have a quantized KV cache: {reason}; leave out kv")
+
+
+def _unsupported(model: Any) -> str | None:
+    """Why a model's attention cannot read a quantized cache, or None."""
+    config = model.config.get_text_config(decoder=True)
+    if not model.can_generate() or getattr(model.config, "is_encoder_decoder", False):
+        return "it is no decoder that generates"
+    if not model._supports_attention_backend:
+        return "its attention does not go through transformers' interface"
+    if getattr(config, "kv_lora_rank", None):
+        return "it has latent attention"
+    if getattr(config, "num_kv_shared_layers", 0):
+        return "its layers share keys and values"
     if getattr(config, "attention_chunk_size", None):
-        raise UsageError(f"{name} cannot have a quantized KV cache: its attention is chunked; load it without kv")
+        return "its attention is chunked"
+    if "max_cache_length" not in inspect.signature(getattr(type(model), _PREPARE)).parameters:
+        return "this version of transformers prepares caches in another way"
+    return None
 
 
 def _prepare(self: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -171,11 +182,11 @@ def _like(layer: Any, kv: KV, keys: Keys | None) -> Any:
         case "StaticLayer":
             made = StaticPackedLayer(kv, layer.max_cache_len, keys)
         case "StaticSlidingWindowLayer":
-            made = WindowPackedLayer(kv, layer.max_cache_len, keys)
+            made = WindowPackedLayer(kv, layer.max_cache_len, keys, static=True)
         case _:
             kind = type(layer).__name__
             raise UsageError(
-                f"cache layers of kind {kind}: full and sliding-window attention can be quantized; load without kv"
+                f"cache layers of kind {kind}: full and sliding-window attention can be quantized; leave out kv"
             )
     if layer.is_initialized and layer.keys is not None:
         made.lazy_initialization(layer.keys[:, :, :0], layer.values[:, :, :0])

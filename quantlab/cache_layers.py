@@ -75,7 +75,7 @@ class Handle:
             raise AttributeError(name)
         raise UsageError(
             f"the model asks cached keys for {name!r}: it computes on them outside of attention, or its attention is "
-            "not ours (attn_implementation must be quantlab, quantlab_int8 or quantlab_fp8); load it without kv"
+            "not ours (attn_implementation must be quantlab, quantlab_int8 or quantlab_fp8); leave out kv"
         )
 
     def attend(
@@ -131,7 +131,7 @@ class PackedLayer(CacheLayerMixin):
         if value_states.shape != key_states.shape:
             raise UsageError(
                 f"keys {tuple(key_states.shape)} and values {tuple(value_states.shape)}: a quantized cache needs them "
-                "alike, as in grouped-query attention; load this model without kv"
+                "alike, as in grouped-query attention; leave out kv"
             )
         if d % 2 and "int4" in FORMATS[self.kv.format]:
             raise UsageError(f"heads of {d} channels: kv={self.kv.format} needs an even number; take int8 or fp8")
@@ -261,7 +261,7 @@ class PackedLayer(CacheLayerMixin):
         self._map_sequences(lambda x: _rows(x, indices))
 
     def offload(self) -> None:
-        raise UsageError("the quantized cache stays on its GPU; leave out offloading, or load the model without kv")
+        raise UsageError("the quantized cache stays on its GPU; leave out offloading, or leave out kv")
 
     prefetch = offload
 
@@ -391,11 +391,11 @@ class StaticPackedLayer(PackedLayer):
 class WindowPackedLayer(PackedLayer):
     """The last tokens of a sliding window in a ring: dynamic and static caches have the same one."""
 
-    is_compileable = True
     is_sliding = True
 
-    def __init__(self, kv: KV, sliding_window: int, keys: Keys | None = None) -> None:
+    def __init__(self, kv: KV, sliding_window: int, keys: Keys | None = None, *, static: bool = False) -> None:
         super().__init__(kv, keys)
+        self.is_compileable = static  # transformers compiles what it can, and a growing cache should not be
         self.window = self.capacity = self.max_cache_len = sliding_window
         self.tokens = 0
 
@@ -444,7 +444,7 @@ class WindowPackedLayer(PackedLayer):
         if self.tokens > self.capacity or self.cache.newest:
             raise UsageError(
                 "tokens of a quantized sliding window cannot be taken back: speculative decoding needs a model without "
-                "windows, or to be loaded without kv"
+                "windows, or no kv"
             )
         self.length.sub_(self.tokens - max(kept, 0))
         self.tokens = max(kept, 0)

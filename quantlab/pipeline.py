@@ -29,7 +29,12 @@ def plan(
 ) -> Plan:
     """What `quantize` would do with every tensor, from the config and the headers alone."""
     recipe = Recipe.of(recipe)
-    return preflight.plan(Source.open(model, revision), recipe, trust_remote_code=trust_remote_code)
+    source = Source.open(model, revision)
+    if recipe.kv != "none":
+        from quantlab import cache
+
+        cache.require_support(source.folder, trust_remote_code)
+    return preflight.plan(source, recipe, trust_remote_code=trust_remote_code)
 
 
 def quantize(

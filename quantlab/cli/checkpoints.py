@@ -40,7 +40,7 @@ Effort = Annotated[
     str | None,
     Option(
         "--effort",
-        help="Of INT4. fast: no data; default: GPTQ; best: codes tuned besides. The latter two calibrate, on the "
+        help="Of INT4. fast: no data; default: GPTQ; best: rotated besides. The latter two calibrate, on the "
         "bundled text unless --calib names another.",
         show_default=False,
     ),
@@ -62,6 +62,10 @@ MaxKl = Annotated[
     Option("--max-kl", help="Or: highest KL to the original, nats per token.", show_default=False),
 ]
 Mix = Annotated[str, Option("--mix", help="Schemes that --target-bits and --max-kl choose from; none leaves layers.")]
+KVFormat = Annotated[
+    str | None,
+    Option("--kv", help="KV cache that loading gives the model: fp8, int8, int4, k8v4.", show_default=False),
+]
 Output = Annotated[
     Path | None, Option("-o", "--output", help="Folder to make [MODEL's name plus the scheme].", show_default=False)
 ]
@@ -91,6 +95,7 @@ def quantize(
     target_bits: TargetBits = None,
     max_kl: MaxKl = None,
     mix: Mix = "int4-fp8,fp8-dynamic,none",
+    kv: KVFormat = None,
     device: Device = "auto",
     workers: Workers = None,
     overwrite: Overwrite = False,
@@ -117,6 +122,8 @@ def quantize(
     if (target_bits, max_kl) != (None, None):
         asked = effort is not None or steps is not None  # the data then serve calibration, and not only the choice
         chosen = replace(mixture.recipe, calibration=chosen.calibration if asked else None)
+    if kv is not None:
+        chosen = replace(chosen, kv=kv)
     with progress(format is Format.human) as callback:
         summary = quantlab.quantize(
             model,
