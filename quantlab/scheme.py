@@ -137,7 +137,7 @@ STEPS = ("rotate", "smooth", "gptq", "original", "tune")
 EFFORTS: dict[str, tuple[str, ...]] = {
     "fast": (),
     "default": ("gptq", "original"),
-    "best": ("gptq", "original", "tune"),
+    "best": ("rotate", "gptq", "original"),
 }
 
 

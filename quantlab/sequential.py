@@ -25,6 +25,7 @@ from quantlab.shards import TORCH_DTYPES
 from quantlab_calib.blockwise import Block, Blockwise
 from quantlab_calib.capture import CaptureError
 from quantlab_calib.rotate import RotationError
+from quantlab_kernels.formats import INT4
 from quantlab_kernels.packing import pack_int4, unpack_int4
 from quantlab_kernels.qtensor import QuantizedTensor
 
@@ -119,7 +120,55 @@ def run(
     """Quantize the blocks at `path` of a model one after the other; `folder` is kept until the checkpoint is written.
 
     wanted  name of a linear layer of the model -> modules of the quantized checkpoint that it is made of
+    A rotation that the model does not bear is left out with a note, unless the recipe asks for it by name.
     """
+    int4 = {
+        name: modules
+        for name, modules in wanted.items()
+        if all(plan.stored.kind(module).weight.format is INT4 for module in modules)
+    }
+    model = lazy.source.model
+    for rotate in dict.fromkeys((steps.rotate, False)):
+        try:
+            result = _run(lazy, plan, calibration, windows, path, int4, replace(steps, rotate=rotate), folder, progress)
+        except RotationError as error:
+            if calibration.rotate:
+                raise PreflightError(f"{model}: cannot be rotated: {error}; leave rotate out of the steps") from None
+            reason = f"not rotated: {error}"
+            continue
+        except CaptureError as error:
+            raise PreflightError(f"{model}: its blocks do not run one by one ({error}); use --effort fast") from None
+        if steps.rotate and not rotate:
+            result.notes.insert(0, reason)
+        _check_places(result)
+        return result
+    raise AssertionError("the last attempt does not rotate")
+
+
+def _check_places(result: Rounded) -> None:
+    """What is rounded from the source must not have been changed; a layer that no block holds is."""
+    modules = [module for decision in result.plan.quantized for module, _ in decision.parts]
+    missing = [module for module in modules if module not in result.places]
+    if missing and result.replacements:
+        raise PreflightError(
+            f"{missing[0]}: was not seen by calibration, which changed weights around it; "
+            "leave rotate and smooth out of the steps"
+        )
+    if missing:
+        result.notes.append(f"{len(missing)} layers are in no block and are rounded without data: {missing[0]}, ...")
+
+
+def _run(
+    lazy: LazyModel,
+    plan: Plan,
+    calibration: Calibration,
+    windows: Tensor,
+    path: str,
+    wanted: dict[str, list[str]],
+    steps: Steps,
+    folder: Path,
+    progress: Progress | None,
+) -> Rounded:
     store = Store(folder, windows, steps)
     result = Rounded(plan, calibration, windows.numel(), folder)
     parts = {module: info for decision in plan.quantized for module, info in decision.parts}
@@ -147,24 +196,17 @@ def run(
         loaded=loaded,
         stored=lambda name: dtypes.get(targets.get(name, "")),
     )
-    try:
-        for number, block in enumerate(blocks.run(), start=1):
-            store.write(block)
-            result.tokens |= block.tokens
-            result.notes += block.notes
-            result.scaled |= block.scaled
-            result.replacements |= {targets[name]: value for name, value in block.changed.items()}
-            if block.error is not None:
-                result.errors[block.path] = block.error
-            if progress is not None:
-                progress(f"calibrating {block.path}", number, total)
-        result.replacements |= {targets[name]: value for name, value in blocks.ends.items()}
-    except RotationError as error:
-        raise PreflightError(f"{lazy.source.model}: cannot be rotated: {error}; leave rotate out of --steps") from None
-    except CaptureError as error:
-        raise PreflightError(
-            f"{lazy.source.model}: its blocks do not run one by one ({error}); use --effort fast"
-        ) from None
+    for number, block in enumerate(blocks.run(), start=1):
+        store.write(block)
+        result.tokens |= block.tokens
+        result.notes += block.notes
+        result.scaled |= block.scaled
+        result.replacements |= {targets[name]: value for name, value in block.changed.items()}
+        if block.error is not None:
+            result.errors[block.path] = block.error
+        if progress is not None:
+            progress(f"calibrating {block.path}", number, total)
+    result.replacements |= {targets[name]: value for name, value in blocks.ends.items()}
     return result
 
 

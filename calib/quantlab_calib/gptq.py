@@ -35,14 +35,14 @@ class SingularError(ArithmeticError):
 class Gptq:
     """How codes are chosen.
 
-    damping    of the mean energy, added to each channel's
+    damping    of the mean energy, added to each channel's: what few tokens tell is not taken at its word
     act_order  process channels with large energy first
     sweeps     afterwards every channel is visited again so often, and takes the best code given all others
     """
 
-    damping: float = 0.05
+    damping: float = 0.3
     act_order: bool = True
-    sweeps: int = 0
+    sweeps: int = 2
 
     def prepare(self, moments: Tensor, cross: Tensor | None = None) -> Rounder:
         """What rounds weights whose inputs have these statistics.

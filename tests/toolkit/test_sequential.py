@@ -96,14 +96,20 @@ def test_rotation_of_tied_embeddings_is_refused(with_tokenizer, tmp_path, calibr
 
 
 def test_efforts_and_steps_are_reported(with_tokenizer, tmp_path, calibration):
-    model = with_tokenizer("llama")
-    best = replace(calibration, effort="best", tune_steps=4, samples=16)
-    summary = quantize(model.folder, Recipe("int4", calibration=best), tmp_path / "best", device="cpu", workers=1)
-    assert summary.calibration["steps"] == "best: gptq, original, tune"
-    assert "error of a block's output" in summary.calibration["tuning"]
-    fast = replace(calibration, effort="fast")
-    summary = quantize(model.folder, Recipe("int4", calibration=fast), tmp_path / "fast", device="cpu", workers=1)
-    assert summary.calibration["layers"] == "14 of 14 rounded for their output"
+    few = replace(calibration, samples=16)
+
+    def summary(name, calibration, out):
+        recipe = Recipe("int4", calibration=calibration)
+        return quantize(with_tokenizer(name).folder, recipe, tmp_path / out, device="cpu", workers=1).calibration
+
+    best = summary("llama", replace(few, effort="best"), "best")
+    assert best["steps"] == "best: rotate, gptq, original"
+    assert "note 1" not in best
+    tied = summary("qwen2", replace(few, effort="best"), "tied")
+    assert "not rotated: embeddings are tied" in tied["note 1"]
+    tuned = summary("llama", replace(few, tune_steps=4).only(["tune"]), "tuned")
+    assert "error of a block's output" in tuned["tuning"]
+    assert summary("llama", replace(few, effort="fast"), "fast")["layers"] == "14 of 14 rounded for their output"
 
 
 def test_blocks_that_were_made_otherwise_do_not_count(tmp_path):
