@@ -163,9 +163,10 @@ def _problem(
     q: Tensor, cache: PackedKV, table: Tensor | None, window: int, softcap: float, longest: int, sm: int
 ) -> Problem:
     batch, heads, sq, d = q.shape
+    page = cache.capacity if cache.ring or table is not None else 0
     return Problem(
         batch, heads, cache.k.shape[1], sq, d, longest, code_of(cache.k), code_of(cache.v), q.dtype,
-        cache.capacity if cache.ring or table is not None else 0, cache.first + cache.newest, window, cache.ring, softcap > 0, sm,
+        page, cache.first + cache.newest, window, cache.ring, softcap > 0, sm,
     )  # fmt: skip
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import struct
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -105,6 +107,15 @@ def kernels(config: Config, problem: Problem) -> tuple[driver.Kernel, driver.Ker
     """The kernel that attends and the one that merges."""
     text = source(config, problem)
     return _compiled(_Key(text.key(""), text))
+
+
+def warmup(problems: Iterable[Problem], *, workers: int = 8) -> int:
+    """Compile what the problems need into the disk cache; returns how many kernels that are. Needs no GPU."""
+    wanted = [source(config(p), p) for p in problems if supports(p) is None]
+    unique = {s.key(""): s for s in wanted}
+    with ThreadPoolExecutor(workers) as pool:
+        list(pool.map(nvrtc.cubin, unique.values()))
+    return len(unique)
 
 
 def launch(

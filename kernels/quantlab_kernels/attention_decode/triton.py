@@ -253,32 +253,35 @@ def _attend(
             v = _codes(codes, VALUE, NATIVE)
             out = out * rescale[:, None] + tl.dot(scaled.to(v.dtype), v)
 
-    if NEAR:
-        if split == 0:
-            near_total = first + newest
-            q_near = raw.to(k_near_ptr.dtype.element_ty)
-            for step in tl.range(0, near_total, BN):
-                slot = step + tl.arange(0, BN)
-                late = slot - first
-                age = tl.where(late >= 0, (length - 1 - late) // tl.maximum(newest, 1), 0)
-                position = tl.where(slot < first, start + slot, late + newest * age)
-                valid = (slot < near_total) & (position < length) & (late < length)
-                valid = valid & ((slot < first) | (position >= start + first))
-                mask = valid[:, None] & (column < D)[None, :]
-                near_at = slot.to(tl.int64)[:, None]
-                near_k = tl.load(
-                    k_near_ptr + batch * kn_row + head * kn_head + near_at * kn_slot + column[None, :], mask=mask, other=0.0
-                )
-                near_x = _capped(tl.dot(q_near, tl.trans(near_k)) * to_power, softcap, SOFTCAP)
-                near_x = _seen(tl.where(valid[None, :], near_x, float("-inf")), position, place, start, length, window, WINDOW)
-                scaled, weight, largest, rescale, total = _weights(near_x, tl.zeros((BN,), tl.float32), largest, total)
-                near_v = tl.load(
-                    v_near_ptr + batch * vn_row + head * vn_head + near_at * vn_slot + column[None, :], mask=mask, other=0.0
-                )
-                out = out * rescale[:, None] + tl.dot(scaled.to(near_v.dtype), near_v)
-                zeros = zeros * rescale
-                out_low = out_low * rescale[:, None]
-                out_high = out_high * rescale[:, None]
+    if NEAR and split == 0:
+        near_total = first + newest
+        q_near = raw.to(k_near_ptr.dtype.element_ty)
+        for step in tl.range(0, near_total, BN):
+            slot = step + tl.arange(0, BN)
+            late = slot - first
+            age = tl.where(late >= 0, (length - 1 - late) // tl.maximum(newest, 1), 0)
+            position = tl.where(slot < first, start + slot, late + newest * age)
+            valid = (slot < near_total) & (position < length) & (late < length)
+            valid = valid & ((slot < first) | (position >= start + first))
+            mask = valid[:, None] & (column < D)[None, :]
+            near_at = slot.to(tl.int64)[:, None]
+            near_k = tl.load(
+                k_near_ptr + batch * kn_row + head * kn_head + near_at * kn_slot + column[None, :], mask=mask, other=0.0
+            )
+            near_x = _capped(tl.dot(q_near, tl.trans(near_k)) * to_power, softcap, SOFTCAP)
+            near_x = _seen(
+                tl.where(valid[None, :], near_x, float("-inf")), position, place, start, length, window, WINDOW
+            )
+            scaled, weight, largest, rescale, total = _weights(near_x, tl.zeros((BN,), tl.float32), largest, total)
+            near_v = tl.load(
+                v_near_ptr + batch * vn_row + head * vn_head + near_at * vn_slot + column[None, :],
+                mask=mask,
+                other=0.0,
+            )
+            out = out * rescale[:, None] + tl.dot(scaled.to(near_v.dtype), near_v)
+            zeros = zeros * rescale
+            out_low = out_low * rescale[:, None]
+            out_high = out_high * rescale[:, None]
 
     at = ((split * batches + batch) * heads + head) * rows + row
     tl.store(sums_ptr + at * 2, largest, mask=inside)

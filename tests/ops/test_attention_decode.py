@@ -1,0 +1,387 @@
+"""Packed KV caches: appending to them, and attention over them, element by element.
+
+Caches are filled with junk, NaN where a format has it, before tokens are written: what no query sees must not matter.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from quantlab_kernels import PackedKV, attention_decode, kv_append
+from quantlab_kernels.attention_decode import reference
+from quantlab_kernels.attention_decode.bounds import decode_bound
+from quantlab_kernels.attention_decode.op import Problem
+from quantlab_kernels.attention_decode.reference import Attributes
+from quantlab_kernels.attention_decode.splits import splits
+from quantlab_kernels.common.kv import FORMATS, dequantize_rows, quantize_rows
+
+TENSORS = ("k", "v", "k_scale", "v_scale", "k_near", "v_near")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call: `lengths` of the sequences, group heads share a KV head; channels: k_mean and k_channel are given.
+
+    even  near-uniform attention over values that are far from 0, where errors of a sum do not cancel
+    """
+
+    format: str
+    lengths: tuple[int, ...]
+    heads: int = 2
+    group: int = 4
+    d: int = 64
+    sq: int = 1
+    page: int = 0
+    first: int = 0
+    newest: int = 0
+    capacity: int = 0
+    ring: bool = False
+    start: tuple[int, ...] | None = None
+    window: int | None = None
+    softcap: float = 0.0
+    sinks: bool = False
+    channels: bool = True
+    even: bool = False
+
+
+@dataclass
+class Call:
+    q: Tensor
+    cache: PackedKV
+    length: Tensor
+    start: Tensor | None
+    table: Tensor | None
+    sinks: Tensor | None
+    case: Case = field(repr=False)
+
+    def run(self, decode: Callable[..., tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        return decode(
+            self.q, self.cache, self.length, start=self.start, block_table=self.table, window=self.case.window,
+            softcap=self.case.softcap, sinks=self.sinks,
+        )  # fmt: skip
+
+
+def poison(cache: PackedKV) -> None:
+    """NaN wherever a format has it."""
+    for name in TENSORS:
+        tensor = getattr(cache, name)
+        if tensor is None:
+            continue
+        if tensor.dtype == torch.float8_e4m3fn:
+            tensor.view(torch.uint8).fill_(0x7F)
+        else:
+            tensor.fill_(float("nan") if tensor.dtype.is_floating_point else 85)
+
+
+def rows(case: Case, dtype: torch.dtype, device: str, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v with channels of outliers and of a large mean; k and v are right-aligned, as long as the longest."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = len(case.lengths), case.heads, max(*case.lengths, 1), case.d
+    k, v = torch.randn(shape, generator=generator), torch.randn(shape, generator=generator) * 0.3
+    k[..., 3] *= 8
+    k[..., 5] += 20
+    v += 1.0 if case.even else 0.1
+    q = torch.randn(shape[0], case.heads * case.group, case.sq, case.d, generator=generator)
+    q *= 0.05 if case.even else 1.0
+    return q.to(device, dtype), k.to(device, dtype), v.to(device, dtype)
+
+
+def build(append: Callable[..., None], case: Case, dtype: torch.dtype, device: str) -> Call:
+    """A poisoned cache to which the case's tokens are appended at once."""
+    q, k, v = rows(case, dtype, device)
+    batch, longest = k.shape[0], k.shape[2]
+    slots_of_all = case.capacity or longest
+    length = torch.tensor(case.lengths, dtype=torch.int32, device=device)
+    start = None if case.start is None else torch.tensor(case.start, dtype=torch.int32, device=device)
+    table = slots = None
+    if case.page:
+        pages = -(-slots_of_all // case.page)
+        order = torch.randperm(batch * pages, generator=torch.Generator().manual_seed(1)).reshape(batch, pages)
+        table = order.to(device, torch.int32)
+        position = torch.arange(longest, device=device) - (longest - length.long()[:, None])
+        known = position.clamp(min=0)
+        slots = table.long().gather(1, known // case.page) * case.page + known % case.page
+        slots = torch.where(position >= 0, slots, -1)
+    shape = (batch * pages + 1, case.page) if case.page else (batch, slots_of_all)
+    cache = PackedKV.empty(
+        case.format, shape[0], case.heads, shape[1], case.d, dtype=dtype, device=device, first=case.first,  # type: ignore[arg-type]
+        newest=case.newest, ring=case.ring,
+    )  # fmt: skip
+    poison(cache)
+    if case.channels:
+        mean = k.float().mean(2)
+        cache = cache.with_keys(mean, ((k.float() - mean[:, :, None]).abs().amax(2) + 0.1).sqrt())
+    append(k, v, cache, length, start=start, slots=slots)
+    sinks = torch.linspace(-1, 3, case.heads * case.group, device=device) if case.sinks else None
+    return Call(q, cache, length, start, table, sinks, case)
+
+
+def check(decode: Callable[..., tuple[Tensor, Tensor]], call: Call) -> None:
+    """Every element within its bound of the float64 definition on the same codes, and the log-sum-exp close."""
+    out, lse = call.run(decode)
+    attributes = Attributes(call.cache.head_dim**-0.5, call.case.window or -1, call.case.softcap)
+    dense = call.cache if call.table is None else reference.gathered(call.cache, call.table)
+    exact, exact_lse, weights = reference.attend(call.q, dense, call.length, call.start, attributes, call.sinks)
+    bound = decode_bound(exact, weights, call.q, dense, call.length, call.start, attributes.scale, out.dtype)
+    assert bool(torch.isfinite(out).all())
+    assert bool(((out.double() - exact).abs() <= bound).all()), f"{((out.double() - exact).abs() / bound).max()}"
+    nothing = torch.isinf(exact_lse)
+    assert torch.equal(nothing, torch.isinf(lse))
+    assert bool((torch.where(nothing, 0.0, lse.double() - exact_lse).abs() <= 0.01).all())
+
+
+def same_bytes(cache: PackedKV, other: PackedKV) -> None:
+    for name in TENSORS:
+        ours, theirs = getattr(cache, name), getattr(other, name)
+        if ours is not None:
+            equal = torch.equal(ours.contiguous().view(torch.uint8).cpu(), theirs.contiguous().view(torch.uint8).cpu())
+            assert equal, name
+
+
+def copy_of(cache: PackedKV, device: str) -> PackedKV:
+    def moved(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.detach().to(device, copy=True)
+
+    names = (*TENSORS, "k_mean", "k_channel")
+    return replace(cache, **{name: moved(getattr(cache, name)) for name in names})
+
+
+CASES = [
+    *(Case(name, (300, 1, 0)) for name in FORMATS),
+    Case("int4", (70, 33), group=2, d=80, sq=3),
+    Case("int8", (70, 33), heads=1, group=7, d=96, start=(3, 0)),
+    Case("int4", (200, 150), group=1, d=128, page=16),
+    Case("fp8", (200, 150), group=2, d=128, page=64, sq=2, channels=False),
+    Case("int4", (200, 150), first=4, newest=32, start=(0, 7)),
+    Case("int8", (200, 20), first=4, newest=32, sq=2),
+    Case("int4", (200, 20), ring=True, capacity=48, window=48),
+    Case("int8", (200, 20), window=50, sq=2, softcap=20.0, sinks=True, start=(160, 0)),
+    Case("k8v4", (100,), heads=1, group=8, d=128, sq=5, sinks=True),
+]
+ON_A_GPU = [
+    *(Case(name, (5000, 3001), d=128) for name in FORMATS),
+    Case("fp8", (2000,), heads=1, group=16, d=256),
+    Case("int4", (2000, 5), group=8, d=192, sq=4),
+    Case("int8", (9000,), group=1, d=256),
+    Case("int4", (9000, 0), group=4, d=256, sq=3),
+    Case("fp8", (700, 300), group=16, d=128),
+    *(Case(name, (131072,), heads=1, group=8, d=128, even=True) for name in ("fp8", "int8", "int4")),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_on_the_cpu(case: Case):
+    check(attention_decode, build(kv_append, case, torch.float32, "cpu"))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_error_against_the_rows_themselves(name: str):
+    """The definition itself is attention: against torch's, off by no more than the format's rounding."""
+    case = Case(name, (90, 90), sq=2, first=2, newest=5)
+    call = build(kv_append, case, torch.float32, "cpu")
+    q, k, v = rows(case, torch.float32, "cpu")
+    seen = torch.arange(90) <= 88 + torch.arange(2)[:, None]
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)
+    worst = {"fp8": 0.1, "int8": 0.03, "int4": 0.5, "k8v4": 0.2, "16bit": 1e-5}[name]
+    assert float((call.run(attention_decode)[0].transpose(1, 2) - expected).abs().max()) < worst
+
+
+@pytest.mark.parametrize("code", ["e4m3", "int8", "int4"])
+def test_rows_round_to_the_nearest_code(code):
+    x = torch.randn(50, 64, generator=torch.Generator().manual_seed(2)) * torch.logspace(-4, 3, 50)[:, None]
+    x[7], x[8] = 0.0, 3.0
+    codes, scale = quantize_rows(x, code, torch.float32)
+    error = (dequantize_rows(codes, scale) - x.double()).abs()
+    if code == "int4":
+        assert float((error / (x.amax(1) - x.amin(1) + 1e-6).double()[:, None]).max()) < 0.5 / 15 + 0.005
+    else:
+        step = 2.0**-4 if code == "e4m3" else 0.5 / 127
+        assert bool((error <= step * 1.001 * x.abs().amax(1).double()[:, None]).all())
+    assert float(error[7].max()) == 0.0
+
+
+def test_tokens_appended_singly_are_those_appended_at_once():
+    case = Case("int4", (40, 31), first=2, newest=6, capacity=48)
+    whole = build(kv_append, case, torch.float32, "cpu")
+    _, k, v = rows(case, torch.float32, "cpu")
+    cache = copy_of(whole.cache, "cpu")
+    poison(cache)
+    for i in range(40):
+        kv_append(k[:, :, i : i + 1], v[:, :, i : i + 1], cache, whole.length - 39 + i)
+    call = replace(whole, cache=cache)
+    assert torch.equal(call.run(attention_decode)[0], whole.run(attention_decode)[0])
+
+
+def test_what_has_no_slot_is_not_written():
+    cache = PackedKV.empty("int8", 2, 1, 8, 16)
+    before = copy_of(cache, "cpu")
+    x = torch.randn(2, 1, 3, 16)
+    kv_append(x, x, cache, torch.tensor([12, 0], dtype=torch.int32))
+    kv_append(x, x, cache, torch.tensor([3, 3], dtype=torch.int32), slots=torch.full((2, 3), -1))
+    same_bytes(cache, before)
+
+
+def test_refusals():
+    cache = PackedKV.empty("int8", 2, 2, 8, 16)
+    length = torch.tensor([3, 3], dtype=torch.int32)
+    q = torch.randn(2, 4, 1, 16)
+    with pytest.raises(RuntimeError, match=r"length is torch.int64 \(2,\), needs int32 \[2\]"):
+        attention_decode(q, cache, length.long())
+    with pytest.raises(RuntimeError, match="window = 0, needs at least 1 token"):
+        attention_decode(q, cache, length, window=0)
+    with pytest.raises(RuntimeError, match="Hq a multiple of the cache's heads"):
+        attention_decode(q[:, :3], cache, length)
+    with pytest.raises(RuntimeError, match="a paged cache needs slots"):
+        kv_append(q[:1, :2], q[:1, :2], cache, length[:1])
+    with pytest.raises(ValueError, match="no KV format 'int3'; there are fp8, int8, int4"):
+        PackedKV.empty("int3", 1, 1, 1, 16)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="head_dim = 15 is odd"):
+        PackedKV.empty("int4", 1, 1, 1, 15)
+
+
+def test_memory_is_what_the_format_says():
+    sizes = {name: PackedKV.empty(name, 1, 8, 64, 128).bytes_per_token for name in FORMATS}  # type: ignore[arg-type]
+    assert sizes == {"fp8": 2112, "int8": 2112, "int4": 1088, "k8v4": 1600, "16bit": 4096}
+
+
+def test_traces_whole():
+    case = Case("int4", (20, 9), capacity=32)
+    call = build(kv_append, case, torch.float32, "cpu")
+    _, k, v = rows(case, torch.float32, "cpu")
+
+    def step(q, k, v):
+        kv_append(k, v, call.cache, call.length + 1)
+        return attention_decode(q, call.cache, call.length + 1)[0]
+
+    out = torch.compile(step, fullgraph=True, backend="aot_eager")(call.q, k[:, :, :1], v[:, :, :1])
+    assert torch.equal(out, attention_decode(call.q, call.cache, call.length + 1)[0])
+
+
+def test_splits_fill_the_gpu():
+    assert splits(512, 4096, 264) == 1
+    assert splits(128, 32768, 264) == 2
+    assert splits(8, 100, 264) == 1
+    assert 28 <= splits(8, 131072, 264) <= 33
+
+
+INTERPRETED = """
+import importlib, sys, types, torch
+sys.path[:0] = {paths!r}
+from test_attention_decode import Attributes, Case, build, check, copy_of, same_bytes
+from quantlab_kernels import kv_append
+append = importlib.import_module("quantlab_kernels.kv_append.op")
+decode = importlib.import_module("quantlab_kernels.attention_decode.op")
+from quantlab_kernels.kv_append import triton as appending
+from quantlab_kernels.attention_decode import triton as attending
+attending.gpu_of = lambda tensor: types.SimpleNamespace(sm_count=2)
+def appended(k, v, cache, length, *, start, slots):
+    expected = copy_of(cache, "cpu")
+    kv_append(k, v, expected, length, start=start, slots=slots)
+    problem = append.Problem(*k.shape, append.code_of(cache.k), append.code_of(cache.v), k.dtype, 80)
+    appending.launch(
+        problem, k, v, cache.k, cache.k_scale, cache.v, cache.v_scale, cache.k_near, cache.v_near, cache.k_mean,
+        cache.k_channel, length, start, slots, cache.first, cache.ring,
+    )
+    same_bytes(cache, expected)
+def attended(q, cache, length, *, start, block_table, window, softcap, sinks):
+    out, lse = decode._empty(q)
+    slots = cache.capacity * (1 if block_table is None else block_table.shape[1])
+    problem = decode._problem(q, cache, block_table, window or -1, softcap, slots, 80)
+    attributes = Attributes(cache.head_dim**-0.5, window or -1, softcap)
+    attending.launch(problem, q, cache, length, start, block_table, attributes, sinks, out, lse)
+    return out, lse
+for case in {cases}:
+    check(attended, build(appended, case, torch.float16, "cpu"))
+"""
+SMALL = [
+    Case("int4", (40, 21), heads=1, first=2, newest=9, start=(0, 3)),
+    Case("fp8", (40, 0), heads=1, group=2, d=32, page=16, sq=2, softcap=20.0, sinks=True),
+    Case("int8", (60,), heads=1, group=1, d=48, ring=True, capacity=24, window=24),
+]
+
+
+def test_triton_logic_in_the_interpreter():
+    pytest.importorskip("triton")
+    here = Path(__file__)
+    paths = [str(here.parent), *(str(here.parents[2] / p) for p in ("", "kernels", "calib"))]
+    script = INTERPRETED.format(paths=paths, cases=SMALL)
+    subprocess.run([sys.executable, "-c", script], check=True, env=os.environ | {"TRITON_INTERPRET": "1"})
+
+
+def appended_twice(k, v, cache, length, *, start=None, slots=None):
+    """On the GPU and on the CPU: both write the same bytes."""
+    expected = copy_of(cache, "cpu")
+    on_cpu = [None if t is None else t.cpu() for t in (start, slots)]
+    kv_append(k.cpu(), v.cpu(), expected, length.cpu(), start=on_cpu[0], slots=on_cpu[1])
+    kv_append(k, v, cache, length, start=start, slots=slots)
+    same_bytes(cache, expected)
+
+
+HOPPER = [c for c in [*CASES, *ON_A_GPU] if c.d in (64, 128, 256) and c.format != "16bit" and not c.newest]
+
+
+@pytest.fixture(scope="module")
+def compiled() -> None:
+    """All Hopper kernels of this file, compiled at the same time."""
+    sm90 = importlib.import_module("quantlab_kernels.attention_decode.sm90")
+    problems = [
+        Problem(
+            1, c.heads * c.group, c.heads, c.sq, c.d, 256, *FORMATS[c.format], dtype,
+            c.capacity if c.ring else c.page, 0, -1, c.ring, c.softcap > 0, 90,
+        )
+        for c in HOPPER
+        for dtype in (torch.bfloat16, torch.float16)
+    ]  # fmt: skip
+    sm90.warmup(problems)
+
+
+@pytest.mark.gpu(sm=80)
+@pytest.mark.parametrize("case", [*CASES[5:], *ON_A_GPU[:5], ON_A_GPU[-1]], ids=str)
+def test_triton_on_the_gpu(case: Case, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("QUANTLAB_ATTENTION_DECODE_BACKEND", "triton")
+    check_twice(build(appended_twice, case, torch.bfloat16, "cuda"))
+
+
+@pytest.mark.gpu(sm=90)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", HOPPER, ids=str)
+def test_hopper_on_the_gpu(case: Case, dtype: torch.dtype, compiled: None, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("QUANTLAB_ATTENTION_DECODE_BACKEND", "sm90")
+    check_twice(build(kv_append, case, dtype, "cuda"))
+
+
+def check_twice(call: Call) -> None:
+    check(attention_decode, call)
+    first, second = call.run(attention_decode), call.run(attention_decode)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.gpu(sm=80)
+@pytest.mark.parametrize("name", FORMATS)
+def test_lengths_change_inside_a_graph(name: str):
+    case = Case(name, (600, 512), d=128)
+    call = build(kv_append, case, torch.bfloat16, "cuda")
+    attention_decode(call.q, call.cache, call.length)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, _ = attention_decode(call.q, call.cache, call.length)
+    for lengths in ([600, 512], [1, 300], [0, 17]):
+        call.length.copy_(torch.tensor(lengths))
+        graph.replay()
+        assert torch.equal(out, attention_decode(call.q, call.cache, call.length)[0])
+
+
+def test_positions_of_a_ring():
+    cache = PackedKV.empty("int8", 1, 1, 4, 16, ring=True)
+    position, _ = reference.positions(cache, torch.tensor([7]), torch.tensor([0]))
+    assert position.tolist() == [[4, 5, 6, 3]]
