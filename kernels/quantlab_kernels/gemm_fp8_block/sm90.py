@@ -192,7 +192,7 @@ def _shape(config: Config, m: int, n: int, sms: int, early: bool) -> driver.Laun
 # Flags of hand-over, zeros which a launch leaves as zeros. Launches of one stream cannot overlap and share theirs. A
 # captured launch may be replayed beside anything, so it takes its own out of a pool, for good; a graph's own memory
 # would do as well, but has to be cleared by one more node.
-_POOL = 1 << 18
+_POOL = 1 << 20
 _STREAM_FLAGS: dict[tuple[int, int], Tensor] = {}
 _CAPTURE_FLAGS: dict[int, Tensor] = {}
 

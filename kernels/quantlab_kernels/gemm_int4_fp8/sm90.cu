@@ -18,7 +18,7 @@
 //   K_GROUPS    math warpgroups that share the same rows and take K blocks in turns
 //   BY          tokens in a tile, a multiple of 16
 //   STAGES      length of the ring;   SHARED  bytes of dynamic shared memory that the launch provides
-//   PREFETCH    1: the next block's codes are read while the MMA of this one runs
+//   PREFETCH    1: the next block's codes are read while the MMA of this one runs; 2: and decoded
 //   SCALE       of the weight: 0 float32, 1 bfloat16, 2 float16;  OUTPUT the same;  BIAS 0 none, else 1 + the same
 //   OUTPUT_TMA  1: 16-bit tiles leave through the copy engine; 0: from registers
 //   BAND        tiles of rows that are walked together for the sake of the L2 cache
@@ -32,7 +32,7 @@ constexpr int MATH_THREADS = 128 * MATH_GROUPS;
 constexpr int THREADS = MATH_THREADS + 128;
 // Where an even share of the registers is too little, the producers give some of theirs to the math groups.
 constexpr int EVEN_REGISTERS = MATH_GROUPS == 1 ? 255 : MATH_GROUPS == 2 ? 168 : MATH_GROUPS == 3 ? 128 : 96;
-constexpr bool MOVE_REGISTERS = BY + (X == 0 ? 16 : 32) + 8 * PREFETCH + 32 > EVEN_REGISTERS;
+constexpr bool MOVE_REGISTERS = BY + (X == 0 ? 16 : 32) * (PREFETCH == 2 ? 2 : 1) + 8 * PREFETCH + 32 > EVEN_REGISTERS;
 constexpr int PRODUCER_REGISTERS = MATH_GROUPS == 2 ? 40 : 32;
 constexpr int MATH_REGISTERS = MATH_GROUPS == 2 ? 232 : MATH_GROUPS == 3 ? 160 : 112;
 constexpr int PANELS = X == 0 ? 1 : 2;      // a stage's activations lie in panels of 128 bytes along K
@@ -348,23 +348,28 @@ DEVICE void promote_grouped(float (&sum)[ACCUMULATORS], const float (&part)[ACCU
   }
 }
 
+DEVICE void decode_all(const Block& block, u32 (&a)[STEPS][4]) {
+#pragma unroll
+  for (int step = 0; step < STEPS; ++step) decode(block.words, step, a[step]);
+}
+
 // The sums of `blocks` blocks of K, of which this group takes every K_GROUPS-th.
 DEVICE void accumulate(float (&sum)[ACCUMULATORS], const Shared& s, const Position& at, Ring ring, int blocks) {
   float part[ACCUMULATORS];
   Block block;
+  u32 a[STEPS][4], next[STEPS][4];
   if (K_GROUPS > 1) ring.skip(at.k_group);
   if (PREFETCH && at.k_group < blocks) {
     barrier_wait(s.full(ring.stage), ring.phase);
     block.load(at, ring.stage);
+    if (PREFETCH == 2) decode_all(block, a);
   }
   for (int i = at.k_group; i < blocks; i += K_GROUPS) {
     if constexpr (!PREFETCH) {
       barrier_wait(s.full(ring.stage), ring.phase);
       block.load(at, ring.stage);
     }
-    u32 a[STEPS][4];
-#pragma unroll
-    for (int step = 0; step < STEPS; ++step) decode(block.words, step, a[step]);
+    if (PREFETCH < 2) decode_all(block, a);
     const float scale[2] = {block.scale[0], block.scale[1]};
     multiply(part, a, s, ring.stage);
     const int stage = ring.stage;
@@ -372,6 +377,7 @@ DEVICE void accumulate(float (&sum)[ACCUMULATORS], const Shared& s, const Positi
     if (PREFETCH && i + K_GROUPS < blocks) {
       barrier_wait(s.full(ring.stage), ring.phase);
       block.load(at, ring.stage);
+      if (PREFETCH == 2) decode_all(block, next);
     }
     wgmma_wait<0>();
     pin(part);
@@ -380,6 +386,10 @@ DEVICE void accumulate(float (&sum)[ACCUMULATORS], const Shared& s, const Positi
     if (GROUPED) __syncwarp();
     if (at.lane == 0) barrier_arrive(s.empty(stage));
     if constexpr (!GROUPED) promote(sum, part, scale);
+    if constexpr (PREFETCH == 2) {
+#pragma unroll
+      for (int j = 0; j < STEPS * 4; ++j) a[j / 4][j % 4] = next[j / 4][j % 4];
+    }
   }
 }
 
@@ -419,8 +429,7 @@ DEVICE void hand_over(const Params& p, const Position& at, const float (&sum)[AC
   for (int i = 0; i < ACCUMULATORS; i += 4) {
     __stcg(place + i / 4 * 128, make_float4(sum[i], sum[i + 1], sum[i + 2], sum[i + 3]));
   }
-  __threadfence();
-  named_barrier_sync(2 + at.row_group, 128);
+  named_barrier_sync(2 + at.row_group, 128);  // the flag's release then covers the writes of all 128 threads
   if (at.thread() == 0) flag_set(p.flags + blockIdx.x * ROW_GROUPS + at.row_group);
 }
 

@@ -17,7 +17,8 @@ _REGISTERS = {1: 255, 2: 232, 3: 160, 4: 112}  # of a math thread, by math group
 class Config:
     """How the kernel is built and launched.
 
-    row_groups, k_groups, by, stages, prefetch, band  the macros of `sm90.cu` in lower case
+    row_groups, k_groups, by, stages, band  the macros of `sm90.cu` in lower case
+    prefetch  1: the next block's codes are read while the MMA of this one runs; 2: and decoded
     stream  0: tiles are given out whole; 1: those of the last, incomplete wave and of the one before it are cut along
             K; 2: all are
     """
@@ -56,11 +57,14 @@ class Config:
         return -(-problem.n // self.bx) * -(-problem.m // self.by)
 
     def schedule(self, problem: Int4Problem, sms: int) -> tuple[int, int]:
-        """(CTAs, tiles that are cut along K). No CTA is given less than four blocks of K."""
+        """(CTAs, tiles that are cut along K). No CTA is given less than four blocks of K; where equal parts of a tile
+        leave few CTAs idle they are equal, and an owner waits for as few others as can be."""
         tiles, blocks = self.tiles(problem), problem.k // GROUP
         if self.stream == 0 or tiles * blocks * sms >= 1 << 32:
             return min(tiles, sms), 0
         ctas = min(sms, max(tiles, tiles * blocks // 4))
+        if tiles < ctas and 16 * (ctas % tiles) <= ctas:
+            ctas -= ctas % tiles
         rest = tiles % ctas
         streamed = tiles if self.stream == 2 or tiles <= ctas else rest + ctas if rest else 0
         return ctas, streamed
@@ -79,7 +83,7 @@ def reject(config: Config, problem: Int4Problem) -> str | None:
     if config.math_groups not in _REGISTERS:
         return f"{config.math_groups} math groups, 1 to 4 fit on a multiprocessor"
     operands = 16 if problem.x.itemsize == 1 else 32
-    needed = config.by + operands + 8 * config.prefetch + 16
+    needed = config.by + operands + {0: 16, 1: 24, 2: 24 + operands}[config.prefetch]
     if needed > _REGISTERS[config.math_groups]:
         return f"about {needed} registers a thread, {_REGISTERS[config.math_groups]} are there"
     if config.stages % config.k_groups or not config.stages:
@@ -102,19 +106,34 @@ def candidates(problem: Int4Problem) -> list[Config]:
 
 
 def _family(problem: Int4Problem) -> Iterator[Config]:
-    by = next((b for b in (16, 32, 64, 128) if problem.m <= b), 128)
-    widths = [by] if by < 128 else [128, 64]
-    for width in widths:
-        for rows, k_groups in ((1, 1), (1, 2), (1, 4), (2, 1), (2, 2), (3, 1), (4, 1)):
-            for prefetch in (0, 1):
-                for stream in (0, 1, 2):
-                    yield Config(rows, k_groups, width, prefetch=prefetch, stream=stream)
+    by = next((b for b in (16, 32, 64) if problem.m <= b), 128)
+    few = ((1, 2, by, 1), (1, 4, by, 1), (2, 1, by, 1), (2, 2, by, 1), (2, 2, by, 2), (3, 1, by, 1), (4, 1, by, 1))
+    many = (
+        (2, 1, 64, 1),
+        (2, 1, 96, 2),
+        (2, 1, 128, 2),
+        (2, 1, 160, 2),
+        (2, 1, 192, 1),
+        (3, 1, 112, 1),
+        (3, 1, 128, 0),
+    )
+    for rows, k_groups, width, prefetch in few if by < 128 else many:
+        shape = Config(rows, k_groups, width, prefetch=prefetch)
+        while shape.prefetch and reject(deepest(shape, problem), problem):
+            shape = replace(shape, prefetch=shape.prefetch - 1)
+        for stream in (0, 1, 2):
+            yield replace(shape, stream=stream)
 
 
 def default(problem: Int4Problem) -> Config:
-    """The configuration when nothing was tuned."""
+    """The configuration when nothing was tuned: four math groups for few tokens, so that the next block's codes are
+    decoded while others multiply; side by side where there are rows enough, else with K shared out among them."""
     by = next((b for b in (16, 32, 64) if problem.m <= b), 128)
-    if by < 128:
-        return deepest(Config(2, 1, by), problem)
-    groups = 3 if problem.x.itemsize == 1 else 2
-    return deepest(Config(groups, 1, 128, prefetch=0, stream=1), problem)
+    if by == 128:
+        return deepest(
+            Config(3 if problem.x.itemsize == 1 else 2, 1, by, prefetch=0, stream=2 if problem.m <= 512 else 1), problem
+        )
+    wide = problem.n >= 16384
+    if by == 64:
+        return deepest(Config(4, 1, by, prefetch=0, stream=0) if wide else Config(1, 2, by), problem)
+    return deepest(Config(2, 2, by, stream=0) if wide else Config(1, 4, by, prefetch=0), problem)
