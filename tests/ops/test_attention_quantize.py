@@ -111,22 +111,31 @@ def close(made: Quantized, expected: Quantized) -> None:
         assert different.float().mean() < 0.02, name
 
 
+PROBLEMS = [("sm90", d, fmt, dtype) for d in (64, 128) for fmt in FORMATS for dtype in (torch.bfloat16, torch.float16)]
+PROBLEMS += [("triton", 64, "int8", torch.bfloat16), ("triton", 80, "fp8", torch.float16)]
+PROBLEMS += [("triton", 128, "int8", torch.float32), ("triton", 256, "int8", torch.bfloat16)]
+
+
 @pytest.mark.gpu(sm=80)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("fmt", FORMATS)
-@pytest.mark.parametrize("d", HEAD_DIMS)
-def test_on_the_gpu(d: int, fmt: str, dtype: torch.dtype):
+@pytest.mark.parametrize(("backend", "d", "fmt", "dtype"), PROBLEMS)
+def test_on_the_gpu(backend: str, d: int, fmt: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
+    if backend == "sm90" and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs sm_90")
+    monkeypatch.setenv("QUANTLAB_ATTENTION_QUANTIZE_BACKEND", backend)
     q, k, v = inputs(d, (4, 2), (130, 700), dtype, "cuda")
     for key_range in (None, torch.tensor([[3, 700], [0, 650]], dtype=torch.int32, device="cuda")):
         made = attention_quantize(q, k, v, key_range=key_range, qk=fmt, pv=fmt)
         close(made, Quantized(*reference.quantize(q, k, v, key_range, CODES[fmt], CODES[fmt])))
+    one = attention_quantize(q[:, :, :1], k[:, :, :1], v[:, :, :1], qk=fmt, pv=fmt)
+    assert torch.allclose(one.v_mean, v[:, :, 0].float())
 
 
 @pytest.mark.gpu(sm=80)
 def test_strided_inputs_on_the_gpu():
-    wide = torch.randn(2, 200, 3 * 4, 128, device="cuda", dtype=torch.bfloat16)
-    q, k, v = wide.transpose(1, 2).chunk(3, 1)
-    close(attention_quantize(q, k, v), attention_quantize(*(x.contiguous() for x in (q, k, v))))
+    wide = torch.randn(2, 200, 3 * 4 * 128 + 4, device="cuda", dtype=torch.bfloat16)
+    for part in (wide[..., :-4], wide[..., 4:]):  # the second at no multiple of 16 bytes
+        q, k, v = part.unflatten(2, (12, 128)).transpose(1, 2).chunk(3, 1)
+        close(attention_quantize(q, k, v), attention_quantize(*(x.contiguous() for x in (q, k, v))))
 
 
 INTERPRETED = """

@@ -18,6 +18,7 @@
 //   CONSUMERS  warpgroups of 64 queries
 //   STAGES     tiles of K, and tiles of V, in flight
 //   PINGPONG   1: warpgroups take turns at the tensor cores
+//   EARLY      fragments, of 16, whose exponentials do not wait for the product before
 //   QK_FP8, PV_FP8   1: E4M3 operands, 0: INT8
 //   SOFTCAP, SINKS   whether scores are capped, whether heads have a sink
 //   OUTPUT     1 bfloat16, 2 float16
@@ -40,9 +41,11 @@ using Score = int;
 #endif
 #if PV_FP8
 using Sum = float;
+using RowSum = float;
 constexpr float LOG2_P = 8.f;  // probabilities up to 256
 #else
 using Sum = int;
+using RowSum = u32;
 constexpr float LOG2_P = 7.994353437f;  // probabilities up to 255
 #endif
 #if OUTPUT == 2
@@ -57,12 +60,12 @@ constexpr int V_BYTES = D * 128;
 constexpr int TURN_CHUNKS = (D + 63) / 64;
 constexpr int TURN_BYTES = TURN_CHUNKS * D * 128;
 constexpr int OUT_STRIDE = 2 * D + 16;  // bytes; the padding spreads rows over the banks
-constexpr int OFFSET_K = Q_BYTES;
+constexpr int OFFSET_K = 2 * Q_BYTES;
 constexpr int OFFSET_V = OFFSET_K + STAGES * K_BYTES;
 constexpr int OFFSET_TURN = OFFSET_V + STAGES * V_BYTES;
 constexpr int OFFSET_OUT = OFFSET_TURN + TURN_BYTES;
 constexpr int OFFSET_BARRIERS = OFFSET_OUT + BM * OUT_STRIDE;
-constexpr int OFFSET_ITEMS = OFFSET_BARRIERS + 8 * (4 * STAGES + 7);
+constexpr int OFFSET_ITEMS = OFFSET_BARRIERS + 8 * (4 * STAGES + 9);
 
 struct Params {
   TensorMap q, k, v, turn;
@@ -149,7 +152,7 @@ DEVICE u32 phase_of(u32 count) { return count / STAGES % 2; }
 struct Shared {
   u32 base;
   Tile* tiles;  // two
-  DEVICE u32 q() const { return base; }
+  DEVICE u32 q(int i) const { return base + i * Q_BYTES; }
   DEVICE u32 k(int stage) const { return base + OFFSET_K + stage * K_BYTES; }
   DEVICE u32 v(int stage) const { return base + OFFSET_V + stage * V_BYTES; }
   DEVICE u32 turn() const { return base + OFFSET_TURN; }
@@ -159,11 +162,11 @@ struct Shared {
   DEVICE u32 empty_k(int stage) const { return barrier(STAGES + stage); }
   DEVICE u32 full_v(int stage) const { return barrier(2 * STAGES + stage); }
   DEVICE u32 empty_v(int stage) const { return barrier(3 * STAGES + stage); }
-  DEVICE u32 full_q() const { return barrier(4 * STAGES); }
-  DEVICE u32 empty_q() const { return barrier(4 * STAGES + 1); }
-  DEVICE u32 full_turn() const { return barrier(4 * STAGES + 2); }
-  DEVICE u32 full_item(int i) const { return barrier(4 * STAGES + 3 + i); }
-  DEVICE u32 empty_item(int i) const { return barrier(4 * STAGES + 5 + i); }
+  DEVICE u32 full_q(int i) const { return barrier(4 * STAGES + i); }
+  DEVICE u32 empty_q(int i) const { return barrier(4 * STAGES + 2 + i); }
+  DEVICE u32 full_item(int i) const { return barrier(4 * STAGES + 4 + i); }
+  DEVICE u32 empty_item(int i) const { return barrier(4 * STAGES + 6 + i); }
+  DEVICE u32 full_turn() const { return barrier(4 * STAGES + 8); }
 };
 
 // ---- items: whichever CTA is free takes the next one ----
@@ -187,9 +190,10 @@ DEVICE void leave(const Params& p) {
 
 DEVICE void load_tile(const Params& p, const Shared& s, const Tile& tile, u32& count, u32& tiles) {
   const int kv = tile.kv;
-  barrier_wait(s.empty_q(), tiles++ % 2 ^ 1);
-  barrier_arrive_expect(s.full_q(), Q_BYTES);
-  tma_load(s.q(), &p.q, s.full_q(), 0, (tile.batch * p.heads_q + tile.head) * p.sq + tile.row, kEvictFirst);
+  const int i = tiles % 2;
+  barrier_wait(s.empty_q(i), tiles++ / 2 % 2 ^ 1);
+  barrier_arrive_expect(s.full_q(i), Q_BYTES);
+  tma_load(s.q(i), &p.q, s.full_q(i), 0, (tile.batch * p.heads_q + tile.head) * p.sq + tile.row, kEvictFirst);
   for (int block = tile.high_block - 1; block >= tile.low_block; --block, ++count) {
     const int stage = stage_of(count);
     barrier_wait(s.empty_k(stage), phase_of(count) ^ 1);
@@ -259,10 +263,13 @@ struct Position {
   }
 };
 
+// Makes powers of two of dequantized scores; for a soft cap, twice their tanh's argument.
+DEVICE float to_log2(const Params& p) { return SOFTCAP ? 2.f / p.softcap * LOG2E * p.scale : LOG2E * p.scale; }
+
 // What is kept of a tile's rows from block to block.
 struct Rows {
-  float factor[2];  // turns a score over the key's scale into a power of two
-  float shift[2];   // of the scores, in units of softcap
+  float scale[2];   // of the queries
+  float shift[2];   // of the scores, for a soft cap
   float largest[2], total[2];
 };
 
@@ -273,8 +280,8 @@ DEVICE void pass_turn(const Position& at) {
   if constexpr (PINGPONG) named_barrier_arrive(2 + (at.group + 1) % CONSUMERS, 256);
 }
 
-DEVICE void multiply_scores(Score (&scores)[SCORES], const Shared& s, const Position& at, int stage) {
-  const u32 q = descriptor_low(s.q()) + at.group * (64 * 128 / 16);
+DEVICE void multiply_scores(Score (&scores)[SCORES], const Shared& s, const Position& at, int buffer, int stage) {
+  const u32 q = descriptor_low(s.q(0)) + (buffer * Q_BYTES + at.group * 64 * 128) / 16;
   const u32 k = descriptor_low(s.k(0)) + stage * (K_BYTES / 16);
   pin(scores);
   wgmma_fence();
@@ -311,11 +318,14 @@ DEVICE void hide(float& score) { score = kHidden; }
 
 // Largest score of row r, -inf if there is none. Integers: three at a time.
 DEVICE float largest_of(const int (&scores)[SCORES], int r) {
-  int largest = scores[2 * r];
+  int part[4];
 #pragma unroll
-  for (int i = 0; i < SCORES / 4; ++i) {
-    largest = __vimax3_s32(largest, scores[4 * i + 2 * r], scores[4 * i + 2 * r + 1]);
+  for (int i = 0; i < 4; ++i) part[i] = max(scores[4 * i + 2 * r], scores[4 * i + 2 * r + 1]);
+#pragma unroll
+  for (int i = 4; i < SCORES / 4; ++i) {
+    part[i % 4] = __vimax3_s32(part[i % 4], scores[4 * i + 2 * r], scores[4 * i + 2 * r + 1]);
   }
+  const int largest = max(__vimax3_s32(part[0], part[1], part[2]), part[3]);
   return largest == kHiddenScore ? kHidden : static_cast<float>(largest);
 }
 DEVICE float largest_of(const float (&scores)[SCORES], int r) {
@@ -327,15 +337,15 @@ DEVICE float largest_of(const float (&scores)[SCORES], int r) {
   return largest;
 }
 
-// Probability, up to 2^LOG2_P. Only a masked block has integers that are hidden.
+// Log2 of the probability, up to LOG2_P. Only a masked block has integers that are hidden.
 template <bool masked>
-DEVICE float probability(int score, float factor, float offset) {
-  const float x = exp2_fast(fmaf(static_cast<float>(score), factor, offset));
-  return masked && score == kHiddenScore ? 0.f : x;
+DEVICE float power_of(int score, float factor, float offset) {
+  const float x = fmaf(static_cast<float>(score), factor, offset);
+  return masked && score == kHiddenScore ? kHidden : x;
 }
 template <bool masked>
-DEVICE float probability(float score, float factor, float offset) {
-  return exp2_fast(fmaf(score, factor, offset));
+DEVICE float power_of(float score, float factor, float offset) {
+  return fmaf(score, factor, offset);
 }
 
 #if SOFTCAP
@@ -344,9 +354,9 @@ DEVICE void cap_scores(const Score (&scores)[SCORES], float (&x)[SCORES], const 
                        float k_scale) {
   const float cap = p.softcap * LOG2E;
 #pragma unroll
-  for (int i = 0; i < SCORES; ++i) {  // tanh(y) = 1 - 2 / (1 + exp(2 y)), the factor holds 2 log2(e) / softcap
+  for (int i = 0; i < SCORES; ++i) {  // tanh(y) = 1 - 2 / (1 + exp(2 y)), to_log2 holds 2 log2(e) / softcap
     const int r = i / 2 % 2;
-    const float y = fmaf(to_float(scores[i]), rows.factor[r] * k_scale, rows.shift[r]);
+    const float y = fmaf(to_float(scores[i]), rows.scale[r] * (k_scale * to_log2(p)), rows.shift[r]);
     x[i] = cap - 2.f * cap * reciprocal(1.f + exp2_fast(y));
   }
 }
@@ -355,33 +365,49 @@ using Value = float;
 using Value = Score;
 #endif
 
+// Four powers of two and their 8-bit codes.
 #if PV_FP8
-DEVICE u32 pack4(float a, float b, float c, float d) {
-  u32 packed;
-  asm("{\n.reg .b16 low, high;\ncvt.rn.satfinite.e4m3x2.f32 low, %2, %1;\ncvt.rn.satfinite.e4m3x2.f32 high, %4, %3;\n"
-      "mov.b32 %0, {low, high};\n}"
-      : "=r"(packed)
-      : "f"(a), "f"(b), "f"(c), "f"(d));
-  return packed;
-}
+struct Powers {
+  float value[4];
+  DEVICE void start(const float (&x)[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) value[i] = exp2_fast(x[i]);
+  }
+  DEVICE void finish(u32& codes, float& sum) const {
+    asm("{\n.reg .b16 low, high;\ncvt.rn.satfinite.e4m3x2.f32 low, %2, %1;\n"
+        "cvt.rn.satfinite.e4m3x2.f32 high, %4, %3;\nmov.b32 %0, {low, high};\n}"
+        : "=r"(codes)
+        : "f"(value[0]), "f"(value[1]), "f"(value[2]), "f"(value[3]));
+    sum += (value[0] + value[1]) + (value[2] + value[3]);
+  }
+};
 #else
-// Two probabilities rounded to integers in the low 16 bits: additions to 2^23 round, and a product by 256 makes room.
-// All on the FMA pipe, which has slots free; conversions to integers share the unit of the exponentials.
-DEVICE u32 pack2(float a, float b) {
-  const float high = fmaf(b + 8388608.f, 256.f, 8388608.f - 2147483648.f);
-  return __float_as_uint(high + a);
-}
-DEVICE u32 pack4(float a, float b, float c, float d) { return permute(pack2(a, b), pack2(c, d), 0x5410); }
+// Additions to 2^23 round to integers, and a product by 256 makes room for a second one in the low 16 bits: all on the
+// FMA pipe, which has slots free.
+struct Powers {
+  float value[4];
+  DEVICE void start(const float (&x)[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) value[i] = exp2_fast(x[i]);
+  }
+  DEVICE static u32 pack(float low, float high) {
+    return __float_as_uint(fmaf(high + 8388608.f, 256.f, 8388608.f - 2147483648.f) + low);
+  }
+  DEVICE void finish(u32& codes, u32& sum) const {
+    codes = permute(pack(value[0], value[1]), pack(value[2], value[3]), 0x5410);
+    sum = __dp4a(codes, 0x01010101u, sum);
+  }
+};
 #endif
 
 // What is known of a block once its scores are there: factor and offset make powers of two of them.
 struct Block {
   float factor[2], largest[2], offset[2];
 
-  DEVICE void start(const Value (&scores)[SCORES], const Rows& rows, float k_scale) {
+  DEVICE void start(const Value (&scores)[SCORES], const Params& p, const Rows& rows, float k_scale) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      factor[r] = SOFTCAP ? 1.f : fmaxf(rows.factor[r] * k_scale, 1e-30f);  // 0 times hidden would be NaN
+      factor[r] = SOFTCAP ? 1.f : fmaxf(rows.scale[r] * (k_scale * to_log2(p)), 1e-30f);  // 0 times hidden would be NaN
       largest[r] = quad_max(largest_of(scores, r) * factor[r]);
       offset[r] = LOG2_P - (largest[r] == kHidden ? 0.f : largest[r]);
     }
@@ -393,7 +419,7 @@ struct Pending {
   float weight[2];
 
   // Called in the order of the blocks: rescales what was added to a larger maximum.
-  DEVICE void start(float (&out)[SUMS], Rows& rows, const Block& block, const float (&sum)[2], float v_scale) {
+  DEVICE void start(float (&out)[SUMS], Rows& rows, const Block& block, const RowSum (&sum)[2], float v_scale) {
     float rescale[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -402,7 +428,7 @@ struct Pending {
       rescale[r] = exp2_fast(rows.largest[r] - safe);
       weight[r] = exp2_fast(block.largest[r] - safe);
       rows.largest[r] = largest;
-      rows.total[r] = rows.total[r] * rescale[r] + sum[r] * weight[r];
+      rows.total[r] = rows.total[r] * rescale[r] + static_cast<float>(sum[r]) * weight[r];
       weight[r] *= v_scale;
     }
     if (__any_sync(0xffffffff, rescale[0] != 1.f || rescale[1] != 1.f)) {
@@ -417,36 +443,35 @@ struct Pending {
   }
 };
 
-// Scores -> operand of the next product and the sum of each row of it; between them the product before is added. The
-// exponentials keep their unit busy for longer than all the rest takes, which so disappears under them.
-template <bool masked, bool add>
-DEVICE void make_probabilities(const Value (&scores)[SCORES], u32 (&p)[4][4], float (&sum)[2], const Block& block,
-                               float (&out)[SUMS], const Sum (&sums)[SUMS], const Pending& pending) {
-#if PV_FP8
-  sum[0] = sum[1] = 0.f;
-#else
-  u32 count[2] = {0, 0};
-#endif
+// Fragment i of the next product's operand (half of 16 keys, then row) as powers of two.
+template <bool masked>
+DEVICE void start_powers(Powers& powers, const Value (&scores)[SCORES], const Block& block, int i) {
+  const int base = i / 2 * 8 + i % 2 * 2;
+  float x[4];
+#pragma unroll
+  for (int e = 0; e < 4; ++e) {
+    x[e] = power_of<masked>(scores[base + e / 2 * 4 + e % 2], block.factor[i % 2], block.offset[i % 2]);
+  }
+  powers.start(x);
+}
+
+// Scores -> operand of the next product and the sums of its rows, and the product before is added. The exponentials keep
+// their unit busy for longer than all the rest takes. The first ones need not wait for the product before; that is
+// added under the others.
+template <bool masked, class Wait>
+DEVICE void make_probabilities(u32 (&p)[4][4], RowSum (&sum)[2], float (&out)[SUMS], const Value (&scores)[SCORES],
+                               const Block& block, const Sum (&sums)[SUMS], const Pending& pending, Wait&& wait) {
+  Powers powers[16];
+#pragma unroll
+  for (int i = 0; i < EARLY; ++i) start_powers<masked>(powers[i], scores, block, i);
+  wait();
+  sum[0] = sum[1] = 0;
 #pragma unroll
   for (int i = 0; i < 16; ++i) {
-    const int base = i / 2 * 8 + i % 2 * 2, r = i % 2;  // registers of a fragment: half of the keys, then row
-    float x[4];
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      x[e] = probability<masked>(scores[base + e / 2 * 4 + e % 2], block.factor[r], block.offset[r]);
-    }
-    p[i / 4][i % 4] = pack4(x[0], x[1], x[2], x[3]);
-#if PV_FP8
-    sum[r] += (x[0] + x[1]) + (x[2] + x[3]);
-#else
-    count[r] = __dp4a(p[i / 4][i % 4], 0x01010101u, count[r]);
-#endif
-    if constexpr (add) pending.add(out, sums, i * SUMS / 16, (i + 1) * SUMS / 16);
+    if (i >= EARLY) start_powers<masked>(powers[i], scores, block, i);
+    powers[i].finish(p[i / 4][i % 4], sum[i % 2]);
+    pending.add(out, sums, i * SUMS / 16, (i + 1) * SUMS / 16);
   }
-#if !PV_FP8
-  sum[0] = static_cast<float>(count[0]);
-  sum[1] = static_cast<float>(count[1]);
-#endif
 }
 
 DEVICE Rows start_rows(const Params& p, const Tile& tile, const Position& at) {
@@ -455,9 +480,8 @@ DEVICE Rows start_rows(const Params& p, const Tile& tile, const Position& at) {
   for (int r = 0; r < 2; ++r) {
     const int query = min(tile.row + at.group * 64 + at.row + 8 * r, max(tile.row_end - 1, 0));
     const long long index = static_cast<long long>(tile.batch * p.heads_q + tile.head) * p.sq + query;
-    const float to_log2 = SOFTCAP ? 2.f / p.softcap * LOG2E : LOG2E;
-    rows.factor[r] = __ldg(p.q_scale + index) * p.scale * to_log2;
-    rows.shift[r] = SOFTCAP ? __ldg(p.q_shift + index) * p.scale * to_log2 : 0.f;
+    rows.scale[r] = __ldg(p.q_scale + index);
+    rows.shift[r] = SOFTCAP ? __ldg(p.q_shift + index) * to_log2(p) : 0.f;
     rows.largest[r] = kHidden;
     rows.total[r] = 0.f;
   }
@@ -480,12 +504,13 @@ DEVICE void hide_unseen(Value (&scores)[SCORES], const Params& p, const Tile& ti
 }
 
 DEVICE void attend(float (&out)[SUMS], Rows& rows, const Params& p, const Shared& s, const Tile& tile,
-                   const Position& at, u32& count, u32 q_phase) {
+                   const Position& at, u32& count, u32 tiles) {
   const int scales = tile.kv * p.blocks;
   Score scores[SCORES];
   Sum sums[SUMS];
   u32 prob[4][4];
-  float sum[2], k_scale, v_scale;
+  RowSum sum[2];
+  float k_scale, v_scale;
   Block block;
   Pending pending;
 #if SOFTCAP
@@ -493,11 +518,12 @@ DEVICE void attend(float (&out)[SUMS], Rows& rows, const Params& p, const Shared
 #else
   Score(&values)[SCORES] = scores;
 #endif
+  u32 values_count = count;
   auto start_scores = [&](int n) {
     k_scale = __ldg(p.k_scale + 4 * (scales + n) + at.quad);
     barrier_wait(s.full_k(stage_of(count)), phase_of(count));
     take_turn(at);
-    multiply_scores(scores, s, at, stage_of(count));
+    multiply_scores(scores, s, at, tiles % 2, stage_of(count));
   };
   auto masked = [&](int n) { return n < tile.full_low[at.group] || n >= tile.full_high[at.group]; };
   auto finish_scores = [&](int n) {
@@ -508,25 +534,32 @@ DEVICE void attend(float (&out)[SUMS], Rows& rows, const Params& p, const Shared
     cap_scores(scores, values, p, rows, k_scale);
 #endif
     if (masked(n)) hide_unseen(values, p, tile, at, n);
-    block.start(values, rows, k_scale);
+    block.start(values, p, rows, k_scale);
   };
   auto start_values = [&] {
-    barrier_wait(s.full_v(stage_of(count - 1)), phase_of(count - 1));
-    multiply_values(sums, prob, s, stage_of(count - 1));
+    barrier_wait(s.full_v(stage_of(values_count)), phase_of(values_count));
+    multiply_values(sums, prob, s, stage_of(values_count));
   };
-  auto finish_values = [&](u32 place) {
+  auto finish_values = [&] {
     wgmma_wait<0>();
     pin(sums);
-    release(s.empty_v(stage_of(place)), at);
+    release(s.empty_v(stage_of(values_count)), at);
+    ++values_count;
   };
 
   int n = tile.high_block - 1;
-  barrier_wait(s.full_q(), q_phase);
+  barrier_wait(s.full_q(tiles % 2), tiles / 2 % 2);
   start_scores(n);
   pass_turn(at);
   wgmma_wait<0>();
   finish_scores(n);
-  make_probabilities<true, false>(values, prob, sum, block, out, sums, pending);
+  sum[0] = sum[1] = 0;
+#pragma unroll
+  for (int i = 0; i < 16; ++i) {
+    Powers powers;
+    start_powers<true>(powers, values, block, i);
+    powers.finish(prob[i / 4][i % 4], sum[i % 2]);
+  }
   for (--n; n >= tile.low_block; --n) {
     v_scale = __ldg(p.v_scale + scales + n + 1);
     start_scores(n);
@@ -535,18 +568,17 @@ DEVICE void attend(float (&out)[SUMS], Rows& rows, const Params& p, const Shared
     pending.start(out, rows, block, sum, v_scale);
     wgmma_wait<1>();
     finish_scores(n);
-    finish_values(count - 2);
     if (masked(n)) {
-      make_probabilities<true, true>(values, prob, sum, block, out, sums, pending);
+      make_probabilities<true>(prob, sum, out, values, block, sums, pending, finish_values);
     } else {
-      make_probabilities<false, true>(values, prob, sum, block, out, sums, pending);
+      make_probabilities<false>(prob, sum, out, values, block, sums, pending, finish_values);
     }
   }
-  release(s.empty_q(), at);
+  release(s.empty_q(tiles % 2), at);
   v_scale = __ldg(p.v_scale + scales + n + 1);
   start_values();
   pending.start(out, rows, block, sum, v_scale);
-  finish_values(count - 1);
+  finish_values();
   pending.add(out, sums, 0, SUMS);
 }
 
@@ -639,7 +671,7 @@ DEVICE void store(const float (&out)[SUMS], const Params& p, const Shared& s, co
 
 DEVICE void consume(const Params& p, const Shared& s) {
   const Position at;
-  u32 count = 0, q_phase = 0;
+  u32 count = 0, tiles = 0;
   if (PINGPONG && at.group == CONSUMERS - 1) named_barrier_arrive(2, 256);
   bool turn_here = false;
   for (u32 taken = 0;; ++taken) {
@@ -652,8 +684,7 @@ DEVICE void consume(const Params& p, const Shared& s) {
 #pragma unroll
     for (int i = 0; i < SUMS; ++i) out[i] = 0.f;
     if (tile.high_block > tile.low_block) {
-      attend(out, rows, p, s, tile, at, count, q_phase);
-      q_phase ^= 1;
+      attend(out, rows, p, s, tile, at, count, tiles++);
     }
     if (!turn_here) barrier_wait(s.full_turn(), 0);
     turn_here = true;
@@ -675,10 +706,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_prefill(const
       barrier_init(s.empty_k(i), 4 * CONSUMERS);
       barrier_init(s.empty_v(i), 4 * CONSUMERS);
     }
-    barrier_init(s.full_q(), 1);
-    barrier_init(s.empty_q(), 4 * CONSUMERS);
     barrier_init(s.full_turn(), 1);
     for (int i = 0; i < 2; ++i) {
+      barrier_init(s.full_q(i), 1);
+      barrier_init(s.empty_q(i), 4 * CONSUMERS);
       barrier_init(s.full_item(i), 1);
       barrier_init(s.empty_item(i), 4 * CONSUMERS);
     }

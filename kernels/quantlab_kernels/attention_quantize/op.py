@@ -15,7 +15,7 @@ from quantlab_kernels.common.ops import define
 
 Format = Literal["int8", "fp8"]
 
-BACKENDS = Backends("attention_quantize", ("triton", "eager"), last_resort="eager")
+BACKENDS = Backends("attention_quantize", ("sm90", "triton", "eager"), last_resort="eager")
 HEAD_DIMS = (64, 80, 96, 128, 192, 256)
 CODES: dict[str, torch.dtype] = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 _INPUTS = (torch.bfloat16, torch.float16, torch.float32)

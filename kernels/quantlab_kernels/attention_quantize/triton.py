@@ -1,9 +1,10 @@
-"""Two launches: the means of sampled tokens, then everything else with each tensor read once.
+"""The means of sampled tokens, then a launch each for queries, keys and values.
 
-A program of the second one has 128 tokens of queries, keys or values of one head. The rotation is a product with a
-matrix of ±1, exact in 16 bits; the mean, rotated by the first launch, is subtracted from the result in float32. Values
-are multiplied from the left, so that their tile comes out transposed, and their rows are read in the order in which the
-kernel wants the columns.
+A program has 64 queries, or 128 keys or values, of one head. The rotation is a product with a matrix
+of ±1, exact in 16 bits; the mean, rotated already, is subtracted from the result in float32. Rows of values
+are read in the order in which the kernel wants the columns of their transpose. A block of keys or values is rotated
+twice, 64 tokens at a time, once for its scale and once for its codes: rotating is cheaper than the registers that would
+hold it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quantlab_kernels.attention_quantize.reference import BLOCK, SAMPLES, hadamard
-from quantlab_kernels.common.triton_fp8 import store_codes
+from quantlab_kernels.common.triton_fp8 import encode_e4m3
 
 if TYPE_CHECKING:
     from quantlab_kernels.attention_quantize.op import Problem
@@ -36,7 +37,7 @@ def _matrix(d: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 def launch(q: Tensor, k: Tensor, v: Tensor, key_range: Tensor | None, out: tuple[Tensor, ...]) -> None:
     """Fill the eight outputs of `op.attention_quantize`."""
-    (batch, heads_q, sq, d), (_, heads_kv, skv, _) = q.shape, k.shape
+    (batch, _, sq, d), (_, heads_kv, skv, _) = q.shape, k.shape
     padded = triton.next_power_of_2(d)
     matrix = _matrix(d, q.dtype, q.device)
     turned = torch.empty((2, batch, heads_kv, d), dtype=torch.float32, device=q.device)
@@ -47,17 +48,22 @@ def launch(q: Tensor, k: Tensor, v: Tensor, key_range: Tensor | None, out: tuple
             k, v, key_range, matrix, out[7], turned, *k.stride(), *v.stride(), batch, heads_kv, skv, d,
             padded, 64, SAMPLES, key_range is not None, num_warps=8,
         )  # fmt: skip
-    blocks_q, blocks_k = -(-sq // BLOCK), -(-skv // BLOCK)
-    programs = batch * (heads_q * blocks_q + 2 * heads_kv * blocks_k)
-    if programs == 0:
-        return
-    codes = [t if t.dtype == torch.int8 or native else t.view(torch.uint8) for t in (out[0], out[3], out[5])]
-    _quantize[(programs,)](
-        q, k, v, key_range, matrix, turned, codes[0], out[1], out[2], codes[1], out[4], codes[2], out[6],
-        *q.stride(), *k.stride(), *v.stride(), batch, heads_q, heads_kv, sq, skv, blocks_q, blocks_k, unit, d, padded,
-        min(padded, 128), key_range is not None, out[0].dtype == torch.int8, out[5].dtype == torch.int8, native,
-        num_warps=8,
-    )  # fmt: skip
+    q_codes, q_scale, q_shift, k_codes, k_scale, v_codes, v_scale, _ = (
+        t.view(torch.uint8) if t.dtype == torch.float8_e4m3fn and not native else t for t in out
+    )
+    blocks = -(-skv // BLOCK)
+    kinds = (
+        ("queries", q, turned[0], q_codes, q_scale, q_shift, -(-sq // 64)),
+        ("keys", k, turned[0], k_codes, k_scale, None, blocks),
+        ("values", v, turned[1], v_codes, v_scale, None, blocks),
+    )
+    for kind, x, mean, codes, scale, shift, tiles in kinds:
+        if x.numel():
+            _quantize[(tiles, batch * x.shape[1])](
+                x, key_range, matrix, mean, codes, scale, shift, *x.stride(), x.shape[1], heads_kv, x.shape[2], blocks,
+                unit, kind, d, padded, min(padded, 64), key_range is not None, codes.dtype == torch.int8, native,
+                num_warps=4 if padded <= 128 else 8, num_stages=1,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -107,22 +113,25 @@ def _scale(amax, INT8: tl.constexpr):
 
 
 @triton.jit
-def _store(pointers, x, inverse, mask, INT8: tl.constexpr, NATIVE: tl.constexpr):
+def _codes(x, inverse, INT8: tl.constexpr, NATIVE: tl.constexpr):
     """x * inverse as codes."""
     if INT8:
         # Adding 1.5 * 2**23 rounds to an integer, ties to even.
         rounded = tl.clamp(x * inverse, -127.0, 127.0) + 12582912.0
-        tl.store(pointers, (rounded - 12582912.0).to(tl.int8), mask=mask)
+        codes = (rounded - 12582912.0).to(tl.int8)
+    elif NATIVE:
+        codes = (x * inverse).to(tl.float8e4nv)  # saturates
     else:
-        store_codes(pointers, x * inverse, mask, NATIVE)
+        codes = encode_e4m3(x * inverse)
+    return codes
 
 
 @triton.jit
 def _turned_rows(
     x_ptr, token_stride, column_stride, token, valid, matrix_ptr, D: tl.constexpr, DP: tl.constexpr, DK: tl.constexpr
 ):
-    """[128, DP] float32: the tokens' rows times the matrix."""
-    out = tl.zeros((128, DP), tl.float32)
+    """[64, DP] float32: the tokens' rows times the matrix."""
+    out = tl.zeros((64, DP), tl.float32)
     column = tl.arange(0, DP)
     for first in tl.static_range(0, DP, DK):
         inner = first + tl.arange(0, DK)
@@ -139,19 +148,18 @@ def _queries(
     q_ptr, matrix_ptr, mean_ptr, codes_ptr, scale_ptr, shift_ptr, token_stride, column_stride, row, block, sq, unit,
     D: tl.constexpr, DP: tl.constexpr, DK: tl.constexpr, INT8: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
-    token = block * 128 + tl.arange(0, 128).to(tl.int64)
+    token = block * 64 + tl.arange(0, 64)
     valid, column = token < sq, tl.arange(0, DP)
-    inside = valid[:, None] & (column < D)[None, :]
     x = _turned_rows(q_ptr, token_stride, column_stride, token, valid, matrix_ptr, D, DP, DK) * unit
-    amax = tl.max(tl.abs(x), 1)
-    scale = _scale(amax, INT8)
-    tl.store(scale_ptr + row * sq + token, scale, mask=valid)
-    _store(
-        codes_ptr + (row * sq + token)[:, None] * D + column[None, :], x, (1.0 / scale)[:, None], inside, INT8, NATIVE
-    )
+    scale = _scale(tl.max(tl.abs(x), 1), INT8)
+    scale_ptr, shift_ptr, codes_ptr = scale_ptr + row * sq, shift_ptr + row * sq, codes_ptr + row * sq * D
+    tl.store(scale_ptr + token, scale, mask=valid)
     # Both are turned: their product is that of what they were.
     turned = tl.load(mean_ptr + column, mask=column < D, other=0.0) * unit
-    tl.store(shift_ptr + row * sq + token, tl.sum(x * turned[None, :], 1), mask=valid)
+    tl.store(shift_ptr + token, tl.sum(x * turned[None, :], 1), mask=valid)
+    inside = valid[:, None] & (column < D)[None, :]
+    codes = _codes(x, (1.0 / scale)[:, None], INT8, NATIVE)
+    tl.store(codes_ptr + token[:, None] * D + column[None, :], codes, mask=inside)
 
 
 @triton.jit
@@ -159,17 +167,27 @@ def _keys(
     k_ptr, matrix_ptr, turned_ptr, codes_ptr, scale_ptr, token_stride, column_stride, row, block, blocks, skv, start,
     end, unit, D: tl.constexpr, DP: tl.constexpr, DK: tl.constexpr, INT8: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
-    token = block * 128 + tl.arange(0, 128).to(tl.int64)
-    valid, column = (token >= start) & (token < end), tl.arange(0, DP)
-    x = _turned_rows(k_ptr, token_stride, column_stride, token, valid, matrix_ptr, D, DP, DK)
+    column = tl.arange(0, DP)
     turned = tl.load(turned_ptr + column, mask=column < D, other=0.0)
-    x = tl.where(valid[:, None], (x - turned[None, :]) * unit, 0.0)
-    amax = tl.max(tl.max(tl.reshape(tl.max(tl.abs(x), 1), (16, 4, 2)), 2), 0)
-    scale = _scale(amax, INT8)
+    amax = tl.zeros((4,), tl.float32)
+    for half in range(2):
+        token = block * 128 + half * 64 + tl.arange(0, 64)
+        valid = (token >= start) & (token < end)
+        x = _turned_rows(k_ptr, token_stride, column_stride, token, valid, matrix_ptr, D, DP, DK)
+        largest = tl.where(valid, tl.max(tl.abs(x - turned[None, :]), 1), 0.0)
+        amax = tl.maximum(amax, tl.max(tl.max(tl.reshape(largest, (8, 4, 2)), 2), 0))
+    scale = _scale(amax * unit, INT8)
     tl.store(scale_ptr + (row * blocks + block) * 4 + tl.arange(0, 4), scale)
-    inverse = tl.reshape(tl.broadcast_to((1.0 / scale)[None, :, None], (16, 4, 2)), (128,))
-    inside = (token < skv)[:, None] & (column < D)[None, :]
-    _store(codes_ptr + (row * skv + token)[:, None] * D + column[None, :], x, inverse[:, None], inside, INT8, NATIVE)
+    inverse = tl.reshape(tl.broadcast_to((unit / scale)[None, :, None], (8, 4, 2)), (64,))
+    codes_ptr = codes_ptr + row * skv * D
+    for half in range(2):
+        token = block * 128 + half * 64 + tl.arange(0, 64)
+        valid = (token >= start) & (token < end)
+        x = _turned_rows(k_ptr, token_stride, column_stride, token, valid, matrix_ptr, D, DP, DK)
+        x = tl.where(valid[:, None], x - turned[None, :], 0.0)
+        inside = (token < skv)[:, None] & (column < D)[None, :]
+        codes = _codes(x, inverse[:, None], INT8, NATIVE)
+        tl.store(codes_ptr + token[:, None] * D + column[None, :], codes, mask=inside)
 
 
 @triton.jit
@@ -177,62 +195,54 @@ def _values(
     v_ptr, matrix_ptr, turned_ptr, codes_ptr, scale_ptr, token_stride, column_stride, row, block, blocks, start, end,
     unit, D: tl.constexpr, DP: tl.constexpr, DK: tl.constexpr, INT8: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
-    place = tl.arange(0, 128)
+    place, column = tl.arange(0, 64), tl.arange(0, DP)
     key = place // 32 * 32 + place % 32 // 16 * 16 + place % 4 // 2 * 8 + place % 16 // 4 * 2 + place % 2
-    token = block * 128 + key.to(tl.int64)
-    valid, column = (token >= start) & (token < end), tl.arange(0, DP)
-    x = tl.zeros((DP, 128), tl.float32)
-    for first in tl.static_range(0, DP, DK):
-        inner = first + tl.arange(0, DK)
-        mask = valid[:, None] & (inner < D)[None, :]
-        rows = tl.load(v_ptr + token[:, None] * token_stride + inner[None, :] * column_stride, mask=mask, other=0.0)
-        square = (inner < D)[:, None] & (column < D)[None, :]
-        matrix = tl.load(matrix_ptr + inner[:, None] * D + column[None, :], mask=square, other=0.0)
-        x = tl.dot(tl.trans(matrix), tl.trans(rows), x, input_precision="ieee")
     turned = tl.load(turned_ptr + column, mask=column < D, other=0.0)
-    x = tl.where(valid[None, :], (x - turned[:, None]) * unit, 0.0)
-    scale = _scale(tl.max(tl.max(tl.abs(x), 1), 0), INT8)
+    amax = tl.zeros((64,), tl.float32)
+    for half in range(2):
+        token = block * 128 + half * 64 + key
+        valid = (token >= start) & (token < end)
+        x = _turned_rows(v_ptr, token_stride, column_stride, token, valid, matrix_ptr, D, DP, DK)
+        amax = tl.maximum(amax, tl.where(valid, tl.max(tl.abs(x - turned[None, :]), 1), 0.0))
+    scale = _scale(tl.max(amax, 0) * unit, INT8)
     tl.store(scale_ptr + row * blocks + block, scale)
-    at = codes_ptr + (row * D + column)[:, None] * (blocks * 128) + block * 128 + place[None, :]
-    _store(at, x, 1.0 / scale, (column < D)[:, None] & (place >= 0)[None, :], INT8, NATIVE)
+    codes_ptr = codes_ptr + row * D * (blocks * 128) + block * 128
+    for half in range(2):
+        token = block * 128 + half * 64 + key
+        valid = (token >= start) & (token < end)
+        x = _turned_rows(v_ptr, token_stride, column_stride, token, valid, matrix_ptr, D, DP, DK)
+        codes = tl.trans(_codes(tl.where(valid[:, None], x - turned[None, :], 0.0), unit / scale, INT8, NATIVE))
+        at = codes_ptr + column[:, None] * (blocks * 128) + (half * 64 + place)[None, :]
+        tl.store(at, codes, mask=(column < D)[:, None] & (place >= 0)[None, :])
 
 
 @triton.jit
 def _quantize(
-    q_ptr, k_ptr, v_ptr, range_ptr, matrix_ptr, turned_ptr,
-    q_codes, q_scale, q_shift, k_codes, k_scale, v_codes, v_scale,
-    q_b, q_h, q_s, q_d, k_b, k_h, k_s, k_d, v_b, v_h, v_s, v_d,
-    batch, heads_q, heads_kv, sq, skv, blocks_q, blocks_k, unit,
-    D: tl.constexpr, DP: tl.constexpr, DK: tl.constexpr, RANGE: tl.constexpr,
-    QK_INT8: tl.constexpr, PV_INT8: tl.constexpr, NATIVE: tl.constexpr,
+    x_ptr, range_ptr, matrix_ptr, turned_ptr, codes_ptr, scale_ptr, shift_ptr, x_b, x_h, x_s, x_d, heads, heads_kv,
+    length, blocks, unit, KIND: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DK: tl.constexpr,
+    RANGE: tl.constexpr, INT8: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
-    program = tl.program_id(0).to(tl.int64)
-    queries, keys = batch * heads_q * blocks_q, batch * heads_kv * blocks_k
-    if program < queries:
-        row, block = program // blocks_q, program % blocks_q
-        b, h = row // heads_q, row % heads_q
-        kv = b * heads_kv + h // (heads_q // heads_kv)
+    block, row = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    b, h = row // heads, row % heads
+    x_ptr += b * x_b + h * x_h
+    if KIND == "queries":
+        mean_ptr = turned_ptr + (b * heads_kv + h // (heads // heads_kv)) * D
         _queries(
-            q_ptr + b * q_b + h * q_h, matrix_ptr, turned_ptr + kv * D, q_codes, q_scale, q_shift, q_s, q_d, row,
-            block, sq, unit, D, DP, DK, QK_INT8, NATIVE,
+            x_ptr, matrix_ptr, mean_ptr, codes_ptr, scale_ptr, shift_ptr, x_s, x_d, row, block, length, unit, D, DP, DK,
+            INT8, NATIVE,
         )  # fmt: skip
     else:
-        rest = program - queries
-        is_value = rest >= keys
-        rest = tl.where(is_value, rest - keys, rest)
-        row, block = rest // blocks_k, rest % blocks_k
-        b, h = row // heads_kv, row % heads_kv
-        start, end = 0, skv
+        start, end = 0, length
         if RANGE:
             start = tl.load(range_ptr + 2 * b)
-            end = tl.minimum(tl.load(range_ptr + 2 * b + 1), skv)
-        if is_value:
-            _values(
-                v_ptr + b * v_b + h * v_h, matrix_ptr, turned_ptr + (batch * heads_kv + row) * D, v_codes, v_scale,
-                v_s, v_d, row, block, blocks_k, start, end, unit, D, DP, DK, PV_INT8, NATIVE,
+            end = tl.minimum(tl.load(range_ptr + 2 * b + 1), length)
+        if KIND == "keys":
+            _keys(
+                x_ptr, matrix_ptr, turned_ptr + row * D, codes_ptr, scale_ptr, x_s, x_d, row, block, blocks, length,
+                start, end, unit, D, DP, DK, INT8, NATIVE,
             )  # fmt: skip
         else:
-            _keys(
-                k_ptr + b * k_b + h * k_h, matrix_ptr, turned_ptr + row * D, k_codes, k_scale, k_s, k_d, row, block,
-                blocks_k, skv, start, end, unit, D, DP, DK, QK_INT8, NATIVE,
+            _values(
+                x_ptr, matrix_ptr, turned_ptr + row * D, codes_ptr, scale_ptr, x_s, x_d, row, block, blocks, start, end,
+                unit, D, DP, DK, INT8, NATIVE,
             )  # fmt: skip

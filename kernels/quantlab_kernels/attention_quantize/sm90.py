@@ -1,0 +1,84 @@
+"""Hopper backend: `sm90.cu`, compiled at run time by NVRTC."""
+
+from __future__ import annotations
+
+import functools
+import struct
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from quantlab_kernels.attention_quantize.reference import BLOCK, signs
+from quantlab_kernels.common import driver, nvrtc
+from quantlab_kernels.common.backends import Mendable
+
+if TYPE_CHECKING:
+    from quantlab_kernels.attention_quantize.op import Problem
+
+_FOLDER = Path(__file__).parent
+_INPUT = {torch.bfloat16: 1, torch.float16: 2}
+HEAD_DIMS = (64, 128)
+
+
+def supports(problem: Problem) -> str | None:
+    if problem.sm != 90:
+        return f"compiled for sm_90 only, the GPU is sm_{problem.sm}"
+    if problem.d not in HEAD_DIMS or problem.dtype not in _INPUT:
+        return f"takes 16 bits and head dimensions of {HEAD_DIMS}, this is {problem.dtype} of {problem.d}"
+    try:
+        nvrtc.library()
+    except nvrtc.CompilerMissingError as error:
+        return Mendable(str(error))
+    return None
+
+
+def source(d: int, dtype: torch.dtype, qk: torch.dtype, pv: torch.dtype) -> nvrtc.Source:
+    """What is compiled."""
+    fp8 = torch.float8_e4m3fn
+    macros = {"D": d, "INPUT": _INPUT[dtype], "QK_FP8": int(qk == fp8), "PV_FP8": int(pv == fp8)}
+    headers = {"sm90.cuh": (_FOLDER.parent / "common/sm90.cuh").read_text()}
+    return nvrtc.Source("attention_quantize", (_FOLDER / "sm90.cu").read_text(), headers, macros)
+
+
+@functools.cache
+def _kernels(*key: object) -> tuple[driver.Kernel, driver.Kernel]:
+    code = nvrtc.cubin(source(*key))  # type: ignore[arg-type]
+    return driver.Kernel(code, "attention_means"), driver.Kernel(code, "attention_quantize")
+
+
+@functools.cache
+def _signs(d: int) -> bytes:
+    """A bit per channel, 1 where the rotation's sign is minus."""
+    bits = sum(1 << i for i, sign in enumerate(signs(d).tolist()) if sign < 0)
+    return bits.to_bytes(16, "little")
+
+
+def _input(x: Tensor) -> tuple[Tensor, bytes]:
+    """The tensor, or a copy of it where a thread cannot read 16 bytes at once; its address and strides."""
+    if x.data_ptr() % 16 or x.stride(3) != 1 or any(x.stride(i) % 8 for i in range(3)):
+        x = x.contiguous()
+    return x, struct.pack("<Q3q", x.data_ptr(), *x.stride()[:3])
+
+
+def launch(q: Tensor, k: Tensor, v: Tensor, key_range: Tensor | None, out: tuple[Tensor, ...]) -> None:
+    """Fill the eight outputs of `op.attention_quantize`."""
+    (batch, heads_q, sq, d), (_, heads_kv, skv, _) = q.shape, k.shape
+    if skv == 0 or batch == 0:
+        return
+    device = q.get_device()
+    inputs = [_input(x) for x in (q, k, v)]
+    key_range = None if key_range is None else key_range.contiguous()
+    turned = torch.empty((2, batch, heads_kv, d), dtype=torch.float32, device=q.device)
+    q_codes, q_scale, q_shift, k_codes, k_scale, v_codes, v_scale, v_mean = (t.data_ptr() for t in out)
+    blocks_q, blocks_k = -(-sq // BLOCK), -(-skv // BLOCK)
+    params = b"".join(packed for _, packed in inputs) + struct.pack(
+        "<10Q7if16s", 0 if key_range is None else key_range.data_ptr(), q_codes, k_codes, v_codes, q_scale, q_shift,
+        k_scale, v_scale, v_mean, turned.data_ptr(), batch, heads_q, heads_kv, sq, skv, blocks_q, blocks_k, d**-0.5,
+        _signs(d),
+    )  # fmt: skip
+    means, quantize = _kernels(d, q.dtype, out[0].dtype, out[5].dtype)
+    means.launch(driver.Launch(2 * batch * heads_kv, 4 * d, 1, 0), params, device)
+    tiles = batch * (heads_q * blocks_q + 2 * heads_kv * blocks_k)
+    quantize.launch(driver.Launch(tiles, 4 * d, 1, 0), params, device)
