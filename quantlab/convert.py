@@ -17,8 +17,8 @@ from quantlab import checkpoint, stream
 from quantlab.checkpoint import ACTIVATION_SCALES, SHAPE, SUMMARY, Source, Stored, module_of
 from quantlab.errors import UsageError, VerificationError
 from quantlab.jobs import Copy, Dequantize, Job, Widen
-from quantlab.output import Output, check_outside, check_space, check_writable, fingerprint, output_folder
 from quantlab.loaders import View
+from quantlab.output import Output, check_outside, check_space, check_writable, fingerprint, output_folder
 from quantlab.scheme import SCHEMES, did_you_mean
 from quantlab.summary import Summary
 from quantlab.verify import verify_weights
