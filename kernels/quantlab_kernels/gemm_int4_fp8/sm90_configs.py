@@ -126,14 +126,25 @@ def _family(problem: Int4Problem) -> Iterator[Config]:
 
 
 def default(problem: Int4Problem) -> Config:
-    """The configuration when nothing was tuned: four math groups for few tokens, so that the next block's codes are
-    decoded while others multiply; side by side where there are rows enough, else with K shared out among them."""
+    """The configuration when nothing was tuned.
+
+    For few tokens math groups stand side by side where there are rows enough, else they share out K. K is cut among
+    CTAs where it is long; where it is short the hand-over would cost more than the processors that stay idle."""
     by = next((b for b in (16, 32, 64) if problem.m <= b), 128)
+    short, wide, fp8 = problem.k <= 4096, problem.n >= 16384, problem.x.itemsize == 1
     if by == 128:
-        return deepest(
-            Config(3 if problem.x.itemsize == 1 else 2, 1, by, prefetch=0, stream=2 if problem.m <= 512 else 1), problem
-        )
-    wide = problem.n >= 16384
-    if by == 64:
-        return deepest(Config(4, 1, by, prefetch=0, stream=0) if wide else Config(1, 2, by), problem)
-    return deepest(Config(2, 2, by, stream=0) if wide else Config(1, 4, by, prefetch=0), problem)
+        chosen = _many(problem.m <= 512, wide, fp8)
+    elif wide:
+        chosen = Config(4, 1, by, prefetch=0, stream=0) if by == 64 else Config(2, 2, by, stream=0)
+    elif by == 64 and not fp8:
+        chosen = Config(2, 2, by, prefetch=0, stream=0 if short else 2)
+    else:
+        chosen = Config(1, 2, by, stream=0 if short else 2)
+    return deepest(chosen, problem)
+
+
+def _many(few_tiles: bool, wide: bool, fp8: bool) -> Config:
+    """For more than 64 tokens: the widest tile that the registers hold, and ends of waves cut along K."""
+    if not fp8:
+        return Config(2, 1, 128, prefetch=0, stream=2 if few_tiles else 1)
+    return Config(2, 1, 128, stream=2) if few_tiles and not wide else Config(3, 1, 128, prefetch=0, stream=1)
