@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from quantlab_kernels.attention_quantize.op import HEAD_DIMS, Format
 CODES: dict[str, Format | None] = {"quantlab": None, "quantlab_int8": "int8", "quantlab_fp8": "fp8"}
 MIN_TOKENS = 2048  # keys from which 8 bits win on an H200; `quantlab bench attention_prefill`
 _PLAIN_ELEMENTS = 1 << 26  # scores that the plain way holds at a time
+_least = MIN_TOKENS
 _said: set[tuple[str, str]] = set()
 
 
@@ -142,9 +144,20 @@ def _why_not(
     return _too_short(query.shape[2], visible, kwargs)
 
 
+@contextmanager
+def always() -> Iterator[None]:
+    """8 bits also where they are slower: for measuring what they cost."""
+    global _least
+    before, _least = _least, 0
+    try:
+        yield
+    finally:
+        _least = before
+
+
 def _too_short(queries: int, visible: Visible, kwargs: dict[str, Any]) -> str | None:
     """8 bits pay once the products outweigh quantizing keys and values."""
-    least = int(os.environ.get("QUANTLAB_ATTENTION_MIN_TOKENS", MIN_TOKENS))
+    least = int(os.environ.get("QUANTLAB_ATTENTION_MIN_TOKENS", _least))
     if queries == 1:
         return "a single query reads its keys once, quantizing them first would take longer"
     if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:

@@ -119,6 +119,7 @@ def evaluate(
     device_map: str = "auto",
     dtype: str = "auto",
     kv: str | None = None,
+    attention: str | None = None,
     min_recovery: float | None = None,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
@@ -135,12 +136,18 @@ def evaluate(
     dtype          of what is not quantized, for both models; "auto" takes each checkpoint's
     kv             format of the model's KV cache, None as its recipe says; with one, windows are read in steps of few
                    tokens, each out of the packed cache. The baseline's is 16-bit
+    attention      "int8" or "fp8": the model's attention runs in 8 bits, also in windows too short to gain by it
+                   (and its KV cache is none)
     min_recovery   raises VerificationError, after saving, for a recovery below this
 
     Raises UsageError for models, texts and tokenizers that do not fit, VerificationError for logits that are not
     finite.
     """
     _check_arguments(baseline, text, device_map, dtype, length, min_recovery)
+    if attention not in (None, "none"):
+        if kv not in (None, "none"):
+            raise UsageError(f"kv = {kv!r} reads windows in steps, attention = {attention!r} at once; leave one out")
+        kv = "none"
     if context < 0:
         raise UsageError(f"context = {context}: needs a number of tokens, 0 or more")
     if tasks:
@@ -154,7 +161,7 @@ def evaluate(
     tokens = torch.cat(parts)
 
     kept = run.baseline(reference, tokens) if reference else None
-    loaded = run.load(source, kv)
+    loaded = run.load(source, kv, attention)
     scores = run.score(loaded, tokens, kept).after(context)
     results = lm_tasks.run(loaded, source.folder, tasks) if tasks else {}
     settings = {
@@ -166,6 +173,7 @@ def evaluate(
         "tokens_sha256": baselines.digest(tokens),
         "dtype": _plain(loaded.dtype),
         "kv": _kv_of(loaded),
+        "attention": attention or "none",
         "baseline_dtype": _plain(kept.hidden.dtype) if kept else None,
         "baseline_from_cache": kept.cached if kept else None,
         "device": str(loaded.device),
@@ -276,11 +284,11 @@ class _Run:
         except data.DataError as error:
             raise UsageError(str(error)) from None
 
-    def load(self, source: Source, kv: str | None = "none") -> Any:
+    def load(self, source: Source, kv: str | None = "none", attention: str | None = None) -> Any:
         where = None if self.device_map == "auto" and not torch.cuda.is_available() else self.device_map
         dtype = self.dtype if self.dtype == "auto" else DTYPES[self.dtype]
         options = {"trust_remote_code": True} if self.trust_remote_code else {}
-        return hf.load(source.folder, device_map=where, dtype=dtype, kv=kv, **options).eval()
+        return hf.load(source.folder, device_map=where, dtype=dtype, kv=kv, attention=attention, **options).eval()
 
     def baseline(self, source: Source, tokens: Tensor) -> Baseline:
         """Run the baseline over all windows, or read what an earlier run left."""
@@ -299,14 +307,17 @@ class _Run:
 
     def score(self, model: Any, tokens: Tensor, kept: Baseline | None) -> Scores:
         """Scores of all windows, against the baseline if there is one."""
+        from quantlab.attention import always
+
         base_head: Logits | None = None
         rows: list[tuple[Tensor, ...]] = []
-        for batch, hidden in self._hidden_states(model, tokens):
-            if kept is not None and base_head is None:
-                base_head = kept.head(hidden.device)
-            for window, states in zip(batch, hidden, strict=True):
-                base_states = kept.hidden[len(rows)] if kept else None
-                rows.append(score_window(window, states, head_of(model), base_states, base_head))
+        with always():
+            for batch, hidden in self._hidden_states(model, tokens):
+                if kept is not None and base_head is None:
+                    base_head = kept.head(hidden.device)
+                for window, states in zip(batch, hidden, strict=True):
+                    base_states = kept.hidden[len(rows)] if kept else None
+                    rows.append(score_window(window, states, head_of(model), base_states, base_head))
         return Scores(*(torch.stack(column) for column in zip(*rows, strict=True)))
 
     def _hidden_states(self, model: Any, tokens: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

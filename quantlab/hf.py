@@ -28,6 +28,7 @@ __all__ = ["Architecture", "IntegrationWarning", "architecture", "disable", "ena
 _REGISTRY = "transformers.quantizers.auto"
 _MODELS = "transformers.modeling_utils"
 _METHODS = ("fp8", "compressed-tensors")
+ATTENTION = ("int8", "fp8")
 # What `quantizers` and `architecture` lean on beyond the public interface; looked up before anything is replaced.
 _NEEDED = (
     "core_model_loading.rename_source_key",
@@ -81,6 +82,7 @@ def load(
     device_map: Any = None,
     dtype: Any = "auto",
     kv: Any = None,
+    attention: str | None = None,
     warmup: bool = False,
     **kwargs: Any,
 ) -> Any:
@@ -90,6 +92,8 @@ def load(
     dtype       of everything that is not quantized; "auto" takes the checkpoint's
     kv          format of the KV cache that `generate` makes: "fp8", "int8", "int4", "k8v4" or a `cache.KV`; "none" for
                 16 bits; None takes what the checkpoint's recipe says
+    attention   "int8" or "fp8": prompts attend in 8 bits where that is faster (`quantlab.attention`); None is the
+                model's own
     warmup      runs every shape of layer once, so that kernels are compiled before the first real call
     kwargs      go to `from_pretrained`
 
@@ -99,6 +103,7 @@ def load(
     import transformers
 
     enable()
+    kwargs = _with_attention(attention, kwargs)
     if not (Path(path) / "config.json").is_file():
         raise UsageError(f"{path}: no config.json there; give the folder of a checkpoint")
     config = transformers.AutoConfig.from_pretrained(
@@ -118,6 +123,19 @@ def load(
     if warmup:
         warm_up(model)
     return with_kv(model, path, kv)
+
+
+def _with_attention(attention: str | None, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of `from_pretrained` that ask for our attention."""
+    if attention in (None, "none"):
+        return kwargs
+    if attention not in ATTENTION:
+        from quantlab.scheme import did_you_mean
+
+        raise UsageError(f"unknown attention {attention!r}; {did_you_mean(str(attention), [*ATTENTION, 'none'])}")
+    if "attn_implementation" in kwargs:
+        raise UsageError(f"attention = {attention!r} and attn_implementation are both given; leave one out")
+    return {**kwargs, "attn_implementation": f"quantlab_{attention}"}
 
 
 def with_kv(model: Any, path: str | Path, kv: Any) -> Any:
@@ -142,12 +160,19 @@ def with_kv(model: Any, path: str | Path, kv: Any) -> Any:
 
 
 def pipeline(
-    task: str, path: str | Path, *, device_map: Any = None, dtype: Any = "auto", kv: Any = None, **kwargs: Any
+    task: str,
+    path: str | Path,
+    *,
+    device_map: Any = None,
+    dtype: Any = "auto",
+    kv: Any = None,
+    attention: str | None = None,
+    **kwargs: Any,
 ) -> Any:
     """`transformers.pipeline` on a model that `load` has checked; tokenizer and processors are those of the folder."""
     import transformers
 
-    model = load(path, device_map=device_map, dtype=dtype, kv=kv)
+    model = load(path, device_map=device_map, dtype=dtype, kv=kv, attention=attention)
     implementation = transformers.pipelines.check_task(task)[1]["impl"]
     if isinstance(implementation, str):
         implementation = getattr(transformers, implementation.rpartition(".")[2])
@@ -161,13 +186,13 @@ def warm_up(model: Any, tokens: tuple[int, ...] = (1, 16, 128)) -> None:
     """Run each distinct shape of quantized linear layer once for each number of tokens."""
     import torch
 
-    from quantlab.linear import Fp8Linear
+    from quantlab.linear import QuantizedLinear
 
-    layers = {(type(m), m.weight.shape, m.weight.device): m for m in model.modules() if isinstance(m, Fp8Linear)}
+    layers = {(type(m), m.key.shape, m.key.device): m for m in model.modules() if isinstance(m, QuantizedLinear)}
     with torch.inference_mode():
         for layer in layers.values():
             for count in tokens:
-                layer(torch.zeros(count, layer.in_features, dtype=model.dtype, device=layer.weight.device))
+                layer(torch.zeros(count, layer.in_features, dtype=model.dtype, device=layer.key.device))
 
 
 def _require_ours(path: str | Path, model: Any) -> None:

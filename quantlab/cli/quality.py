@@ -40,6 +40,9 @@ def eval(
         str | None,
         Option("--kv", help="KV cache: fp8, int8, int4, k8v4 or none [the checkpoint's].", show_default=False),
     ] = None,
+    attention: Annotated[
+        str | None, Option("--attention", help="Attention of the model in 8 bits: int8 or fp8.", show_default=False)
+    ] = None,
     min_recovery: Annotated[
         float | None,
         Option("--min-recovery", min=0, max=1, help="Fail with exit code 4 below this.", show_default=False),
@@ -65,6 +68,7 @@ def eval(
             device_map=device_map,
             dtype=dtype,
             kv=kv,
+            attention=attention,
             min_recovery=min_recovery,
             trust_remote_code=trust_remote_code,
             progress=callback,

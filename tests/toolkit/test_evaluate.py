@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -16,6 +17,8 @@ from quantlab import baselines, hf, lm_tasks
 from quantlab.errors import UsageError, VerificationError
 from quantlab.evaluate import evaluate
 from quantlab.pipeline import quantize
+
+EMBEDDED = Path(__file__).parents[2] / "examples" / "tiny-llama"
 
 
 @pytest.fixture(autouse=True)
@@ -273,3 +276,22 @@ def test_recovery_of_tasks_leaves_out_what_has_no_ratio():
     assert lm_tasks.recovery({}) is None
     assert lm_tasks.recovery({"a": task(0.4, 0.5), "b": task(0.5, 0.0), "c": task(0.6, 0.5)}) == pytest.approx(1.0)
     assert lm_tasks.recovery({"a": task(9.0, 3.0, "word_perplexity")}) is None
+
+
+def test_attention_in_8_bits_is_measured_in_windows_of_any_length(tmp_path):
+    folder = shutil.copytree(EMBEDDED, tmp_path / "model")
+    found = evaluate(folder, baseline=folder, windows=2, length=64, attention="int8")
+    assert found.settings["attention"] == "int8"
+    assert 1e-6 < found.kl.value < 0.01
+    assert evaluate(folder, baseline=folder, windows=2, length=64, attention="none").kl.value == 0
+
+
+def test_refuses_attention_that_it_does_not_know(llama, text):
+    with pytest.raises(UsageError, match="unknown attention 'int4'; known: fp8, int8, none; did you mean 'int8'"):
+        measure(llama, text, attention="int4")
+    with pytest.raises(
+        UsageError, match="kv = 'int8' reads windows in steps, attention = 'fp8' at once; leave one out"
+    ):
+        measure(llama, text, attention="fp8", kv="int8")
+    with pytest.raises(UsageError, match="attention = 'fp8' and attn_implementation are both given"):
+        hf.load(llama, attention="fp8", attn_implementation="sdpa")
