@@ -12,6 +12,7 @@ for them), shapes that are no whole blocks, and all that engines fuse with somet
 from __future__ import annotations
 
 import difflib
+import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
@@ -368,6 +369,7 @@ def _check_coverage(decisions: list[Decision], source: Source) -> None:
         layers = [d for d in decisions if len(d.info.shape) == 2 and d.kind in ("linear", "expert", "other")]
         reasons = Counter(d.reason or "no known reason" for d in layers)
         why = f"all layers stay, most of them: {reasons.most_common(1)[0][0]}" if layers else "it has no linear layer"
+        why += "".join(f"; {advice}" for advice in _shape_advice(decisions))
         raise PreflightError(f"{source.model}: nothing can be quantized; {why}")
     unexplained = [d for d in decisions if not d.scheme and not d.reason]
     lost, done = (sum(d.info.elements for d in group) for group in (unexplained, quantized))
@@ -411,6 +413,15 @@ def bytes_after(decision: Decision) -> int:
     return sum(slot.nbytes for module, part in decision.parts for slot in slots(module, part.shape, part.dtype, stored))
 
 
+def _shape_advice(decisions: list[Decision]) -> Iterable[str]:
+    """What to do about layers whose shape does not fit: one scheme takes smaller multiples than the others."""
+    misfits = [d for d in decisions if d.scheme is None and d.reason.startswith("shape")]
+    if any(math.gcd(*d.info.shape[-2:]) % ENGINE_ALIGNMENT == 0 for d in misfits):
+        mixed = any(d.scheme and d.scheme.layout != "fp8" for d in decisions)  # fp8-block mixes with nothing
+        how = "name them in a recipe with that scheme" if mixed else "use --scheme fp8-dynamic"
+        yield f"fp8-dynamic takes shapes in multiples of {ENGINE_ALIGNMENT}: {how}"
+
+
 def _warnings(decisions: list[Decision], source: Source, recipe: Recipe) -> Iterable[str]:
     by_design = ("embedding", "output head", "recipe")
     other = [d for d in decisions if not d.scheme and len(d.info.shape) > 1 and not d.reason.startswith(by_design)]
@@ -423,6 +434,8 @@ def _warnings(decisions: list[Decision], source: Source, recipe: Recipe) -> Iter
         yield f"most weights stay in 16 bits: {share:.0f} % of the bytes, mainly because: {worst.most_common(1)[0][0]}"
     if any(d.scheme and d.scheme.name == "int4-fp8" for d in decisions):
         yield "vLLM runs INT4 weights with FP8 activations on Hopper only; `quantlab convert --to int4` serves the rest"
+    shaped = sum(d.reason.startswith("shape") for d in decisions)
+    yield from (f"{shaped} layers stay in 16 bits because of their shape; {how}" for how in _shape_advice(decisions))
     fused = [d for d in decisions if d.reason.startswith("fused by engines")]
     if fused:
         yield f"{len(fused)} layers stay in 16 bits because engines fuse them with a layer that does"

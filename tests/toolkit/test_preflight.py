@@ -130,6 +130,23 @@ def test_nothing_that_can_be_quantized(raw_checkpoint: Make) -> None:
         plan(folder)
 
 
+def test_what_to_do_about_shapes_that_do_not_fit(raw_checkpoint: Make) -> None:
+    folder = raw_checkpoint(weights(l__up_proj__weight=(192, 320)))
+    with pytest.raises(
+        PreflightError, match="shape: .* 128; fp8-dynamic takes shapes in multiples of 16: use --scheme"
+    ):
+        plan(folder)
+    assert not plan(folder, "fp8-dynamic").warnings
+    folder = raw_checkpoint(weights(l__o_proj__weight=(256, 256), l__down_proj__weight=(256, 208)), name="partly")
+    advice = "1 layers stay in 16 bits because of their shape; fp8-dynamic takes shapes in multiples of 16: "
+    assert any(text == advice + "use --scheme fp8-dynamic" for text in plan(folder).warnings)
+    assert advice + "name them in a recipe with that scheme" in plan(folder, "int4").warnings
+    mixed = Recipe("int4", rules=(Rule("l.down_proj", "fp8-dynamic"),))
+    assert not plan(folder, mixed).warnings
+    folder = raw_checkpoint(weights(l__o_proj__weight=(256, 256), l__down_proj__weight=(256, 200)), name="odd")
+    assert not any("fp8-dynamic" in text for text in plan(folder, "int4").warnings), "200 % 16"
+
+
 def test_recipe_rules_leave_layers_alone_and_drag_their_groups_along(raw_checkpoint: Make) -> None:
     recipe = Recipe(rules=(Rule("model.layers.0.self_attn.k_proj", "none"), Rule("re:down", "none")))
     found = reasons(plan(raw_checkpoint(), recipe))
