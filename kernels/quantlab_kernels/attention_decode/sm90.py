@@ -46,6 +46,13 @@ class Config:
 
 
 def supports(problem: Problem) -> str | None:
+    if problem.key == problem.value == "e4m3" and problem.sm == 90:
+        return "Triton reads E4M3 faster: 358 against 531 us for 16 sequences of 32768 tokens on an H200"
+    return able(problem)
+
+
+def able(problem: Problem) -> str | None:
+    """Why the problem cannot run here, were it ever so slow."""
     if problem.sm != 90:
         return f"compiled for sm_90 only, the GPU is sm_{problem.sm}"
     if problem.d not in (64, 128, 256):
@@ -111,7 +118,7 @@ def kernels(config: Config, problem: Problem) -> tuple[driver.Kernel, driver.Ker
 
 def warmup(problems: Iterable[Problem], *, workers: int = 8) -> int:
     """Compile what the problems need into the disk cache; returns how many kernels that are. Needs no GPU."""
-    wanted = [source(config(p), p) for p in problems if supports(p) is None]
+    wanted = [source(config(p), p) for p in problems if able(p) is None]
     unique = {s.key(""): s for s in wanted}
     with ThreadPoolExecutor(workers) as pool:
         list(pool.map(nvrtc.cubin, unique.values()))

@@ -253,8 +253,8 @@ def _attend(
             v = _codes(codes, VALUE, NATIVE)
             out = out * rescale[:, None] + tl.dot(scaled.to(v.dtype), v)
 
-    if NEAR and split == 0:
-        near_total = first + newest
+    if NEAR:
+        near_total = tl.where(split == 0, first + newest, 0)  # the first split's work
         q_near = raw.to(k_near_ptr.dtype.element_ty)
         for step in tl.range(0, near_total, BN):
             slot = step + tl.arange(0, BN)
