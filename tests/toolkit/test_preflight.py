@@ -133,7 +133,7 @@ def test_nothing_that_can_be_quantized(raw_checkpoint: Make) -> None:
 def test_what_to_do_about_shapes_that_do_not_fit(raw_checkpoint: Make) -> None:
     folder = raw_checkpoint(weights(l__up_proj__weight=(192, 320)))
     with pytest.raises(
-        PreflightError, match="shape: .* 128; fp8-dynamic takes shapes in multiples of 16: use --scheme"
+        PreflightError, match=r"shape: .* 128; fp8-dynamic takes shapes in multiples of 16: use --scheme"
     ):
         plan(folder)
     assert not plan(folder, "fp8-dynamic").warnings
