@@ -6,10 +6,11 @@ Random weights have a real model's sizes, so times are right; its text and its q
 from __future__ import annotations
 
 import json
+import re
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -41,7 +42,7 @@ SHAPES = {
 
 
 Table = tuple[str, tuple[str, ...], list[tuple[Any, ...]]]
-PREFILL_AND_DECODE = ("prefill 1x2048", "prefill 8x2048", "decode 1x128", "decode 16x2048")
+CASES = ("prefill 1x2048", "prefill 8x2048", "decode 1x128", "decode 16x2048")
 
 
 def kernel_room(room: str, dry_run: bool) -> Table:
@@ -75,7 +76,7 @@ def tune(room: str, shapes: list[tuple[int, int]]) -> Path:
         raise UsageError(str(error)) from None
 
 
-def conversion(shape: str, scheme: str, workdir: Path | None) -> Table:
+def conversion(shape: str, scheme: str, workdir: Path | None, **_: Any) -> Table:
     """Make a random checkpoint of this shape, quantize it, and say what each stage took."""
     from quantlab.pipeline import quantize
 
@@ -95,32 +96,57 @@ def conversion(shape: str, scheme: str, workdir: Path | None) -> Table:
     return f"conversion of {shape} to {scheme}", ("what", "value"), rows
 
 
-def generation(shape: str, scheme: str, workdir: Path | None) -> Table:
-    """Prefill and decode of a random checkpoint in plain transformers, in bf16 and quantized, in one run."""
+def generation(
+    shape: str,
+    scheme: str,
+    workdir: Path | None,
+    *,
+    cases: Sequence[str] = (),
+    kv: str | None = None,
+    attention: str | None = None,
+) -> Table:
+    """Prefill and decode of a random checkpoint in plain transformers, in bf16 and quantized, in one run.
+
+    cases          see `step_times`; by default CASES
+    kv, attention  of the quantized model, as in `quantlab.load`
+    """
     import torch
 
     from quantlab.pipeline import quantize
 
+    wanted, cases = shape_named(shape), tuple(cases) or CASES
+    for case in cases:
+        case_of(case)
     if not torch.cuda.is_available():
         raise UsageError("generation is timed on a GPU, and there is none here")
-    wanted = shape_named(shape)
     with _folder(workdir) as folder:
         source = _checkpoint(wanted, Path(folder) / shape)
         output = Path(folder) / f"{shape}-{scheme}"
         if not output.exists():
             quantize(source, scheme, output)
-        times = {name: step_times(path) for name, path in (("bf16", source), (scheme, output))}
+        plain = step_times(source, cases)
+        ours = step_times(output, cases, kv=kv, attention=attention)
     rows = []
-    for case in PREFILL_AND_DECODE:
-        plain, ours = times["bf16"][case], times[scheme][case]
-        per_run = _tokens(case)
-        rates = (f"{per_run / ms * 1e3:.0f}" for ms in (plain, ours))
-        rows.append((case, f"{plain:.2f}", f"{ours:.2f}", *rates, f"{plain / ours:.2f}x"))
-    header = ("case", "bf16 ms", f"{scheme} ms", "bf16 tokens/s", f"{scheme} tokens/s", "speed-up")
-    return f"{shape}, random weights, plain transformers on {torch.cuda.get_device_name()}", header, rows
+    for case in cases:
+        (plain_ms, plain_gb), (ours_ms, ours_gb) = plain[case], ours[case]
+        rates = (f"{_tokens(case) / ms * 1e3:.0f}" for ms in (plain_ms, ours_ms))
+        memory = f"{plain_gb:.1f}", f"{ours_gb:.1f}"
+        rows.append((case, f"{plain_ms:.2f}", f"{ours_ms:.2f}", *rates, f"{plain_ms / ours_ms:.2f}x", *memory))
+    name = ", ".join([scheme, *([f"KV {kv}"] if kv else []), *([f"attention {attention}"] if attention else [])])
+    header = (
+        "case",
+        "bf16 ms",
+        "ours ms",
+        "bf16 tokens/s",
+        "ours tokens/s",
+        "speed-up",
+        "bf16 peak GB",
+        "ours peak GB",
+    )
+    return f"{shape}, random weights, {name}, plain transformers on {torch.cuda.get_device_name()}", header, rows
 
 
-JOBS: dict[str, Callable[[str, str, Path | None], Table]] = {"conversion": conversion, "generation": generation}
+JOBS: dict[str, Callable[..., Table]] = {"conversion": conversion, "generation": generation}
 
 
 def _folder(workdir: Path | None) -> Any:
@@ -136,10 +162,17 @@ def _checkpoint(shape: Shape, folder: Path) -> Path:
     return folder
 
 
+def case_of(text: str) -> tuple[str, int, int]:
+    """("prefill" or "decode", sequences, tokens of each) of a case such as "decode 16x2048"."""
+    found = re.fullmatch(r"(prefill|decode) ([1-9]\d*)x([1-9]\d*)", text)
+    if found is None:
+        raise UsageError(f"case {text!r}: needs 'prefill BxS' or 'decode BxS', for example 'decode 16x2048'")
+    return found[1], int(found[2]), int(found[3])
+
+
 def _tokens(case: str) -> int:
     """Tokens that one run of a case handles."""
-    kind, _, extent = case.partition(" ")
-    batch, length = map(int, extent.split("x"))
+    kind, batch, length = case_of(case)
     return batch * length if kind == "prefill" else batch
 
 
@@ -207,25 +240,27 @@ def _shards(shape: Shape, layers_per_shard: int = 4) -> Iterator[list[tuple[str,
     yield [("model.norm.weight", (hidden,)), ("lm_head.weight", (shape.vocab_size, hidden))]
 
 
-def step_times(folder: Path, cases: tuple[str, ...] = PREFILL_AND_DECODE) -> dict[str, float]:
-    """Milliseconds of each case on the present GPU, median of several runs.
+def step_times(
+    folder: Path, cases: Sequence[str] = CASES, *, kv: str | None = None, attention: str | None = None
+) -> dict[str, tuple[float, float]]:
+    """Milliseconds of each case on the present GPU, median of several runs, and GB of its memory at the peak.
 
     "prefill BxS" is one forward over B sequences of S tokens, logits of the last position, as in `generate`;
-    "decode BxS" one step of `generate` after S tokens of context with a static cache, whose forward it compiles.
+    "decode BxS" one step of `generate` with S tokens of context and more, in a static cache, for which it compiles.
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
-    import quantlab  # noqa: F401  quantized layers stay quantized
+    from quantlab import hf
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, device_map="cuda").eval()
+    model = hf.load(folder, dtype=torch.bfloat16, device_map="cuda", kv=kv, attention=attention).eval()
     times = {}
     for case in cases:
-        kind, _, extent = case.partition(" ")
-        batch, length = map(int, extent.split("x"))
+        kind, batch, length = case_of(case)
         tokens = torch.randint(3, model.config.vocab_size, (batch, length), device="cuda")
+        torch.cuda.reset_peak_memory_stats()
         with torch.inference_mode():
-            times[case] = _prefill_ms(model, tokens) if kind == "prefill" else _decode_ms(model, tokens)
+            ms = _prefill_ms(model, tokens) if kind == "prefill" else _decode_ms(model, tokens)
+        times[case] = ms, torch.cuda.max_memory_allocated() / 1e9
         torch.cuda.empty_cache()
     return times
 
@@ -243,25 +278,42 @@ def _prefill_ms(model: Any, tokens: Any, runs: int = 5) -> float:
     return statistics.median(times[2:])
 
 
-def _decode_ms(model: Any, tokens: Any, steps: int = 64) -> float:
-    """Milliseconds a step of `generate`: the difference of a long and a short run takes prefill and start-up out."""
+def _decode_ms(model: Any, tokens: Any, steps: int = 64, pairs: int = 3) -> float:
+    """Milliseconds a step of `generate`: the difference of a long and a short run takes its start-up out.
+
+    All runs go on in one static cache, so the prompt is read once.
+    """
     import torch
 
+    short, long = 8, 8 + steps
+    past = _static_cache(model, tokens.shape[1] + 2 * long + pairs * (long + short))
+
     def run(new_tokens: int) -> float:
+        nonlocal tokens
         torch.cuda.synchronize()
         start = time.perf_counter()
-        model.generate(
+        tokens = model.generate(
             tokens,
             attention_mask=torch.ones_like(tokens),
+            past_key_values=past,
             min_new_tokens=new_tokens,
             max_new_tokens=new_tokens,
             do_sample=False,
-            cache_implementation="static",
             pad_token_id=0,
         )
         torch.cuda.synchronize()
         return (time.perf_counter() - start) * 1e3
 
-    short, long = 8, 8 + steps
-    run(long), run(long)  # compiles, then captures
-    return statistics.median((run(long) - run(short)) / steps for _ in range(3))
+    run(long), run(long)  # reads the prompt and compiles, then captures
+    return statistics.median((run(long) - run(short)) / steps for _ in range(pairs))
+
+
+def _static_cache(model: Any, length: int) -> Any:
+    """An empty static cache for so many tokens, quantized where the model's is."""
+    from transformers import StaticCache
+
+    from quantlab import cache
+
+    made = StaticCache(config=model.config, max_cache_len=length)
+    prepared = cache.prepared(model)
+    return made if prepared is None else prepared.like(made)

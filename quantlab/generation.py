@@ -47,7 +47,7 @@ def write(folder: str | Path, *, count: int = 3, tokens: int = 48, trust_remote_
     except data.DataError as error:
         raise UsageError(str(error)) from None
     on_gpu = torch.cuda.is_available()
-    options = {"trust_remote_code": True} if trust_remote_code else {}
+    options: dict[str, Any] = {"trust_remote_code": True} if trust_remote_code else {}
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     model = hf.load(folder, device_map="auto" if on_gpu else None, warmup=on_gpu, **options).eval()

@@ -236,7 +236,7 @@ class Run:
         from quantlab.stream import pick_device
 
         where = pick_device(device)
-        options = {"trust_remote_code": True} if trust_remote_code else {}
+        options: dict[str, Any] = {"trust_remote_code": True} if trust_remote_code else {}
         dtype = torch.float32 if where.type == "cpu" else "auto"
         # eager experts call one linear function per expert, which is what can be replaced
         self.model = hf.load(

@@ -57,6 +57,14 @@ def bench(
         Path | None,
         Option("--workdir", help="Where the random checkpoint goes [a temporary folder].", show_default=False),
     ] = None,
+    case: Annotated[
+        list[str],
+        Option("--case", help="Of generation: 'prefill BxS' or 'decode BxS'. Repeatable.", show_default=False),
+    ] = [],  # noqa: B006
+    kv: Annotated[str | None, Option("--kv", help="KV cache of generation.", show_default=False)] = None,
+    attention: Annotated[
+        str | None, Option("--attention", help="Attention of generation: int8 or fp8.", show_default=False)
+    ] = None,
     dry_run: Annotated[
         bool, Option("--dry-run", help="Build the inputs and call the reference once; works on a CPU.")
     ] = False,
@@ -66,7 +74,7 @@ def bench(
     from quantlab import benchmarks
 
     if room in benchmarks.JOBS:
-        title, header, rows = benchmarks.JOBS[room](shape, scheme, workdir)
+        title, header, rows = benchmarks.JOBS[room](shape, scheme, workdir, cases=case, kv=kv, attention=attention)
     else:
         title, header, rows = benchmarks.kernel_room(room, dry_run)
     if format is Format.json:

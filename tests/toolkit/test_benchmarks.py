@@ -1,0 +1,53 @@
+"""Whole-job benchmarks: the checkpoint they make, what their runs do, what they refuse."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import quantlab
+from quantlab import benchmarks
+from quantlab.errors import UsageError
+
+
+@pytest.fixture(scope="module")
+def random_llama(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("random") / "tiny"
+    total = benchmarks.make_checkpoint(benchmarks.SHAPES["tiny"], folder, device="cpu")
+    assert total == sum(p.numel() * 2 for p in quantlab.load(folder).parameters())
+    return folder
+
+
+@pytest.mark.parametrize("kv", [None, "int8"])
+def test_decoding_goes_on_in_one_static_cache(random_llama, kv: str | None, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    model = quantlab.load(random_llama, kv=kv).eval()
+    read, lengths = [], []
+    generate, forward = model.generate, model.forward
+    monkeypatch.setattr(model, "forward", lambda *a, **k: read.append(k["input_ids"].shape[1]) or forward(*a, **k))
+
+    def counted(tokens, **kwargs):
+        lengths.append(tokens.shape[1])
+        return generate(tokens, **kwargs)
+
+    monkeypatch.setattr(model, "generate", counted)
+    with torch.inference_mode():
+        benchmarks._decode_ms(model, torch.randint(3, 512, (2, 40)), steps=4, pairs=1)
+    assert lengths == [40, 52, 64, 76]
+    assert read[0] == 40
+    assert set(read[1:]) == {1}
+
+
+def test_cases():
+    assert benchmarks.case_of("decode 16x2048") == ("decode", 16, 2048)
+    for text in ("decode", "decode 0x4", "prefill 4", "train 1x1", "decode 1x2 "):
+        with pytest.raises(UsageError, match="needs 'prefill BxS' or 'decode BxS'"):
+            benchmarks.case_of(text)
+    with pytest.raises(UsageError, match="case 'fast'"):
+        benchmarks.generation("tiny", "fp8-block", None, cases=["fast"])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
+def test_generation_needs_a_gpu():
+    with pytest.raises(UsageError, match="timed on a GPU, and there is none here"):
+        benchmarks.generation("tiny", "fp8-block", None)
