@@ -11,7 +11,7 @@ TESTS ?= tests
 OLDER = transformers==5.17.0
 RUN = $(VENV)/bin/python
 
-.PHONY: setup check test test-older gpu bench tune demo
+.PHONY: setup check test test-older gpu sanitize bench tune demo
 
 setup: $(VENV)/.installed
 
@@ -37,6 +37,11 @@ test-older:
 # On a machine with a GPU, with the python that has torch there: a test that skips fails.
 gpu:
 	PYTHONPATH=.:kernels:calib $(PYTHON) -m pytest -m gpu --require-gpu
+
+# Out-of-bounds accesses and races of the kernels; compute-sanitizer comes with the CUDA toolkit.
+sanitize:
+	for tool in memcheck racecheck; do PYTHONPATH=kernels PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+	  compute-sanitizer --tool $$tool --error-exitcode 1 $(PYTHON) tools/sanitize.py || exit 1; done
 
 bench:
 	PYTHONPATH=.:kernels:calib $(PYTHON) -m quantlab.cli bench $(ROOM)

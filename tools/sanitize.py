@@ -1,0 +1,91 @@
+"""Small calls of the CUDA rooms under a checker: ``compute-sanitizer --tool racecheck python tools/sanitize.py``.
+
+Shapes are ragged and small, since the sanitizer runs each instruction through a checker. Results are compared with the
+same call on the CPU, so that a kernel which does nothing does not pass. `make sanitize` runs memcheck and racecheck.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+import quantlab_kernels as ql
+from quantlab_kernels.common.gemm import as_group_scale
+from quantlab_kernels.packing import pack_int4
+
+ROWS = (1, 17, 70, 200)  # by way of the configurations for few, some and many tokens
+N, K = 264, 512
+DEVICE = "cuda"
+
+
+def randn(*shape: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.bfloat16)
+
+
+def fp8_block(m: int) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
+    return ql.gemm_fp8_block, (*ql.quantize_fp8_group(randn(m, K)), *ql.quantize_fp8_block(randn(N, K)))
+
+
+def fp8_grouped(m: int) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
+    codes, scale = ql.quantize_fp8_block(randn(3 * 256, K))
+    counts = torch.tensor([m // 3, 0, m - m // 3])
+    weights = codes.view(3, 256, K), scale.view(3, 2, -1)
+    return ql.gemm_fp8_grouped, (*ql.quantize_fp8_group(randn(m, K)), *weights, counts)
+
+
+def int4_weight() -> tuple[Tensor, Tensor]:
+    codes = torch.randint(-7, 8, (N, K), dtype=torch.int8)
+    return pack_int4(codes), torch.rand(N, K // 128).add(0.5).bfloat16()
+
+
+def int4_fp8(m: int) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
+    def call(a: Tensor, a_scale: Tensor, words: Tensor, scale: Tensor) -> Tensor:
+        return ql.gemm_int4_fp8(a, a_scale, ql.prepare_int4(words, activation_bits=8), as_group_scale(scale))
+
+    return call, (*ql.quantize_fp8_token(randn(m, K)), *int4_weight())
+
+
+def int4(m: int) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
+    def call(x: Tensor, words: Tensor, scale: Tensor) -> Tensor:
+        return ql.gemm_int4(x, ql.prepare_int4(words, activation_bits=16), as_group_scale(scale))
+
+    return call, (randn(m, K), *int4_weight())
+
+
+def prefill(m: int) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return ql.attention_8bit(q, k, v, causal=True)[0]
+
+    return call, (randn(1, 4, m, 128), randn(1, 2, m, 128), randn(1, 2, m, 128))
+
+
+def decode(m: int) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        cache = ql.PackedKV.empty("int4", 2, 2, 256, 128, device=q.device)
+        length = torch.full((2,), m, dtype=torch.int32, device=q.device)
+        ql.kv_append(k, v, cache, length)
+        return ql.attention_decode(q, cache, length)[0]
+
+    return call, (randn(2, 8, 1, 128), randn(2, 2, m, 128), randn(2, 2, m, 128))
+
+
+def main() -> int:
+    torch.manual_seed(0)
+    worst = 0.0
+    for room in (fp8_block, fp8_grouped, int4_fp8, int4, prefill, decode):
+        for m in ROWS:
+            call, inputs = room(m)
+            exact = call(*inputs).float()
+            # Blocks of their own for all operands: a read beyond the end is then beyond an allocation.
+            found = call(*(x.to(DEVICE) for x in inputs)).float().cpu()
+            error = ((found - exact).norm() / exact.norm()).item()
+            worst = max(worst, error)
+            print(f"{room.__name__:12s} {m:4d} rows: {error:.1e} from the CPU's result", flush=True)
+    return 0 if worst < 0.02 else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
