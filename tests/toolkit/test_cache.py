@@ -309,6 +309,10 @@ def test_other_kinds_of_caches_are_refused():
     model = cache.use(tiny("Llama"), "int8")
     with pytest.raises(UsageError, match="offloaded"):
         generate(model, prompts(), cache_implementation="offloaded")
+    with pytest.raises(UsageError, match="'quantized', which is transformers' own"):
+        generate(model, prompts(), cache_implementation="quantized")
+    with pytest.raises(UsageError, match="an empty batch"):
+        model.generate(torch.zeros(0, 4, dtype=torch.int64), max_new_tokens=2, pad_token_id=0)
     latent = transformers.DeepseekV3Config(num_hidden_layers=1, vocab_size=16, hidden_size=16, n_routed_experts=4)
     with torch.device("meta"):
         refused = AutoModelForCausalLM.from_config(latent)
