@@ -146,17 +146,23 @@ def _unsupported(model: Any) -> str | None:
     return None
 
 
-def _prepare(self: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+def _prepare(
+    self: Any,
+    generation_config: Any,
+    model_kwargs: dict[str, Any],
+    mode: Any,
+    batch_size: int,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
     """transformers' own preparation, and then a quantized cache in place of the one that it has just made."""
     if generation_config.cache_implementation == "quantized":
-        raise UsageError(
-            "cache_implementation is 'quantized', which is transformers' own: leave it out, or leave out kv"
-        )
-    mask = model_kwargs.get("attention_mask")
-    if isinstance(mask, Tensor) and not len(mask):
+        raise UsageError("cache_implementation = 'quantized' is transformers' own: leave it out, or leave out kv")
+    if batch_size == 0:
         raise UsageError("an empty batch: the quantized cache needs one sequence at least")
     given = model_kwargs.get("past_key_values")
-    result = getattr(type(self), _PREPARE)(self, generation_config, model_kwargs, *args, **kwargs)
+    stock = getattr(type(self), _PREPARE)
+    result = stock(self, generation_config, model_kwargs, mode, batch_size, *args, **kwargs)
     made = model_kwargs.get("past_key_values")
     if made is not None and made is not given:
         model_kwargs["past_key_values"] = getattr(self, _PREPARED).like(made)

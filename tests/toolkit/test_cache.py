@@ -309,7 +309,7 @@ def test_other_kinds_of_caches_are_refused():
     model = cache.use(tiny("Llama"), "int8")
     with pytest.raises(UsageError, match="offloaded"):
         generate(model, prompts(), cache_implementation="offloaded")
-    with pytest.raises(UsageError, match="'quantized', which is transformers' own"):
+    with pytest.raises(UsageError, match="'quantized' is transformers' own"):
         generate(model, prompts(), cache_implementation="quantized")
     with pytest.raises(UsageError, match="an empty batch"):
         model.generate(torch.zeros(0, 4, dtype=torch.int64), max_new_tokens=2, pad_token_id=0)
