@@ -5,13 +5,17 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import shutil
-from typing import Any
+from collections.abc import Hashable, Iterator
+from typing import TYPE_CHECKING, Any
 
 from quantlab.errors import UsageError
 from quantlab.scheme import SCHEMES, did_you_mean
+from quantlab_kernels.common.int4 import GROUP, Int4Problem
+from quantlab_kernels.formats import INT4
 
-# Rooms that a layer of each scheme goes through: (room of the activation, granularity), room of the product.
-ROOMS = {"fp8-block": ("group", "gemm_fp8_block"), "fp8-dynamic": ("token", "gemm_fp8_row")}
+if TYPE_CHECKING:
+    from quantlab_kernels.common.backends import Backends
+
 PACKAGES = (
     "quantlab-toolkit",
     "torch",
@@ -28,18 +32,14 @@ def explain(m: int, n: int, k: int, scheme: str, sm: int | None) -> list[dict[st
     """Every backend of the rooms a layer [n, k] of this scheme goes through at m tokens: room, backend, reason, chosen.
 
     `sm` is the compute capability to answer for (90 for 9.0), by default that of the GPU present. Raises UsageError
-    for an unknown scheme, and where there is no GPU and `sm` is not given.
+    for an unknown scheme, a layer that it does not take, and where there is no GPU and `sm` is not given.
     """
     import torch
 
-    from quantlab_kernels.common.gemm import GemmProblem
-    from quantlab_kernels.gemm_fp8_block.op import BACKENDS as BLOCK
-    from quantlab_kernels.gemm_fp8_row.op import BACKENDS as ROW
-    from quantlab_kernels.quantize_fp8.op import BACKENDS as QUANTIZE
-    from quantlab_kernels.quantize_fp8.op import Problem
-
-    if scheme not in ROOMS:
+    if scheme not in SCHEMES:
         raise UsageError(f"unknown scheme {scheme!r}; {did_you_mean(scheme, SCHEMES)}")
+    if SCHEMES[scheme].weight.format is INT4 and k % GROUP:
+        raise UsageError(f"K = {k}: {scheme} has a scale for every {GROUP} of K, so K needs to be a multiple of it")
     if sm is None:
         if not torch.cuda.is_available():
             raise UsageError(
@@ -47,14 +47,37 @@ def explain(m: int, n: int, k: int, scheme: str, sm: int | None) -> list[dict[st
             )
         major, minor = torch.cuda.get_device_capability()
         sm = 10 * major + minor
-    granularity, room = ROOMS[scheme]
-    product = {"gemm_fp8_block": BLOCK, "gemm_fp8_row": ROW}[room]
-    asked = ((QUANTIZE, Problem(granularity, m, k, sm=sm)), (product, GemmProblem(m, n, k, sm=sm)))
     return [
         {"room": backends.room, "backend": v.backend, "chosen": v.chosen, "reason": v.reason}
-        for backends, problem in asked
+        for backends, problem in _problems(m, n, k, scheme, sm)
         for v in backends.explain(problem)
     ]
+
+
+def _problems(m: int, n: int, k: int, scheme: str, sm: int) -> Iterator[tuple[Backends, Hashable]]:
+    """What a layer asks of which room: to quantize its input, and the product."""
+    import torch
+
+    from quantlab_kernels.common.gemm import GemmProblem
+    from quantlab_kernels.gemm_fp8_block.op import BACKENDS as BLOCK
+    from quantlab_kernels.gemm_fp8_row.op import BACKENDS as ROW
+    from quantlab_kernels.gemm_int4.op import BACKENDS as INT4_16
+    from quantlab_kernels.gemm_int4_fp8.op import BACKENDS as INT4_8
+    from quantlab_kernels.quantize_fp8.op import BACKENDS as QUANTIZE
+    from quantlab_kernels.quantize_fp8.op import Problem
+
+    if scheme != "int4":
+        yield QUANTIZE, Problem("token" if scheme == "fp8-dynamic" else "group", m, k, sm=sm)
+    tiles = sm == 90  # as `prepare_int4` lays them out
+    match scheme:
+        case "fp8-block":
+            yield BLOCK, GemmProblem(m, n, k, sm=sm)
+        case "fp8-dynamic":
+            yield ROW, GemmProblem(m, n, k, sm=sm)
+        case "int4":
+            yield INT4_16, Int4Problem(m, n, k, torch.bfloat16, tiles=tiles, sm=sm)
+        case "int4-fp8":
+            yield INT4_8, Int4Problem(m, n, k, grouped=True, tiles=tiles, sm=sm)
 
 
 def doctor() -> list[tuple[str, str]]:

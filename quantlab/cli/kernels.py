@@ -17,7 +17,7 @@ def explain(
     m: Annotated[int, Argument(metavar="M", min=1, help="Tokens.", show_default=False)],
     n: Annotated[int, Argument(metavar="N", min=1, help="Output features.", show_default=False)],
     k: Annotated[int, Argument(metavar="K", min=1, help="Input features.", show_default=False)],
-    scheme: Annotated[str, Option("--scheme", help="fp8-block or fp8-dynamic.")] = "fp8-block",
+    scheme: Annotated[str, Option("--scheme", help="fp8-block, fp8-dynamic, int4 or int4-fp8.")] = "fp8-block",
     sm: Annotated[
         int | None, Option("--sm", help="Compute capability, 90 for 9.0 [of this GPU].", show_default=False)
     ] = None,

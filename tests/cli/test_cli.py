@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 import subprocess
 import sys
@@ -67,6 +68,24 @@ def test_unknown_scheme_has_a_suggestion(capsys, monkeypatch, tmp_path: Path):
     assert code == 2
     assert "unknown scheme 'fp8-blok'; known: fp8-block, fp8-dynamic, int4, int4-fp8, none; did you" in text
     assert text.endswith("mean 'fp8-block'?\n")
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("sm", ["80", "90"])
+def test_explain_knows_every_scheme(scheme: str, sm: str):
+    found = CliRunner().invoke(
+        app, ["explain", "16", "4096", "4096", "--scheme", scheme, "--sm", sm, "--format", "json"]
+    )
+    verdicts = json.loads(found.output)
+    rooms = {v["room"] for v in verdicts}
+    assert len(rooms) == (1 if scheme == "int4" else 2)
+    assert {v["room"] for v in verdicts if v["chosen"]} == rooms
+
+
+def test_explain_of_a_layer_that_the_scheme_does_not_take(capsys, monkeypatch):
+    code, text = fails(capsys, monkeypatch, "explain", "1", "256", "200", "--scheme", "int4", "--sm", "90")
+    assert code == 2
+    assert "K = 200: int4 has a scale for every 128 of K" in text
 
 
 def test_scheme_and_recipe_together(capsys, monkeypatch, tmp_path: Path):
