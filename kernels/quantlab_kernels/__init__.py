@@ -16,6 +16,7 @@ from quantlab_kernels.gemm_fp8_grouped.op import gemm_fp8_grouped
 from quantlab_kernels.gemm_fp8_row.op import gemm_fp8_row
 from quantlab_kernels.gemm_int4.op import gemm_int4
 from quantlab_kernels.gemm_int4_fp8.op import gemm_int4_fp8
+from quantlab_kernels.gemm_int4_grouped.op import gemm_int4_grouped
 from quantlab_kernels.kv_append.op import kv_append
 from quantlab_kernels.moe_combine.op import moe_combine
 from quantlab_kernels.moe_dispatch.op import moe_dispatch
@@ -35,6 +36,7 @@ __all__ = [
     "gemm_fp8_row",
     "gemm_int4",
     "gemm_int4_fp8",
+    "gemm_int4_grouped",
     "kv_append",
     "moe_combine",
     "moe_dispatch",

@@ -36,6 +36,8 @@ _CHUNK = 1 << 24  # codes that are rearranged at a time
 class Int4Problem:
     """``out[M, N] = x[M, K] @ w[N, K].T`` with an INT4 weight: the key of dispatch and of tuning tables.
 
+    With experts E the M rows are sorted by expert, and each meets the weight of its own.
+
     x          dtype of the activations: float8_e4m3fn, bfloat16, float16
     scale      dtype of the weight's scales
     grouped    E4M3 activations have a scale for every 128 of K, not one for each token
@@ -52,6 +54,7 @@ class Int4Problem:
     grouped: bool = False
     tiles: bool = True
     sm: int = 90
+    experts: int = 0
 
     @property
     def flops(self) -> int:
@@ -60,7 +63,8 @@ class Int4Problem:
     @property
     def bytes(self) -> int:
         """Least traffic: codes, scales, activations, the result; each moved once."""
-        weight = self.n * self.k // 2 + self.n * self.k // GROUP * self.scale.itemsize
+        each = self.n * self.k // 2 + self.n * self.k // GROUP * self.scale.itemsize
+        weight = each * max(1, min(self.experts, self.m))
         tokens = self.m * self.k * self.x.itemsize
         scales = 0 if self.x.itemsize > 1 else 4 * self.m * (self.k // GROUP if self.grouped else 1)
         return weight + tokens + scales + self.m * self.n * self.out_dtype.itemsize
@@ -68,7 +72,9 @@ class Int4Problem:
     def __str__(self) -> str:
         x, out = (str(dtype).removeprefix("torch.") for dtype in (self.x, self.out_dtype))
         form = f"{'grouped ' if self.grouped else ''}{x}, {'tiles' if self.tiles else 'words'}"
-        return f"M={self.m} N={self.n} K={self.k} {form} -> {out}{' + bias' if self.bias else ''} on sm_{self.sm}"
+        experts = f" of {self.experts} experts" if self.experts else ""
+        bias = " + bias" if self.bias else ""
+        return f"M={self.m}{experts} N={self.n} K={self.k} {form} -> {out}{bias} on sm_{self.sm}"
 
 
 # ---- layouts ----

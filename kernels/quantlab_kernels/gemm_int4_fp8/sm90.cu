@@ -22,6 +22,9 @@
 //   SCALE       of the weight: 0 float32, 1 bfloat16, 2 float16;  OUTPUT the same;  BIAS 0 none, else 1 + the same
 //   OUTPUT_TMA  1: 16-bit tiles leave through the copy engine; 0: from registers
 //   BAND        tiles of rows that are walked together for the sake of the L2 cache
+//   EXPERTS     1: rows of x are sorted by expert and the weight is one [N, K] for each; how many rows an expert has is
+//               read from device memory. Tiles are whole, and leave row by row: the next rows are another expert's
+#include "experts.cuh"
 #include "sm90.cuh"
 #include "wgmma.cuh"
 
@@ -45,7 +48,8 @@ DEVICE constexpr int round_up(int a, int b) { return (a + b - 1) / b * b; }
 constexpr int TILE_BYTES = 64 * BK / 2;  // of codes
 constexpr int PANEL_BYTES = BY * 128;
 constexpr int ROW_SCALE_BYTES = BX * SCALE_SIZE;
-constexpr int TOKEN_SCALE_BYTES = GROUPED ? BY * 4 : 0;
+// The copy engine starts a row of scales at a multiple of 16 bytes, the rows of an expert at any token: up to 3 too many.
+constexpr int TOKEN_SCALE_BYTES = GROUPED ? (BY + 4 * EXPERTS) * 4 : 0;
 constexpr int TOKENS_BYTES = PANELS * PANEL_BYTES + TOKEN_SCALE_BYTES;
 constexpr int OUTPUT_BYTES = OUTPUT_TMA ? ROW_GROUPS * PANEL_BYTES : 0;       // [tokens][64] of 16 bits for each group
 constexpr int REDUCED_BYTES = (K_GROUPS - 1) * BX * BY * 4;
@@ -57,7 +61,8 @@ constexpr int OFFSET_TOKEN_SCALE = OFFSET_ROW_SCALE + STAGES * ROW_SCALE_BYTES;
 constexpr int TOKEN_SCALE_STRIDE = round_up(TOKEN_SCALE_BYTES, 128);
 constexpr int OFFSET_REDUCED = OFFSET_TOKEN_SCALE + STAGES * TOKEN_SCALE_STRIDE;
 constexpr int OFFSET_BARRIERS = OFFSET_REDUCED + REDUCED_BYTES;
-constexpr int SHARED_BYTES = OFFSET_BARRIERS + 16 * STAGES;
+constexpr int OFFSET_GROUPS = OFFSET_BARRIERS + 16 * STAGES;
+constexpr int SHARED_BYTES = OFFSET_GROUPS + EXPERTS * GROUPS_BYTES;
 static_assert(SHARED_BYTES == SHARED, "the host allocates what is laid out here");
 static_assert(BY % 16 == 0, "tiles leave in pairs of eight tokens");
 // A group that waits for a stage must have waited for that stage's last contents too: copies may end out of order, and
@@ -77,17 +82,63 @@ struct Params {
   int streamed;              // tiles that are cut along K; each CTA has `share` blocks of them,
   int share, longer;         // the first `longer` CTAs one more
   int prefetch;              // 1: weights may be loaded while the kernel before this one still runs
+#if EXPERTS
+  const long long* counts;  // [experts] rows of each
+  int experts;
+#endif
 };
 
+#if EXPERTS
+// What every role walks through in the same order: tiles of experts.
+struct Schedule {
+  int count_x, count_y, blocks, tiles, next, experts;
+  u32 groups;
+  int tile_x, tile_y, first, last, expert, first_token, end_token;
+
+  DEVICE Schedule(const Params& p, u32 shared_groups) : blocks(p.blocks), experts(p.experts), groups(shared_groups) {
+    count_x = (p.rows + BX - 1) / BX;
+    count_y = (p.tokens + BY * experts - 1) / (BY * experts);  // of an expert, were rows spread evenly
+    tiles = count_tiles(groups, experts) * count_x;
+    next = blockIdx.x;
+    first = 0;
+    last = blocks;
+  }
+
+  DEVICE bool advance() {
+    if (next >= tiles) return false;
+    const Group group = find_group(groups, experts, count_x, next);
+    next += gridDim.x;
+    expert = group.expert;
+    first_token = group.first_token;
+    end_token = group.end_token;
+    tile_x = group.channel_tile;
+    tile_y = group.token_tile;
+    return true;
+  }
+
+  // All lanes of a warp have found the same tile; the compiler, which has to know it around a warpgroup MMA, cannot see
+  // it in values that come from memory.
+  DEVICE void settle() {
+    tile_x = uniform(tile_x);
+    tile_y = uniform(tile_y);
+    first_token = uniform(first_token);
+    end_token = uniform(end_token);
+  }
+
+  DEVICE int row() const { return tile_x * BX; }
+  DEVICE int token() const { return first_token + tile_y * BY; }
+};
+#else
 // What every role walks through in the same order: pieces of tiles, the range of K of each. Written without branches, and
 // with its divisions where every lane surely is: then the compiler sees that all lanes of a warp agree, and keeps the
 // inner loop in uniform registers.
 struct Schedule {
   int count_x, count_y, blocks, tiles, share, longer;
   int part_tile, part_first, left, next;  // the rest of this CTA's share of the streamed tiles; the whole tile after it
-  int tile_x, tile_y, tile, first, last;
+  int tile_x, tile_y, tile, first, last, end_token;
+  static constexpr int expert = 0;
 
-  DEVICE Schedule(const Params& p) : blocks(p.blocks), share(p.share), longer(p.longer) {
+  DEVICE Schedule(const Params& p, u32) : blocks(p.blocks), share(p.share), longer(p.longer), end_token(p.tokens) {
     count_x = (p.rows + BX - 1) / BX;
     count_y = (p.tokens + BY - 1) / BY;
     tiles = count_x * count_y;
@@ -119,9 +170,11 @@ struct Schedule {
     return true;
   }
 
+  DEVICE void settle() {}
   DEVICE int row() const { return tile_x * BX; }
   DEVICE int token() const { return tile_y * BY; }
 };
+#endif
 
 struct Ring {
   int stage = 0;
@@ -150,6 +203,7 @@ struct Shared {
   DEVICE u32 reduced() const { return base + OFFSET_REDUCED; }
   DEVICE u32 full(int stage) const { return base + OFFSET_BARRIERS + 8 * stage; }
   DEVICE u32 empty(int stage) const { return base + OFFSET_BARRIERS + 8 * (STAGES + stage); }
+  DEVICE u32 groups() const { return base + OFFSET_GROUPS; }
 };
 
 DEVICE uint4 load_shared_u4(u32 address) {
@@ -192,13 +246,14 @@ template <int FIRST>
 DEVICE void produce_codes(const Params& p, const Shared& s, Schedule schedule) {
   Ring ring;
   const u64 policy = schedule.count_y == 1 ? kEvictFirst : kEvictNormal;  // weights of few tokens are read once
-  const int last = (p.rows + 63) / 64 - 1;
+  const int count = (p.rows + 63) / 64;
   while (schedule.advance()) {
     const unsigned char* source[(ROW_GROUPS + 1) / 2];
 #pragma unroll
     for (int i = FIRST; i < ROW_GROUPS; i += 2) {
-      const int tile = min(schedule.tile_x * ROW_GROUPS + i, last);  // beyond the last row anything will do
-      source[i / 2] = p.codes + (static_cast<long long>(tile) * p.blocks + schedule.first) * TILE_BYTES;
+      const int tile = min(schedule.tile_x * ROW_GROUPS + i, count - 1);  // beyond the last row anything will do
+      const long long block = static_cast<long long>(schedule.expert * count + tile) * p.blocks + schedule.first;
+      source[i / 2] = p.codes + block * TILE_BYTES;
     }
     for (int block = schedule.first; block < schedule.last; ++block, ring.skip(1)) {
       barrier_wait(s.empty(ring.stage), ring.phase ^ 1);
@@ -218,7 +273,8 @@ DEVICE void produce_row_scales(const Params& p, const Shared& s, Schedule schedu
     for (int block = schedule.first; block < schedule.last; ++block, ring.skip(1)) {
       barrier_wait(s.empty(ring.stage), ring.phase ^ 1);
       barrier_arrive_expect(s.full(ring.stage), ROW_SCALE_BYTES);
-      tma_load(s.row_scale(ring.stage), &p.row_scale, s.full(ring.stage), schedule.row(), block, kEvictNormal);
+      tma_load(s.row_scale(ring.stage), &p.row_scale, s.full(ring.stage), schedule.expert * p.rows + schedule.row(),
+               block, kEvictNormal);
     }
   }
 }
@@ -236,7 +292,8 @@ DEVICE void produce_tokens(const Params& p, const Shared& s, Schedule schedule) 
                  schedule.token(), kEvictNormal);
       }
       if constexpr (GROUPED) {
-        tma_load(s.token_scale(ring.stage), &p.token_scale, s.full(ring.stage), schedule.token(), block, kEvictNormal);
+        tma_load(s.token_scale(ring.stage), &p.token_scale, s.full(ring.stage), schedule.token() & ~(3 * EXPERTS), block,
+                 kEvictNormal);
       }
     }
   }
@@ -336,11 +393,17 @@ DEVICE void promote(float (&sum)[ACCUMULATORS], const float (&part)[ACCUMULATORS
   for (int i = 0; i < ACCUMULATORS; ++i) sum[i] += scale[i / 2 % 2] * part[i];
 }
 
+// Of two tokens; those of an expert may begin anywhere.
+DEVICE float2 load_token_scales(u32 address) {
+  if (EXPERTS) return {__int_as_float(load_shared_int(address)), __int_as_float(load_shared_int(address + 4))};
+  return load_shared2(address);
+}
+
 DEVICE void promote_grouped(float (&sum)[ACCUMULATORS], const float (&part)[ACCUMULATORS], const float (&scale)[2],
                             u32 token_scale, const Position& at) {
 #pragma unroll
   for (int j = 0; j < BY / 8; ++j) {
-    const float2 token = load_shared2(token_scale + 4 * at.column(j));
+    const float2 token = load_token_scales(token_scale + 4 * at.column(j));
     sum[4 * j + 0] += scale[0] * token.x * part[4 * j + 0];
     sum[4 * j + 1] += scale[0] * token.y * part[4 * j + 1];
     sum[4 * j + 2] += scale[1] * token.x * part[4 * j + 2];
@@ -353,8 +416,10 @@ DEVICE void decode_all(const Block& block, u32 (&a)[STEPS][4]) {
   for (int step = 0; step < STEPS; ++step) decode(block.words, step, a[step]);
 }
 
-// The sums of `blocks` blocks of K, of which this group takes every K_GROUPS-th.
-DEVICE void accumulate(float (&sum)[ACCUMULATORS], const Shared& s, const Position& at, Ring ring, int blocks) {
+// The sums of `blocks` blocks of K, of which this group takes every K_GROUPS-th. EXPERTS: the scales of the tile's tokens
+// begin `skew` bytes behind where the copy engine began.
+DEVICE void accumulate(float (&sum)[ACCUMULATORS], const Shared& s, const Position& at, Ring ring, int blocks,
+                       u32 skew) {
   float part[ACCUMULATORS];
   Block block;
   u32 a[STEPS][4], next[STEPS][4];
@@ -382,7 +447,7 @@ DEVICE void accumulate(float (&sum)[ACCUMULATORS], const Shared& s, const Positi
     wgmma_wait<0>();
     pin(part);
     pin_operands(a);
-    if constexpr (GROUPED) promote_grouped(sum, part, scale, s.token_scale(stage), at);
+    if constexpr (GROUPED) promote_grouped(sum, part, scale, s.token_scale(stage) + skew, at);
     if (GROUPED) __syncwarp();
     if (at.lane == 0) barrier_arrive(s.empty(stage));
     if constexpr (!GROUPED) promote(sum, part, scale);
@@ -444,6 +509,7 @@ DEVICE void take_flag(u32* flag) {
   asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(flag), "r"(0) : "memory");
 }
 
+#if !EXPERTS
 // The owner of a tile adds the parts that the CTAs after it computed, in their order.
 DEVICE void collect(const Params& p, const Schedule& schedule, const Position& at, float (&sum)[ACCUMULATORS]) {
   const int end = (schedule.tile + 1) * schedule.blocks;
@@ -461,6 +527,8 @@ DEVICE void collect(const Params& p, const Schedule& schedule, const Position& a
     }
   }
 }
+
+#endif
 
 // ---- output ----
 
@@ -494,13 +562,8 @@ DEVICE void finish(const Params& p, const Schedule& schedule, const Position& at
   }
 }
 
-// [tokens][64 rows] of 16 bits through shared memory, swizzled, to the copy engine.
-DEVICE void store_tile(const Params& p, const Shared& s, const Schedule& schedule, const Position& at,
-                       const float (&sum)[ACCUMULATORS]) {
-  const u32 buffer = s.output(at.row_group);
-  const bool leader = at.thread() == 0;
-  if (leader) tma_store_wait_read<0>();
-  named_barrier_sync(2 + at.row_group, 128);
+// A tile [tokens][64 rows] of 16 bits, swizzled.
+DEVICE void write_tile(u32 buffer, const Position& at, const float (&sum)[ACCUMULATORS]) {
   const u32 chunk = 2 * at.warp + at.lane / 8 % 2;  // 8 rows of the weight
 #pragma unroll
   for (int j = 0; j < BY / 8; j += 2) {
@@ -510,6 +573,33 @@ DEVICE void store_tile(const Params& p, const Shared& s, const Schedule& schedul
     store_matrix_x4_transposed(address, Half::pack(v[0], v[1]), Half::pack(v[2], v[3]), Half::pack(v[4], v[5]),
                                Half::pack(v[6], v[7]));
   }
+}
+
+// The rows of a tile that are its expert's.
+DEVICE void store_rows(const Params& p, const Schedule& schedule, const Position& at, u32 buffer) {
+  const int first = schedule.row() + at.row_group * 64;
+#pragma unroll
+  for (int i = at.thread(); i < BY * 8; i += 128) {
+    const int token = i / 8, chunk = i % 8, row = first + 8 * chunk, index = schedule.token() + token;
+    if (index >= schedule.end_token || row >= p.rows) continue;
+    const uint4 v = load_shared_u4(buffer + token * 128 + ((chunk ^ token % 8) << 4));
+    *reinterpret_cast<uint4*>(static_cast<u16*>(p.out) + index * p.out_stride + row) = v;
+  }
+}
+
+// Through shared memory to the copy engine.
+DEVICE void store_tile(const Params& p, const Shared& s, const Schedule& schedule, const Position& at,
+                       const float (&sum)[ACCUMULATORS]) {
+  const u32 buffer = s.output(at.row_group);
+  const bool leader = at.thread() == 0;
+  if (!EXPERTS && leader) tma_store_wait_read<0>();
+  named_barrier_sync(2 + at.row_group, 128);
+  write_tile(buffer, at, sum);
+  if constexpr (EXPERTS) {
+    named_barrier_sync(2 + at.row_group, 128);
+    store_rows(p, schedule, at, buffer);
+    return;
+  }
   async_proxy_fence();
   named_barrier_sync(2 + at.row_group, 128);
   const int row = schedule.row() + at.row_group * 64;
@@ -517,8 +607,8 @@ DEVICE void store_tile(const Params& p, const Shared& s, const Schedule& schedul
   if (leader) tma_store_commit();
 }
 
-DEVICE void store_element(const Params& p, int token, int row, float value) {
-  if (token >= p.tokens || row >= p.rows) return;
+DEVICE void store_element(const Params& p, const Schedule& schedule, int token, int row, float value) {
+  if (token >= schedule.end_token || row >= p.rows) return;
   const long long index = token * p.out_stride + row;
 #if OUTPUT == 0
   static_cast<float*>(p.out)[index] = value;
@@ -532,7 +622,7 @@ DEVICE void store_registers(const Params& p, const Schedule& schedule, const Pos
   const int row = schedule.row() + at.row();
 #pragma unroll
   for (int i = 0; i < ACCUMULATORS; ++i) {
-    store_element(p, schedule.token() + at.column(i / 4) + i % 2, row + i / 2 % 2 * 8, sum[i]);
+    store_element(p, schedule, schedule.token() + at.column(i / 4) + i % 2, row + i / 2 % 2 * 8, sum[i]);
   }
 }
 
@@ -541,20 +631,23 @@ DEVICE void compute(const Params& p, const Shared& s, Schedule schedule) {
   Ring ring;
   bool first = true;
   while (schedule.advance()) {
+    schedule.settle();
     float sum[ACCUMULATORS];
 #pragma unroll
     for (int i = 0; i < ACCUMULATORS; ++i) sum[i] = 0.f;
-    accumulate(sum, s, at, ring, schedule.last - schedule.first);
+    accumulate(sum, s, at, ring, schedule.last - schedule.first, EXPERTS ? 4 * (schedule.token() & 3) : 0);
     ring.skip_many(schedule.last - schedule.first);
     if (K_GROUPS > 1) reduce_groups(s, at, sum);
     if (K_GROUPS > 1 && at.k_group > 0) continue;
     if (first) wait_for_previous_kernel();  // it may still read what lies where the output goes
     first = false;
+#if !EXPERTS
     if (schedule.first > 0) {
       hand_over(p, at, sum);
       continue;
     }
     if (schedule.last < schedule.blocks) collect(p, schedule, at, sum);
+#endif
     finish(p, schedule, at, sum);
     if constexpr (OUTPUT_TMA) {
       store_tile(p, s, schedule, at, sum);
@@ -562,7 +655,7 @@ DEVICE void compute(const Params& p, const Shared& s, Schedule schedule) {
       store_registers(p, schedule, at, sum);
     }
   }
-  if (OUTPUT_TMA && at.thread() == 0) tma_store_wait<0>();
+  if (OUTPUT_TMA && !EXPERTS && at.thread() == 0) tma_store_wait<0>();
 }
 
 // ---- the kernel: math groups first, then the producer group ----
@@ -576,7 +669,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) gemm_int4(const __grid_
     prefetch_tensor_map(&p.x);
     prefetch_tensor_map(&p.row_scale);
     if (GROUPED) prefetch_tensor_map(&p.token_scale);
-    if (OUTPUT_TMA) prefetch_tensor_map(&p.output);
+    if (OUTPUT_TMA && !EXPERTS) prefetch_tensor_map(&p.output);
     for (int stage = 0; stage < STAGES; ++stage) {
       barrier_init(s.full(stage), ROW_GROUPS > 1 ? 4 : 3);
       barrier_init(s.empty(stage), 4 * ROW_GROUPS);
@@ -586,8 +679,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) gemm_int4(const __grid_
   __syncthreads();
   let_next_kernel_start();
   if (!p.prefetch) wait_for_previous_kernel();
+#if EXPERTS
+  if (warp == 4 * MATH_GROUPS) locate_groups<BY>(p.counts, p.experts, s.groups());
+  __syncthreads();
+#endif
 
-  const Schedule schedule(p);
+  const Schedule schedule(p, s.groups());
   if (warp >= 4 * MATH_GROUPS) {
     if constexpr (MOVE_REGISTERS) registers_decrease<PRODUCER_REGISTERS>();
     if (threadIdx.x % 32 == 0) {

@@ -61,11 +61,10 @@ def source(config: Config, problem: Int4Problem) -> nvrtc.Source:
         "OUTPUT": _FLOATS[problem.out_dtype], "BIAS": 0 if problem.bias is None else 1 + _FLOATS[problem.bias],
         "OUTPUT_TMA": int(output_tma(problem)), "ROW_GROUPS": config.row_groups, "K_GROUPS": config.k_groups,
         "BY": config.by, "STAGES": config.stages, "PREFETCH": config.prefetch, "BAND": config.band,
-        "SHARED": config.shared_bytes(problem),
+        "SHARED": config.shared_bytes(problem), "EXPERTS": int(problem.experts > 0),
     }  # fmt: skip
-    headers = {
-        "sm90.cuh": (_FOLDER.parent / "common/sm90.cuh").read_text(), "wgmma.cuh": wgmma_source(config.by, problem.x),
-    }  # fmt: skip
+    headers = {name: (_FOLDER.parent / "common" / name).read_text() for name in ("sm90.cuh", "experts.cuh")}
+    headers["wgmma.cuh"] = wgmma_source(config.by, problem.x)
     return nvrtc.Source("gemm_int4", (_FOLDER / "sm90.cu").read_text(), headers, macros)
 
 
@@ -95,8 +94,12 @@ def kernel(config: Config, problem: Int4Problem) -> driver.Kernel:
 
 def warmup(problems: Iterable[Int4Problem], *, workers: int = 8) -> int:
     """Compile what the problems need into the disk cache; returns how many kernels that are. Needs no GPU."""
-    wanted = [source(config(p), p) for p in problems if supports(p) is None]
-    unique = {s.key(""): s for s in wanted}
+    return compile_all((source(config(p), p) for p in problems if supports(p) is None), workers=workers)
+
+
+def compile_all(sources: Iterable[nvrtc.Source], *, workers: int = 8) -> int:
+    """Compile each different source once; returns how many those are."""
+    unique = {source.key(""): source for source in sources}
     with ThreadPoolExecutor(workers) as pool:
         list(pool.map(nvrtc.cubin, unique.values()))
     return len(unique)
@@ -141,21 +144,13 @@ def _prepared(
 ) -> tuple[driver.Kernel, driver.Launch, bytes]:  # fmt: skip
     """Kernel, shape of the launch and the kernel's `Params`, for addresses and (address, stride) of the operands."""
     m, n, k = extents
-    problem = Int4Problem(m, n, k, *dtypes, grouped)
-    blocks, width = k // GROUP, problem.x.itemsize
-    x_type = driver.UINT8 if width == 1 else _MAP[problem.x]
-    scale_bytes = padded_rows(n, problem.scale) * problem.scale.itemsize
-    maps = [
-        driver.tensor_map(x_type, x[0], k, m, x[1] * width, 128 // width, config.by, driver.SWIZZLE_128),
-        driver.tensor_map(_MAP[problem.scale], scale, n, blocks, scale_bytes, config.bx, 1, driver.NO_SWIZZLE),
-        bytes(128), bytes(128),
-    ]  # fmt: skip
-    if grouped:
-        column = 4 * padded_rows(m)
-        maps[2] = driver.tensor_map(driver.FLOAT32, token_scale, m, blocks, column, config.by, 1, driver.NO_SWIZZLE)
+    problem, blocks = Int4Problem(m, n, k, *dtypes, grouped), k // GROUP
+    maps = operand_maps(config, problem, x, token_scale, scale)
     if output_tma(problem):
-        kind = _MAP[problem.out_dtype]
-        maps[3] = driver.tensor_map(kind, out[0], n, m, 2 * out[1], 64, config.by, driver.SWIZZLE_128)
+        dtype = _MAP[problem.out_dtype]
+        maps.append(driver.tensor_map(dtype, out[0], n, m, 2 * out[1], 64, config.by, driver.SWIZZLE_128))
+    else:
+        maps.append(bytes(128))
     ctas, streamed = config.schedule(problem, sms(device))
     share, longer = divmod(streamed * blocks, ctas)
     scalars = struct.pack(
@@ -164,9 +159,25 @@ def _prepared(
     )  # fmt: skip
     shape = driver.Launch(ctas, config.threads, 1, config.shared_bytes(problem), prefetch)
     params = b"".join(maps) + scalars
-    return kernel(config, _kind(problem)), shape, params + bytes(-len(params) % 64)
+    return kernel(config, kind(problem)), shape, params + bytes(-len(params) % 64)
 
 
-def _kind(problem: Int4Problem) -> Int4Problem:
+def operand_maps(config: Config, problem: Int4Problem, x: tuple[int, int], token_scale: int, scale: int) -> list[bytes]:
+    """What the copy engine reads: activations (address, stride), the weight's scales, those of tokens."""
+    (m, k), width = (problem.m, problem.k), problem.x.itemsize
+    n, sorted_rows = problem.n * max(1, problem.experts), problem.experts > 0
+    x_type = driver.UINT8 if width == 1 else _MAP[problem.x]
+    scale_bytes = padded_rows(n, problem.scale) * problem.scale.itemsize
+    maps = [
+        driver.tensor_map(x_type, x[0], k, m, x[1] * width, 128 // width, config.by, driver.SWIZZLE_128),
+        driver.tensor_map(_MAP[problem.scale], scale, n, k // GROUP, scale_bytes, config.bx, 1, driver.NO_SWIZZLE),
+    ]
+    if not problem.grouped:
+        return [*maps, bytes(128)]
+    column, box = 4 * padded_rows(m), config.by + 4 * sorted_rows
+    return [*maps, driver.tensor_map(driver.FLOAT32, token_scale, m, k // GROUP, column, box, 1, driver.NO_SWIZZLE)]
+
+
+def kind(problem: Int4Problem) -> Int4Problem:
     """What of the problem the compiled code depends on."""
-    return replace(problem, m=1, n=8 if output_tma(problem) else 1, k=GROUP)
+    return replace(problem, m=1, n=8 if output_tma(problem) else 1, k=GROUP, experts=min(problem.experts, 1))

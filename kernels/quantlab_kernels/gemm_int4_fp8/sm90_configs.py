@@ -10,6 +10,7 @@ from quantlab_kernels.common.gemm import round_up
 from quantlab_kernels.common.int4 import GROUP, Int4Problem
 
 SHARED_LIMIT = 232448  # bytes of shared memory that a CTA may have on compute capability 9.0
+MAX_EXPERTS = 512  # whose rows a CTA finds
 _REGISTERS = {1: 255, 2: 232, 3: 160, 4: 112}  # of a math thread, by math groups
 
 
@@ -47,11 +48,12 @@ class Config:
     def shared_bytes(self, problem: Int4Problem) -> int:
         """Dynamic shared memory, as `sm90.cu` lays it out."""
         tokens = self.by * GROUP * problem.x.itemsize
-        token_scale = round_up(4 * self.by, 128) if problem.grouped else 0
+        sorted_rows = problem.experts > 0
+        token_scale = round_up(4 * (self.by + 4 * sorted_rows), 128) if problem.grouped else 0
         stage = tokens + self.bx * GROUP // 2 + self.bx * problem.scale.itemsize + token_scale
         output = 128 * self.by * self.row_groups if output_tma(problem) else 0
         reduced = (self.k_groups - 1) * self.bx * self.by * 4
-        return self.stages * (stage + 16) + output + reduced
+        return self.stages * (stage + 16) + output + reduced + sorted_rows * 8 * (MAX_EXPERTS + 1)
 
     def tiles(self, problem: Int4Problem) -> int:
         return -(-problem.n // self.bx) * -(-problem.m // self.by)
