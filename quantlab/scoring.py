@@ -99,13 +99,43 @@ def base_of(model: Any) -> Any:
     return base
 
 
-@torch.no_grad()
 def hidden_states(model: Any, windows: Tensor) -> Tensor:
     """Last hidden states [rows, tokens, hidden] of windows of token ids [rows, tokens].
 
     A model with a quantized KV cache (`cache.use`) reads a window in steps of few tokens, as while generating: every
-    step sees what is before it out of the packed cache.
+    step sees what is before it out of the packed cache. Raises VerificationError for states that are not finite.
     """
+    states = _states(model, windows)
+    if not bool(states.isfinite().all()):
+        where = first_broken(model, windows)
+        raise VerificationError(
+            f"{getattr(model, 'name_or_path', '') or type(model).__name__}: hidden states are not finite, first in "
+            f"{where}: broken weights or scales, or its dtype overflows; try `quantlab verify` and --dtype float32"
+        )
+    return states
+
+
+def first_broken(model: Any, windows: Tensor) -> str:
+    """Name of the first module, in the order in which they finish, that returns what is not finite."""
+    found: list[str] = []
+
+    def see(name: str, output: Any) -> None:
+        tensors = [output] if isinstance(output, Tensor) else output if isinstance(output, tuple) else []
+        if not found and not all(bool(t.isfinite().all()) for t in tensors if isinstance(t, Tensor)):
+            found.append(name)
+
+    modules = [(name, module) for name, module in model.named_modules() if name]
+    hooks = [m.register_forward_hook(lambda _m, _i, output, name=name: see(name, output)) for name, m in modules]
+    try:
+        _states(model, windows)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found[0] if found else "no module by itself"
+
+
+@torch.no_grad()
+def _states(model: Any, windows: Tensor) -> Tensor:
     if hasattr(model, "quantlab_kv"):
         from quantlab.cache import FEW, new_cache
 
@@ -172,7 +202,7 @@ def _log_probabilities(logits: Tensor, whose: str, start: int) -> Tensor:
     if bool(broken.any()):
         token = start + int(broken.nonzero()[0, 0])
         raise VerificationError(
-            f"logits of {whose} are not finite at token {token} of a window: broken weights or scales, or its dtype "
-            f"overflows; try `quantlab verify` and --dtype float32"
+            f"logits of {whose} are not finite at token {token} of a window, its hidden states are: the output layer "
+            f"has broken weights, or its dtype overflows; try `quantlab verify` and --dtype float32"
         )
     return torch.log_softmax(logits, dim=1)

@@ -186,10 +186,17 @@ def test_a_gate_fails_after_the_result_is_saved(llama, made, copy, text):
 
 def test_nan_weights_are_reported_not_averaged(copy, text):
     weights = load_file(copy / "model.safetensors")
-    weights["model.norm.weight"][3] = math.nan
-    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(VerificationError, match="logits of the model are not finite"):
-        measure(copy, text)
+    broken = {
+        "model.norm.weight": r"not finite, first in model\.norm:",
+        "model.layers.1.mlp.up_proj.weight": r"not finite, first in model\.layers\.1\.mlp\.up_proj:",
+        "lm_head.weight": r"logits of the model are not finite at token 0 of a window, its hidden states are",
+    }
+    for name, message in broken.items():
+        damaged = {key: value.clone() for key, value in weights.items()}
+        damaged[name].view(-1)[3] = math.nan
+        save_file(damaged, copy / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(VerificationError, match=message):
+            measure(copy, text)
 
 
 def test_tokenizers_and_vocabularies_must_agree(llama, copy, text, character_tokenizer):
