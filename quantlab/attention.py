@@ -48,6 +48,22 @@ def register() -> None:
         AttentionMaskInterface.register(name, masks.create)
 
 
+def share_keys(model: Any) -> bool:
+    """Give a causal model that attends by SDPA, with several queries to a key, the same under the name `quantlab`.
+
+    Where there is a mask, as for every token written with a static cache, transformers copies keys and values once per
+    query head for SDPA; ours hands them over as they are. Returns whether the model was one of these.
+    """
+    config: Any = getattr(model, "config", None)
+    heads, kv_heads = (getattr(config, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
+    if not (isinstance(heads, int) and isinstance(kv_heads, int) and kv_heads < heads):
+        return False
+    if config._attn_implementation != "sdpa" or not model._supports_attention_backend or not model.can_generate():
+        return False
+    model.set_attn_implementation("quantlab")
+    return True
+
+
 def _function(name: str, codes: Format | None) -> Callable[..., tuple[Tensor, None]]:
     """What transformers calls under this name; codes None is 16 bits."""
 

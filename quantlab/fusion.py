@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quantlab.attention import share_keys
 from quantlab.int4_linear import Int4Linear
 from quantlab.linear import Fp8BlockLinear, QuantizedLinear
 from quantlab.rotary import fuse_rotary
@@ -31,12 +32,14 @@ from quantlab_kernels.common.int4 import ROWS
 
 @dataclass(frozen=True)
 class Fusion:
-    """How many groups of layers were joined, gated MLPs, norms and attention modules prepared."""
+    """How many groups of layers were joined, gated MLPs, norms and attention modules prepared; `shared_keys`: whether
+    attention reads the keys of grouped queries without copying them."""
 
     joined: int = 0
     mlps: int = 0
     norms: int = 0
     rotary: int = 0
+    shared_keys: bool = False
 
 
 def fuse(model: nn.Module) -> Fusion:
@@ -57,7 +60,7 @@ def fuse(model: nn.Module) -> Fusion:
     if joined:
         norms = sum(_fuse_norm(module, mailbox) for module in model.modules())
         rotary = sum(map(fuse_rotary, model.modules()))
-    return Fusion(joined, mlps, norms, rotary)
+    return Fusion(joined, mlps, norms, rotary, share_keys(model))
 
 
 def _groups(module: nn.Module) -> list[tuple[str, ...]]:

@@ -49,7 +49,7 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 
 
 def test_everything_is_found(llama):
-    assert fuse(llama) == Fusion(joined=4, mlps=2, norms=5, rotary=2)
+    assert fuse(llama) == Fusion(joined=4, mlps=2, norms=5, rotary=2, shared_keys=True)
     assert fuse(llama) == Fusion(), "a second call finds nothing left to do"
 
 
