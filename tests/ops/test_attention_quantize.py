@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from quantlab_kernels import attention_quantize
-from quantlab_kernels.attention_quantize import reference
+from quantlab_kernels.attention_quantize import reference, sm90
 from quantlab_kernels.attention_quantize.op import CODES, HEAD_DIMS, Quantized
 
 FORMATS = ["int8", "fp8"]
@@ -59,6 +59,22 @@ def test_key_order_is_what_an_accumulator_holds():
         assert (reference.key_group()[scores] == thread).all()
 
 
+@pytest.mark.parametrize("d", sm90.HEAD_DIMS)
+def test_operands_of_the_hopper_kernel_make_the_rotation(d: int):
+    """MMAs for four bits of a channel's number, additions for the others: what `sm90.cu` does, in algebra."""
+    chunks, span = d // 32, (d & -d) // 32
+    x = torch.randn(d, dtype=torch.float64)
+    by_thread = x.view(chunks, 4, 2, 2, 2)  # chunk, thread of a quad, half, register, element
+    operands = sm90.fragments(d).view(chunks, 2, 8, 4, 2, 2, 2)  # lane = 4 column + thread of the quad
+    sums = torch.einsum("cthre,chntjre->chnj", by_thread, operands).view(-1, 2 * span, 4, 2, 2)
+    other_bits = torch.ones(1, 1, dtype=torch.float64)
+    for _ in range((2 * span).bit_length() - 1):
+        other_bits = torch.kron(other_bits, torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64))
+    out = torch.einsum("bpqij,op->boqji", sums, other_bits)  # block, bits, thread, register, element
+    out = out.view(-1, 2, 4, 4).transpose(1, 2).flatten()
+    assert torch.allclose(out, x @ reference.hadamard(d))
+
+
 @pytest.mark.parametrize("fmt", FORMATS)
 @pytest.mark.parametrize("d", [64, 80, 256])
 def test_codes_stand_for_the_inputs(d: int, fmt: str):
@@ -94,6 +110,14 @@ def test_padding_does_not_matter():
     assert (empty.v_mean == 0).all()
 
 
+def test_no_keys():
+    q, k, v = inputs(64, (2, 2), (3, 5))
+    z = attention_quantize(q, k[:, :, :0], v[:, :, :0])
+    assert torch.equal(z.q, attention_quantize(q, k, v).q)
+    assert (z.v_mean == 0).all()
+    assert (z.q_shift == 0).all()
+
+
 def close(made: Quantized, expected: Quantized) -> None:
     """As equal as a product in another order allows: a code may be the next one where it was nearly a tie."""
     for name, a, b in zip(Quantized._fields, made, expected, strict=True):
@@ -111,9 +135,11 @@ def close(made: Quantized, expected: Quantized) -> None:
         assert different.float().mean() < 0.02, name
 
 
-PROBLEMS = [("sm90", d, fmt, dtype) for d in (64, 128) for fmt in FORMATS for dtype in (torch.bfloat16, torch.float16)]
+PROBLEMS = [("sm90", d, fmt, torch.bfloat16) for d in (64, 96, 128) for fmt in FORMATS]
+PROBLEMS += [("sm90", 64, "int8", torch.float16), ("sm90", 128, "fp8", torch.float16)]
 PROBLEMS += [("triton", 64, "int8", torch.bfloat16), ("triton", 80, "fp8", torch.float16)]
-PROBLEMS += [("triton", 128, "int8", torch.float32), ("triton", 256, "int8", torch.bfloat16)]
+PROBLEMS += [("triton", 128, "fp8", torch.bfloat16), ("triton", 256, "int8", torch.bfloat16)]
+PROBLEMS += [("eager", 128, "int8", torch.float32)]
 
 
 @pytest.mark.gpu(sm=80)
@@ -146,7 +172,7 @@ from quantlab_kernels.attention_quantize import reference, triton
 import test_attention_quantize as tests
 torch.set_num_threads(1)
 for d, fmt, bounds in [(64, "int8", None), (80, "fp8", [[3, 140], [0, 90]])]:
-    q, k, v = tests.inputs(d, (2, 1), (50, 140))
+    q, k, v = tests.inputs(d, (2, 1), (50, 140), torch.float16)
     key_range = None if bounds is None else torch.tensor(bounds, dtype=torch.int32)
     codes = op.CODES[fmt]
     made = op._fake(q, k, v, key_range, codes, codes)

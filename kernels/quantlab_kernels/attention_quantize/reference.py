@@ -79,6 +79,8 @@ def valid(key_range: Tensor | None, batch: int, length: int, device: torch.devic
 def sampled_mean(x: Tensor, key_range: Tensor | None) -> Tensor:
     """[B, H, D] mean of at most `SAMPLES` evenly spaced valid tokens of x [B, H, S, D]; 0 where there is none."""
     batch, heads, length, d = x.shape
+    if length == 0:
+        return x.new_zeros(batch, heads, d)
     bounds = torch.tensor([[0, length]], device=x.device).expand(batch, 2) if key_range is None else key_range
     start, count = bounds[:, :1].clamp(0, length), (bounds[:, 1:] - bounds[:, :1]).clamp(0, length)
     samples = count.clamp(max=SAMPLES)

@@ -1,23 +1,28 @@
-// What `reference.quantize` defines, for 16-bit inputs of head dimension 64 or 128: a launch for the means, one for the rest.
+// What `reference.quantize` defines, for 16-bit inputs of head dimension 64, 96 or 128: a launch for the means, one for the rest.
 //
-// A thread holds 32 elements of a token, D / 32 threads a token, D / 8 warps a block of 128 tokens. The Hadamard transform
-// is additions within a thread and one or two exchanges with its neighbours. Nothing is read twice; values go through
-// shared memory once, as codes, to be transposed.
+// A CTA has 128 tokens of one head, a warp 16, a quad of threads two of them (g and g + 8): of every 32 channels a thread
+// holds 8 in a row, which is one load of 16 bytes. Four of the bits of a channel's number (two of the thread's, two within
+// its 8) are those of a tensor-core operand of 16 x 16: one MMA per 16 channels does their part of the Hadamard transform,
+// exact on 16-bit inputs, and leaves every channel with the thread that loaded it. The other bits are additions within
+// the thread. Nothing is read twice; values go through shared memory once, as codes, to be transposed.
 //
 // Macros: D; INPUT 1 bfloat16, 2 float16; QK_FP8, PV_FP8: E4M3 codes instead of INT8.
 #include "sm90.cuh"
 
-constexpr int LANES = D / 32;           // of a token
-constexpr int ROWS = 32 / LANES;        // tokens of a warp
-constexpr int WARPS = 128 / ROWS;
-constexpr int THREADS = 32 * WARPS;
+constexpr int THREADS = 256;
+constexpr int WARPS = THREADS / 32;
+constexpr int SIZE = D & -D;       // of the blocks of the rotation
+constexpr int CHUNKS = D / 32;     // loads of a token by a thread
+constexpr int ELEMENTS = D / 4;    // of a token in a thread
 constexpr int SAMPLES = 256;
-constexpr int STRIDE = 132;             // bytes of a row of the transposed tile: spreads over the banks
+constexpr int STRIDE = 33;         // words of a row of the transposed tile: spreads over the banks
 
 #if INPUT == 2
 using Half = Float16;
+#define MMA "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"
 #else
 using Half = BFloat16;
+#define MMA "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
 #endif
 
 struct Input {
@@ -27,99 +32,25 @@ struct Input {
 
 struct Params {
   Input q, k, v;
-  const int* key_range;  // [B, 2] or null
+  const uint4* rotation;  // [D / 16, 32]: operands of the MMAs, by 16 channels and lane
+  const int* key_range;   // [B, 2] or null
   unsigned char *q_codes, *k_codes, *v_codes;
   float *q_scale, *q_shift, *k_scale, *v_scale, *v_mean, *turned;  // turned: [2, B, Hkv, D], of keys and of values
   int batch, heads_q, heads_kv, sq, skv, blocks_q, blocks_k;
-  float unit;     // 1 / sqrt(D)
-  u32 signs[4];   // of the rotation, a bit per channel: 1 is minus
+  float unit;    // 1 / sqrt(SIZE)
+  u32 signs[4];  // of the rotation, a bit per channel: 1 is minus
 };
 
-// Element i of a thread is channel i / 8 * (8 * LANES) + 8 * lane + i % 8.
+// Element i of a thread is channel i / 8 * 32 + 8 * quad + i % 8, its tokens are row and row + 8 of the CTA's.
 struct Position {
-  int warp, row, lane;
+  int warp, lane, quad, row;
   DEVICE Position() {
     warp = threadIdx.x / 32;
-    row = threadIdx.x % 32 / LANES;
-    lane = threadIdx.x % LANES;
+    lane = threadIdx.x % 32;
+    quad = lane % 4;
+    row = warp * 16 + lane / 4;
   }
-  DEVICE int channel(int i) const { return i / 8 * (8 * LANES) + 8 * lane + i % 8; }
 };
-
-DEVICE void load(float (&x)[32], const u16* row, const Position& at) {
-#pragma unroll
-  for (int c = 0; c < 4; ++c) {
-    const uint4 v = __ldg(reinterpret_cast<const uint4*>(row + at.channel(8 * c)));
-    const u32 words[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-    for (int i = 0; i < 8; ++i) x[8 * c + i] = Half::unpack(static_cast<u16>(words[i / 2] >> (i % 2 * 16)));
-  }
-}
-
-// x R sqrt(D), in place.
-DEVICE void rotate(float (&x)[32], const Params& p, const Position& at) {
-#pragma unroll
-  for (int i = 0; i < 32; ++i) {
-    const int channel = at.channel(i);
-    const u32 sign = p.signs[channel / 32] >> (channel % 32) << 31;
-    x[i] = __uint_as_float(__float_as_uint(x[i]) ^ sign);
-  }
-#pragma unroll
-  for (int bit = 1; bit < 32; bit *= 2) {
-#pragma unroll
-    for (int i = 0; i < 32; ++i) {
-      if (i & bit) continue;
-      const float a = x[i], b = x[i | bit];
-      x[i] = a + b;
-      x[i | bit] = a - b;
-    }
-  }
-#pragma unroll
-  for (int bit = 1; bit < LANES; bit *= 2) {
-    const float sign = at.lane & bit ? -1.f : 1.f;
-#pragma unroll
-    for (int i = 0; i < 32; ++i) x[i] = fmaf(x[i], sign, __shfl_xor_sync(0xffffffff, x[i], bit));
-  }
-}
-
-DEVICE float largest_of(const float (&x)[32]) {
-  float largest = 0.f;
-#pragma unroll
-  for (int i = 0; i < 32; ++i) largest = fmaxf(largest, fabsf(x[i]));
-  return largest;
-}
-
-DEVICE float max_with(float x, int bit) { return fmaxf(x, __shfl_xor_sync(0xffffffff, x, bit)); }
-
-DEVICE float scale_of(float largest, bool fp8) { return largest > 0.f ? largest / (fp8 ? 448.f : 127.f) : 1.f; }
-
-// Four codes of x * inverse. INT8: adding 1.5 * 2^23 rounds to an integer, which is then the low byte.
-template <bool fp8>
-DEVICE u32 codes_of(const float* x, float inverse) {
-  u32 codes;
-  if constexpr (fp8) {
-    asm("{\n.reg .b16 low, high;\ncvt.rn.satfinite.e4m3x2.f32 low, %2, %1;\ncvt.rn.satfinite.e4m3x2.f32 high, %4, %3;\n"
-        "mov.b32 %0, {low, high};\n}"
-        : "=r"(codes)
-        : "f"(x[0] * inverse), "f"(x[1] * inverse), "f"(x[2] * inverse), "f"(x[3] * inverse));
-  } else {
-    u32 bits[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) bits[i] = __float_as_uint(__fadd_rn(__fmul_rn(x[i], inverse), 12582912.f));
-    const u32 low = __byte_perm(bits[0], bits[1], 0x0040), high = __byte_perm(bits[2], bits[3], 0x0040);
-    codes = __byte_perm(low, high, 0x5410);
-  }
-  return codes;
-}
-
-template <bool fp8>
-DEVICE void store_row(unsigned char* row, const float (&x)[32], float inverse, const Position& at) {
-#pragma unroll
-  for (int c = 0; c < 4; ++c) {
-    const uint2 v = {codes_of<fp8>(x + 8 * c, inverse), codes_of<fp8>(x + 8 * c + 4, inverse)};
-    *reinterpret_cast<uint2*>(row + at.channel(8 * c)) = v;
-  }
-}
 
 struct Range {
   int first, last;
@@ -133,161 +64,290 @@ DEVICE const u16* row_of(const Input& x, int batch, int head, int token) {
   return x.data + batch * x.batch + head * x.head + token * x.token;
 }
 
+// 16 bytes, or zeros. Volatile and not .nc: so it stays before the wait for the kernel before.
+DEVICE uint4 load_if(bool taken, const uint4* pointer) {
+  uint4 v = {0, 0, 0, 0};
+  asm volatile("{\n.reg .pred taken;\nsetp.ne.u32 taken, %5, 0;\n@taken ld.global.v4.u32 {%0, %1, %2, %3}, [%4];\n}"
+               : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w)
+               : "l"(pointer), "r"(static_cast<u32>(taken)));
+  return v;
+}
+
 // ---- means: a CTA for the keys or the values of a head ----
 
+// Element i of x[0] R sqrt(SIZE), for thread i; the other half is scratch.
+DEVICE float rotated(float (&x)[2][D], const Params& p) {
+  const int i = threadIdx.x;
+  if (i < D && p.signs[i / 32] >> i % 32 & 1) x[0][i] = -x[0][i];
+  int at = 0;
+  for (int bit = 1; bit < SIZE; bit *= 2) {
+    __syncthreads();
+    if (i < D) x[at ^ 1][i] = i & bit ? x[at][i ^ bit] - x[at][i] : x[at][i] + x[at][i ^ bit];
+    at ^= 1;
+  }
+  return i < D ? x[at][i] : 0.f;
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS) attention_means(const __grid_constant__ Params p) {
-  __shared__ float sums[WARPS][D], means[D];
-  const Position at;
+  __shared__ float sums[16][D], means[2][D];
+  let_next_kernel_start();
+  const int column = threadIdx.x % 16, row = threadIdx.x / 16, i = threadIdx.x;
   const bool values = blockIdx.x >= p.batch * p.heads_kv;
   const int pair = blockIdx.x - (values ? p.batch * p.heads_kv : 0), batch = pair / p.heads_kv;
   const Range range(p, batch);
   const int count = max(range.last - range.first, 0), samples = min(count, SAMPLES);
-  float total[32], x[32];
+  float total[8] = {};
 #pragma unroll
-  for (int i = 0; i < 32; ++i) total[i] = 0.f;
+  for (int first = 0; first < SAMPLES; first += 16) {
+    const int sample = first + row;
+    const int offset = count <= SAMPLES ? sample : static_cast<int>(static_cast<long long>(sample) * count / SAMPLES);
+    const u16* x = row_of(values ? p.v : p.k, batch, pair % p.heads_kv, range.first + offset);
+    const bool taken = sample < samples && 8 * column < D;
+    const uint4 words = load_if(taken, reinterpret_cast<const uint4*>(x) + column);
+    const u32 word[4] = {words.x, words.y, words.z, words.w};
 #pragma unroll
-  for (int first = 0; first < SAMPLES; first += 128) {
-    const int sample = first + at.warp * ROWS + at.row;
-    if (sample < samples) {
-      const int token = range.first + static_cast<int>(static_cast<long long>(sample) * count / samples);
-      load(x, row_of(values ? p.v : p.k, batch, pair % p.heads_kv, token), at);
-#pragma unroll
-      for (int i = 0; i < 32; ++i) total[i] += x[i];
-    }
+    for (int e = 0; e < 8; ++e) total[e] += Half::unpack(static_cast<u16>(word[e / 2] >> (e % 2 * 16)));
   }
 #pragma unroll
-  for (int i = 0; i < 32; ++i) {
-#pragma unroll
-    for (int bit = LANES; bit < 32; bit *= 2) total[i] += __shfl_xor_sync(0xffffffff, total[i], bit);
-    if (at.row == 0) sums[at.warp][at.channel(i)] = total[i];
+  for (int e = 0; e < 8; ++e) {
+    if (8 * column < D) sums[row][8 * column + e] = total[e];
   }
   __syncthreads();
-  if (threadIdx.x < D) {
+  if (i < D) {
     float sum = 0.f;
-    for (int i = 0; i < WARPS; ++i) sum += sums[i][threadIdx.x];
-    means[threadIdx.x] = sum / max(samples, 1);
-    if (values) p.v_mean[pair * D + threadIdx.x] = means[threadIdx.x];
-  }
-  __syncthreads();
-  if (at.warp == 0) {
 #pragma unroll
-    for (int i = 0; i < 32; ++i) x[i] = means[at.channel(i)];
-    rotate(x, p, at);
-    float* turned = p.turned + static_cast<long long>(blockIdx.x) * D;
-#pragma unroll
-    for (int i = 0; i < 32; ++i) {
-      if (at.row == 0) turned[at.channel(i)] = x[i];
-    }
+    for (int r = 0; r < 16; ++r) sum += sums[r][i];
+    means[0][i] = sum / max(samples, 1);
+    if (values) p.v_mean[pair * D + i] = means[0][i];
   }
+  const float turned = rotated(means, p);
+  if (i < D) p.turned[blockIdx.x * D + i] = turned;
 }
 
 // ---- everything else: a CTA for 128 tokens of one head of queries, keys or values ----
 
-DEVICE void subtract_mean(float (&x)[32], const Params& p, const float* turned, bool seen, const Position& at) {
+DEVICE void multiply(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+  asm(MMA " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %10, %10, %10};"
+      : "=f"(c[0]), "=f"(c[1]), "=f"(c[2]), "=f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(0.f));
+}
+
+// The thread's elements of both tokens, times R sqrt(SIZE); zeros for a token that is not `taken`.
+DEVICE void load_rotated(float (&x)[2][ELEMENTS], const Input& input, int batch, int head, int token,
+                         const bool (&taken)[2], const Params& p, const Position& at) {
+  uint4 words[2][CHUNKS];
 #pragma unroll
-  for (int i = 0; i < 32; ++i) x[i] = seen ? (x[i] - __ldg(turned + at.channel(i))) * p.unit : 0.f;
+  for (int r = 0; r < 2; ++r) {
+    const uint4* row = reinterpret_cast<const uint4*>(row_of(input, batch, head, token + 8 * r)) + at.quad;
+#pragma unroll
+    for (int c = 0; c < CHUNKS; ++c) words[r][c] = load_if(taken[r], row + 4 * c);
+  }
+#pragma unroll
+  for (int c = 0; c < CHUNKS; ++c) {
+    const u32 a[2][4] = {{words[0][c].x, words[1][c].x, words[0][c].y, words[1][c].y},
+                         {words[0][c].z, words[1][c].z, words[0][c].w, words[1][c].w}};
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const uint4 b = __ldg(p.rotation + (2 * c + half) * 32 + at.lane);
+      float sums[2][4];
+      multiply(sums[0], a[half], b.x, b.y);
+      multiply(sums[1], a[half], b.z, b.w);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) x[i / 2 % 2][8 * c + 4 * half + i / 4 * 2 + i % 2] = sums[i / 4][i % 4];
+    }
+  }
+#pragma unroll
+  for (int bit = 4; bit < SIZE / 4; bit *= 2) {
+#pragma unroll
+    for (int i = 0; i < 2 * ELEMENTS; ++i) {
+      if (i & bit) continue;
+      float &low = x[i / ELEMENTS][i % ELEMENTS], &high = x[i / ELEMENTS][i % ELEMENTS | bit];
+      const float a = low, b = high;
+      low = a + b;
+      high = a - b;
+    }
+  }
+}
+
+// The thread's elements of chunk c of a rotated mean. Not through the read-only cache: the kernel before wrote them.
+DEVICE void load_mean(float (&mean)[8], const float* turned, int c, const Position& at) {
+  const float4* pieces = reinterpret_cast<const float4*>(turned + 32 * c + 8 * at.quad);
+  const float4 a = pieces[0], b = pieces[1];
+  mean[0] = a.x, mean[1] = a.y, mean[2] = a.z, mean[3] = a.w;
+  mean[4] = b.x, mean[5] = b.y, mean[6] = b.z, mean[7] = b.w;
+}
+
+DEVICE void subtract_mean(float (&x)[2][ELEMENTS], const float* turned, const Position& at) {
+#pragma unroll
+  for (int c = 0; c < CHUNKS; ++c) {
+    float mean[8];
+    load_mean(mean, turned, c, at);
+#pragma unroll
+    for (int i = 0; i < 16; ++i) x[i / 8][8 * c + i % 8] -= mean[i % 8];
+  }
+}
+
+DEVICE float largest_of(const float (&x)[ELEMENTS]) {
+  float largest = 0.f;
+#pragma unroll
+  for (int i = 0; i < ELEMENTS; ++i) largest = fmaxf(largest, fabsf(x[i]));
+  return largest;
+}
+
+DEVICE float max_with(float x, int bit) { return fmaxf(x, __shfl_xor_sync(0xffffffff, x, bit)); }
+
+DEVICE float scale_of(float largest, bool fp8) { return largest > 0.f ? largest / (fp8 ? 448.f : 127.f) : 1.f; }
+
+// Four codes. The inverse scale of an element that has to be 0 is 0. INT8: adding 1.5 * 2^23 rounds to an integer, which
+// is then the low byte. E4M3: adding 0 takes the sign from a zero.
+template <bool fp8>
+DEVICE u32 codes_of(const float (&x)[4], const float (&inverse)[4]) {
+  if constexpr (fp8) {
+    float y[4];
+    u32 codes;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) y[i] = fmaf(x[i], inverse[i], 0.f);
+    asm("{\n.reg .b16 low, high;\ncvt.rn.satfinite.e4m3x2.f32 low, %2, %1;\ncvt.rn.satfinite.e4m3x2.f32 high, %4, %3;\n"
+        "mov.b32 %0, {low, high};\n}"
+        : "=r"(codes)
+        : "f"(y[0]), "f"(y[1]), "f"(y[2]), "f"(y[3]));
+    return codes;
+  } else {
+    u32 bits[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) bits[i] = __float_as_uint(fmaf(x[i], inverse[i], 12582912.f));
+    const u32 low = __byte_perm(bits[0], bits[1], 0x0040), high = __byte_perm(bits[2], bits[3], 0x0040);
+    return __byte_perm(low, high, 0x5410);
+  }
+}
+
+template <bool fp8>
+DEVICE void store_row(unsigned char* row, const float (&x)[ELEMENTS], float inverse, const Position& at) {
+  const float inverses[4] = {inverse, inverse, inverse, inverse};
+#pragma unroll
+  for (int c = 0; c < CHUNKS; ++c) {
+    const float low[4] = {x[8 * c], x[8 * c + 1], x[8 * c + 2], x[8 * c + 3]};
+    const float high[4] = {x[8 * c + 4], x[8 * c + 5], x[8 * c + 6], x[8 * c + 7]};
+    const uint2 v = {codes_of<fp8>(low, inverses), codes_of<fp8>(high, inverses)};
+    *reinterpret_cast<uint2*>(row + 32 * c + 8 * at.quad) = v;
+  }
 }
 
 DEVICE void quantize_queries(const Params& p, int block, int pair) {
   const Position at;
-  const int token = block * 128 + at.warp * ROWS + at.row;
-  const bool inside = token < p.sq;
-  const int batch = pair / p.heads_q, head = pair % p.heads_q;
-  float x[32];
-  load(x, row_of(p.q, batch, head, inside ? token : 0), at);
-  rotate(x, p, at);
-  const float* turned = p.turned + static_cast<long long>(batch * p.heads_kv + head / (p.heads_q / p.heads_kv)) * D;
-  float shift = 0.f;
+  const int batch = pair / p.heads_q, head = pair % p.heads_q, token = block * 128 + at.row;
+  const bool inside[2] = {token < p.sq, token + 8 < p.sq};
+  float x[2][ELEMENTS], shift[2] = {0.f, 0.f};
+  load_rotated(x, p.q, batch, head, token, inside, p, at);
+  wait_for_previous_kernel();
+  const float* turned = p.turned + (batch * p.heads_kv + head / (p.heads_q / p.heads_kv)) * D;
 #pragma unroll
-  for (int i = 0; i < 32; ++i) {
-    x[i] *= p.unit;
-    shift = fmaf(x[i], __ldg(turned + at.channel(i)) * p.unit, shift);  // both are turned: the product is that before
-  }
-  float largest = largest_of(x);
+  for (int c = 0; c < CHUNKS; ++c) {
+    float mean[8];
+    load_mean(mean, turned, c, at);
 #pragma unroll
-  for (int bit = 1; bit < LANES; bit *= 2) {
-    largest = max_with(largest, bit);
-    shift += __shfl_xor_sync(0xffffffff, shift, bit);
+    for (int i = 0; i < 16; ++i) shift[i / 8] = fmaf(x[i / 8][8 * c + i % 8], mean[i % 8], shift[i / 8]);
   }
-  const float scale = scale_of(largest, QK_FP8);
-  if (!inside) return;
-  const long long index = static_cast<long long>(pair) * p.sq + token;
-  if (at.lane == 0) {
-    p.q_scale[index] = scale;
-    p.q_shift[index] = shift;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    shift[r] += __shfl_xor_sync(0xffffffff, shift[r], 1);
+    shift[r] += __shfl_xor_sync(0xffffffff, shift[r], 2);
+    const float scale = scale_of(max_with(max_with(largest_of(x[r]), 1), 2) * p.unit, QK_FP8);
+    if (!inside[r]) continue;
+    const long long index = static_cast<long long>(pair) * p.sq + token + 8 * r;
+    if (at.quad == 0) {
+      p.q_scale[index] = scale;
+      p.q_shift[index] = shift[r] * p.unit * p.unit;  // both are turned: the product is that before
+    }
+    store_row<QK_FP8>(p.q_codes + index * D, x[r], p.unit / scale, at);
   }
-  store_row<QK_FP8>(p.q_codes + index * D, x, 1.f / scale, at);
+}
+
+// The largest of one number per warp.
+DEVICE float largest_over_warps(float largest, float (&shared)[WARPS][4], int group, const Position& at) {
+  shared[at.warp][group] = largest;  // the same from all threads that write it
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < WARPS; ++i) largest = fmaxf(largest, shared[i][group]);
+  return largest;
+}
+
+// Both tokens of a key or value, rotated and centred; zeros, but for the mean, where they are not seen.
+DEVICE void load_centred(float (&x)[2][ELEMENTS], bool (&seen)[2], const Params& p, const Input& input, int which,
+                         int block, int pair, const Position& at) {
+  const int token = block * 128 + at.row;
+  const Range range(p, pair / p.heads_kv);
+#pragma unroll
+  for (int r = 0; r < 2; ++r) seen[r] = token + 8 * r >= range.first && token + 8 * r < range.last;
+  load_rotated(x, input, pair / p.heads_kv, pair % p.heads_kv, token, seen, p, at);
+  wait_for_previous_kernel();
+  subtract_mean(x, p.turned + (which * p.batch * p.heads_kv + pair) * D, at);
+}
+
+DEVICE float largest_seen(const float (&x)[2][ELEMENTS], const bool (&seen)[2]) {
+  return fmaxf(seen[0] ? largest_of(x[0]) : 0.f, seen[1] ? largest_of(x[1]) : 0.f);
 }
 
 DEVICE void quantize_keys(const Params& p, int block, int pair, float (&shared)[WARPS][4]) {
   const Position at;
-  const int token = block * 128 + at.warp * ROWS + at.row;
-  const Range range(p, pair / p.heads_kv);
-  const bool seen = token >= range.first && token < range.last;
-  float x[32];
-  load(x, row_of(p.k, pair / p.heads_kv, pair % p.heads_kv, min(token, p.skv - 1)), at);
-#pragma unroll
-  for (int i = 0; i < 32; ++i) x[i] = seen ? x[i] : 0.f;
-  rotate(x, p, at);
-  subtract_mean(x, p, p.turned + static_cast<long long>(pair) * D, seen, at);
-  float largest = max_with(max_with(max_with(largest_of(x), 1), 2), LANES == 4 ? 4 : 16);
-  const int group = at.row / 2 % 4;
-  shared[at.warp][group] = largest;  // the same from all threads that write it
-  __syncthreads();
-  largest = 0.f;
-#pragma unroll
-  for (int i = 0; i < WARPS; ++i) largest = fmaxf(largest, shared[i][group]);
-  const float scale = scale_of(largest, QK_FP8);
-  if (at.warp == 0 && at.row % 2 == 0 && at.row < 8 && at.lane == 0) {
+  float x[2][ELEMENTS];
+  bool seen[2];
+  load_centred(x, seen, p, p.k, 0, block, pair, at);
+  const int group = at.lane / 8;  // of keys row and row + 8
+  const float largest = max_with(max_with(max_with(largest_seen(x, seen), 1), 2), 4);
+  const float scale = scale_of(largest_over_warps(largest, shared, group, at) * p.unit, QK_FP8);
+  if (at.warp == 0 && at.lane % 8 == 0) {
     p.k_scale[(static_cast<long long>(pair) * p.blocks_k + block) * 4 + group] = scale;
   }
-  if (token < p.skv) store_row<QK_FP8>(p.k_codes + (static_cast<long long>(pair) * p.skv + token) * D, x, 1.f / scale, at);
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int token = block * 128 + at.row + 8 * r;
+    unsigned char* row = p.k_codes + (static_cast<long long>(pair) * p.skv + token) * D;
+    if (token < p.skv) store_row<QK_FP8>(row, x[r], seen[r] ? p.unit / scale : 0.f, at);
+  }
 }
 
-DEVICE void quantize_values(const Params& p, int block, int pair, float (&shared)[WARPS][4], unsigned char* tile) {
-  const Position at;
-  const int key = at.warp * ROWS + at.row, token = block * 128 + key;
-  const Range range(p, pair / p.heads_kv);
-  const bool seen = token >= range.first && token < range.last;
-  float x[32];
-  load(x, row_of(p.v, pair / p.heads_kv, pair % p.heads_kv, min(token, p.skv - 1)), at);
+// Codes in the order of `reference.key_order`: keys g, g + 1, g + 8, g + 9 of 16 (g even) are neighbours. Two threads
+// have them; each gives away half of its channels.
+template <bool fp8>
+DEVICE void transpose(u32* tile, const float (&x)[2][ELEMENTS], const float (&inverse)[2], const Position& at) {
+  const int odd = at.lane / 4 % 2;
+  const float inverses[4] = {inverse[0], inverse[1], inverse[0], inverse[1]};
 #pragma unroll
-  for (int i = 0; i < 32; ++i) x[i] = seen ? x[i] : 0.f;
-  rotate(x, p, at);
-  const long long turned = static_cast<long long>(p.batch * p.heads_kv + pair) * D;
-  subtract_mean(x, p, p.turned + turned, seen, at);
-  float largest = largest_of(x);
+  for (int i = 0; i < ELEMENTS; ++i) {
+    if (i & 4) continue;
+    const float four[4] = {x[0][i], x[1][i], x[0][i + 4], x[1][i + 4]};
+    const u32 own = codes_of<fp8>(four, inverses), other = __shfl_xor_sync(0xffffffff, own, 4);
+    const int channel = i / 8 * 32 + 8 * at.quad + i % 8 + 4 * odd;
+    tile[channel * STRIDE + 4 * at.warp + at.lane / 8] = __byte_perm(own, other, odd ? 0x3726 : 0x5140);
+  }
+}
+
+DEVICE void quantize_values(const Params& p, int block, int pair, float (&shared)[WARPS][4], u32* tile) {
+  const Position at;
+  float x[2][ELEMENTS];
+  bool seen[2];
+  load_centred(x, seen, p, p.v, 1, block, pair, at);
+  float largest = largest_seen(x, seen);
 #pragma unroll
   for (int bit = 1; bit < 32; bit *= 2) largest = max_with(largest, bit);
-  shared[at.warp][0] = largest;
-  __syncthreads();
-  largest = 0.f;
-#pragma unroll
-  for (int i = 0; i < WARPS; ++i) largest = fmaxf(largest, shared[i][0]);
-  const float scale = scale_of(largest, PV_FP8), inverse = 1.f / scale;
+  const float scale = scale_of(largest_over_warps(largest, shared, 0, at) * p.unit, PV_FP8);
   if (threadIdx.x == 0) p.v_scale[static_cast<long long>(pair) * p.blocks_k + block] = scale;
-  // The inverse of `reference.key_order`.
-  const int place = key / 16 * 16 + key % 8 / 2 * 4 + key % 16 / 8 * 2 + key % 2;
-#pragma unroll
-  for (int i = 0; i < 32; i += 4) {
-    const u32 codes = codes_of<PV_FP8>(x + i, inverse);
-#pragma unroll
-    for (int e = 0; e < 4; ++e) tile[at.channel(i + e) * STRIDE + place] = static_cast<unsigned char>(codes >> (8 * e));
-  }
+  const float inverse[2] = {seen[0] ? p.unit / scale : 0.f, seen[1] ? p.unit / scale : 0.f};
+  transpose<PV_FP8>(tile, x, inverse, at);
   __syncthreads();
   unsigned char* out = p.v_codes + (static_cast<long long>(pair) * D * p.blocks_k + block) * 128;
   for (int i = threadIdx.x; i < D * 8; i += THREADS) {
     const int channel = i / 8, part = i % 8;
-    const u32* row = reinterpret_cast<const u32*>(tile + channel * STRIDE + 16 * part);
+    const u32* row = tile + channel * STRIDE + 4 * part;
     const uint4 v = {row[0], row[1], row[2], row[3]};
     *reinterpret_cast<uint4*>(out + static_cast<long long>(channel) * p.blocks_k * 128 + 16 * part) = v;
   }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 65536 / 64 / THREADS) attention_quantize(
-    const __grid_constant__ Params p) {
+extern "C" __global__ void __launch_bounds__(THREADS, 2) attention_quantize(const __grid_constant__ Params p) {
   __shared__ float shared[WARPS][4];
-  __shared__ __align__(16) unsigned char tile[D * STRIDE];
+  __shared__ u32 tile[D * STRIDE];
   const int queries = p.batch * p.heads_q * p.blocks_q, keys = p.batch * p.heads_kv * p.blocks_k;
   int item = blockIdx.x;
   if (item < queries) {

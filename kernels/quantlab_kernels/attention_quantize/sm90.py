@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from quantlab_kernels.attention_quantize.reference import BLOCK, signs
+from quantlab_kernels.attention_quantize.reference import BLOCK, hadamard, signs
 from quantlab_kernels.common import driver, nvrtc
 from quantlab_kernels.common.backends import Mendable
 
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 _FOLDER = Path(__file__).parent
 _INPUT = {torch.bfloat16: 1, torch.float16: 2}
-HEAD_DIMS = (64, 128)
+_THREADS = 256
+HEAD_DIMS = (64, 96, 128)
 
 
 def supports(problem: Problem) -> str | None:
@@ -55,6 +56,25 @@ def _signs(d: int) -> bytes:
     return bits.to_bytes(16, "little")
 
 
+def fragments(d: int) -> Tensor:
+    """[D / 32, 2, 32, 2, 2, 2] of ±1, by chunk, half, lane, tile, register and element: operands B of the MMAs.
+
+    Lane t + 4 n of operand B holds rows 2 t + {0, 1} and 8 + 2 t + {0, 1} of column n. The rows stand for channels
+    4 half + 0 .. 3 of the 8 that each thread of a quad has of a chunk, the columns of both tiles for those of half 0.
+    """
+    shape = d // 32, 2, 32, 2, 2, 2
+    axes = (torch.arange(size).view(-1, *(1,) * (5 - axis)) for axis, size in enumerate(shape))
+    chunk, half, lane, tile, register, element = axes
+    row = 32 * chunk + 8 * (lane % 4) + 4 * half + 2 * register + element
+    column = row // (d & -d) * (d & -d) + 8 * (lane // 8) + 2 * tile + lane // 4 % 2
+    return hadamard(d)[row.expand(shape), column.expand(shape)]
+
+
+@functools.cache
+def _rotation(d: int, dtype: torch.dtype, device: int) -> Tensor:
+    return fragments(d).to(f"cuda:{device}", dtype)
+
+
 def _input(x: Tensor) -> tuple[Tensor, bytes]:
     """The tensor, or a copy of it where a thread cannot read 16 bytes at once; its address and strides."""
     if x.data_ptr() % 16 or x.stride(3) != 1 or any(x.stride(i) % 8 for i in range(3)):
@@ -65,8 +85,6 @@ def _input(x: Tensor) -> tuple[Tensor, bytes]:
 def launch(q: Tensor, k: Tensor, v: Tensor, key_range: Tensor | None, out: tuple[Tensor, ...]) -> None:
     """Fill the eight outputs of `op.attention_quantize`."""
     (batch, heads_q, sq, d), (_, heads_kv, skv, _) = q.shape, k.shape
-    if skv == 0 or batch == 0:
-        return
     device = q.get_device()
     inputs = [_input(x) for x in (q, k, v)]
     key_range = None if key_range is None else key_range.contiguous()
@@ -74,11 +92,13 @@ def launch(q: Tensor, k: Tensor, v: Tensor, key_range: Tensor | None, out: tuple
     q_codes, q_scale, q_shift, k_codes, k_scale, v_codes, v_scale, v_mean = (t.data_ptr() for t in out)
     blocks_q, blocks_k = -(-sq // BLOCK), -(-skv // BLOCK)
     params = b"".join(packed for _, packed in inputs) + struct.pack(
-        "<10Q7if16s", 0 if key_range is None else key_range.data_ptr(), q_codes, k_codes, v_codes, q_scale, q_shift,
-        k_scale, v_scale, v_mean, turned.data_ptr(), batch, heads_q, heads_kv, sq, skv, blocks_q, blocks_k, d**-0.5,
-        _signs(d),
+        "<11Q7if16s", _rotation(d, q.dtype, device).data_ptr(), 0 if key_range is None else key_range.data_ptr(),
+        q_codes, k_codes, v_codes, q_scale, q_shift, k_scale, v_scale, v_mean, turned.data_ptr(), batch, heads_q,
+        heads_kv, sq, skv, blocks_q, blocks_k, (d & -d) ** -0.5, _signs(d),
     )  # fmt: skip
     means, quantize = _kernels(d, q.dtype, out[0].dtype, out[5].dtype)
-    means.launch(driver.Launch(2 * batch * heads_kv, 4 * d, 1, 0), params, device)
     tiles = batch * (heads_q * blocks_q + 2 * heads_kv * blocks_k)
-    quantize.launch(driver.Launch(tiles, 4 * d, 1, 0), params, device)
+    if batch:
+        means.launch(driver.Launch(2 * batch * heads_kv, _THREADS, 1, 0), params, device)
+    if tiles:
+        quantize.launch(driver.Launch(tiles, _THREADS, 1, 0, early=True), params, device)

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 def supports(problem: Problem) -> str | None:
     if problem.sm < 80:
         return f"needs sm_80 or newer, the GPU is sm_{problem.sm}"
+    if problem.dtype == torch.float32:
+        return "rotates with 16-bit tensor cores, the inputs are float32"
     return None
 
 
@@ -133,13 +135,13 @@ def _turned_rows(
     """[64, DP] float32: the tokens' rows times the matrix."""
     out = tl.zeros((64, DP), tl.float32)
     column = tl.arange(0, DP)
-    for first in tl.static_range(0, DP, DK):
+    for first in tl.range(0, DP, DK, num_stages=1):
         inner = first + tl.arange(0, DK)
         mask = valid[:, None] & (inner < D)[None, :]
         x = tl.load(x_ptr + token[:, None] * token_stride + inner[None, :] * column_stride, mask=mask, other=0.0)
         square = (inner < D)[:, None] & (column < D)[None, :]
         matrix = tl.load(matrix_ptr + inner[:, None] * D + column[None, :], mask=square, other=0.0)
-        out = tl.dot(x, matrix, out, input_precision="ieee")
+        out = tl.dot(x, matrix, out)
     return out
 
 
