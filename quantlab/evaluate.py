@@ -12,8 +12,10 @@ import json
 import os
 import platform
 import re
+import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantlab import baselines, hf, lm_tasks
+from quantlab import baselines, generation, hf, lm_tasks
 from quantlab.architecture import meta_model
 from quantlab.baselines import Baseline
 from quantlab.checkpoint import OURS, Source, config_of_quantization
@@ -29,6 +31,7 @@ from quantlab.errors import UsageError, VerificationError
 from quantlab.kinds import context_length
 from quantlab.scheme import did_you_mean
 from quantlab.scoring import Estimate, Logits, Scores, estimate, exponential, head_of, hidden_states, score_window
+from quantlab.summary import peak_bytes
 from quantlab_calib import data
 
 MOST_WINDOWS = 256
@@ -52,6 +55,8 @@ class Evaluation:
                       score / baseline's score. 1 is no loss. None without a baseline
     tasks             task -> {"score", "error", "baseline", "metric"}
     texts             text -> the estimates above on its windows alone, where there are several texts
+    generation        "model" and "baseline" -> what each writes, how fast, in how much memory (`generation.Written`)
+    speed             of scoring on this device: tokens_per_second, and peak_bytes of the process, host and gpu
     windows           per window means of nll (and baseline_nll, kl, top1), for paired comparisons between runs
     settings          all that decides the numbers: texts, windows, dtypes, devices, versions, hashes
     """
@@ -66,6 +71,8 @@ class Evaluation:
     recovery: float | None = None
     tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
     texts: dict[str, dict[str, Estimate]] = field(default_factory=dict)
+    generation: dict[str, dict[str, Any]] = field(default_factory=dict)
+    speed: dict[str, Any] = field(default_factory=dict)
     windows: dict[str, list[float]] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
 
@@ -93,6 +100,8 @@ class Evaluation:
         if self.tasks:
             header = ("task", "metric", "score", "standard error", "baseline")
             tables.append(("tasks", header, [_task_row(name, task) for name, task in self.tasks.items()]))
+        if self.generation:
+            tables.append(("continuations of a text, greedy", ("", *self.generation), generation.rows(self.generation)))
         return tables
 
     def _what(self) -> str:
@@ -120,6 +129,7 @@ def evaluate(
     dtype: str = "auto",
     kv: str | None = None,
     attention: str | None = None,
+    generate: bool = False,
     min_recovery: float | None = None,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
@@ -138,6 +148,7 @@ def evaluate(
                    tokens, each out of the packed cache. The baseline's is 16-bit
     attention      "int8" or "fp8": the model's attention runs in 8 bits, also in windows too short to gain by it
                    (and its KV cache is none)
+    generate       let both models continue three prompts: texts side by side, tokens per second, memory
     min_recovery   raises VerificationError, after saving, for a recovery below this
 
     Raises UsageError for models, texts and tokenizers that do not fit, VerificationError for logits that are not
@@ -162,7 +173,9 @@ def evaluate(
 
     kept = run.baseline(reference, tokens) if reference else None
     loaded = run.load(source, kv, attention)
+    start = time.perf_counter()
     scores = run.score(loaded, tokens, kept).after(context)
+    speed = {"tokens_per_second": tokens.numel() / (time.perf_counter() - start), "peak_bytes": peak_bytes()}
     results = lm_tasks.run(loaded, source.folder, tasks) if tasks else {}
     settings = {
         "texts": {text: len(part) for text, part in zip(texts, parts, strict=True)},
@@ -182,7 +195,9 @@ def evaluate(
     del loaded
     if tasks and reference:
         results = lm_tasks.with_baseline(results, lm_tasks.run(run.load(reference), reference.folder, tasks))
-    evaluation = summarize(str(model), str(baseline) if baseline is not None else None, scores, results, settings)
+    made = summarize(str(model), str(baseline) if baseline is not None else None, scores, results, settings)
+    written = run.write(source, reference, partial(run.load, source, kv, attention)) if generate else {}
+    evaluation = replace(made, speed=speed, generation=written)
     _save(evaluation, source)
     _gate(evaluation, min_recovery)
     return evaluation
@@ -289,6 +304,14 @@ class _Run:
         dtype = self.dtype if self.dtype == "auto" else DTYPES[self.dtype]
         options = {"trust_remote_code": True} if self.trust_remote_code else {}
         return hf.load(source.folder, device_map=where, dtype=dtype, kv=kv, attention=attention, **options).eval()
+
+    def write(self, source: Source, reference: Source | None, load: Callable[[], Any]) -> dict[str, dict[str, Any]]:
+        """What the model writes, and its baseline."""
+        options = {"trust_remote_code": self.trust_remote_code}
+        found = {"model": generation.write(source.folder, load, **options)}
+        if reference is not None:
+            found["baseline"] = generation.write(reference.folder, partial(self.load, reference), **options)
+        return {who: asdict(text) for who, text in found.items()}
 
     def baseline(self, source: Source, tokens: Tensor) -> Baseline:
         """Run the baseline over all windows, or read what an earlier run left."""

@@ -31,6 +31,7 @@ EVALUATION = f"{OURS}/eval.json"
 SCHEMA = 1  # of the JSON
 NEEDED = ("bytes_before", "bytes_after", "groups", "seconds", "shares", "device", "tensor_parallel", "warnings")
 NEEDED_OF_EVALUATION = ("perplexity", "baseline", "tasks", "windows", "settings")
+SHOWN_AS = {"model": "quantized", "baseline": "original"}  # the models of an evaluation
 SHOWN_LAYERS = 4  # with a plot of their channels
 WORST = 12  # layers in a table
 
@@ -47,7 +48,7 @@ class Report:
     cache       a row for each layer's keys or values and each way to keep them quantized: sqnr_db
     keys        the extent of the channels of each layer's keys
     tokens      that ran through the model for the two
-    texts       what the quantized model and, where it was given, the original write
+    texts       what the quantized model and, where it was given, the original write, here or in the evaluation
     """
 
     model: str
@@ -172,6 +173,7 @@ def collect(
         cache=seen.cache,
         keys=seen.keys,
         tokens=seen.tokens,
+        texts={SHOWN_AS[who]: found for who, found in (evaluation or {}).get("generation", {}).items()},
         commands=list(_commands(folder, model, recipe, evaluation, calibration)),
         versions=_versions(),
     )

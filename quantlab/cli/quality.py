@@ -43,6 +43,9 @@ def eval(
     attention: Annotated[
         str | None, Option("--attention", help="Attention of the model in 8 bits: int8 or fp8.", show_default=False)
     ] = None,
+    generate: Annotated[
+        bool, Option("--generate", help="Texts that it writes, beside the baseline's; tokens per second, memory.")
+    ] = False,
     min_recovery: Annotated[
         float | None,
         Option("--min-recovery", min=0, max=1, help="Fail with exit code 4 below this.", show_default=False),
@@ -69,6 +72,7 @@ def eval(
             dtype=dtype,
             kv=kv,
             attention=attention,
+            generate=generate,
             min_recovery=min_recovery,
             trust_remote_code=trust_remote_code,
             progress=callback,

@@ -105,6 +105,21 @@ def test_quantization_costs_a_little_and_the_result_is_saved(llama, made, text):
     assert [row[0] for row in rows][-1] == "recovery"
 
 
+def test_texts_side_by_side_speed_and_memory(llama, made, text):
+    found = measure(made, text, baseline=llama, generate=True)
+    assert found.speed["tokens_per_second"] > 0
+    assert found.speed["peak_bytes"]["host"] > 1e6
+    written = found.generation
+    assert list(written) == ["model", "baseline"]
+    assert written["model"]["prompts"] == written["baseline"]["prompts"]
+    assert all(len(one["texts"]) == 3 and one["tokens_per_second"] > 0 for one in written.values())
+    assert written["model"]["weight_bytes"] < 0.9 * written["baseline"]["weight_bytes"]
+    title, header, rows = found.tables()[-1]
+    assert (title, header) == ("continuations of a text, greedy", ("", "model", "baseline"))
+    assert len(rows) == 2 + 3
+    assert not measure(made, text).generation
+
+
 def test_the_baseline_runs_once(llama, made, text, monkeypatch, cache):
     first = measure(made, text, baseline=llama)
     loaded = []
