@@ -11,6 +11,7 @@ from quantlab_kernels.attention_prefill.op import attention_8bit, attention_pref
 from quantlab_kernels.attention_quantize.op import attention_quantize
 from quantlab_kernels.common.int4 import prepare_int4, repack_int4, unrepack_int4
 from quantlab_kernels.common.kv import PackedKV
+from quantlab_kernels.common.latent import PackedLatent
 from quantlab_kernels.gemm_fp8_block.op import gemm_fp8_block
 from quantlab_kernels.gemm_fp8_grouped.op import gemm_fp8_grouped
 from quantlab_kernels.gemm_fp8_row.op import gemm_fp8_row
@@ -18,6 +19,7 @@ from quantlab_kernels.gemm_int4.op import gemm_int4
 from quantlab_kernels.gemm_int4_fp8.op import gemm_int4_fp8
 from quantlab_kernels.gemm_int4_grouped.op import gemm_int4_grouped
 from quantlab_kernels.kv_append.op import kv_append
+from quantlab_kernels.mla_decode.op import mla_decode
 from quantlab_kernels.moe_combine.op import moe_combine
 from quantlab_kernels.moe_dispatch.op import moe_dispatch
 from quantlab_kernels.quantize_fp8.op import quantize_fp8_block, quantize_fp8_group, quantize_fp8_token
@@ -27,6 +29,7 @@ from quantlab_kernels.swiglu_quantize.op import swiglu_quantize
 
 __all__ = [
     "PackedKV",
+    "PackedLatent",
     "attention_8bit",
     "attention_decode",
     "attention_prefill",
@@ -38,6 +41,7 @@ __all__ = [
     "gemm_int4_fp8",
     "gemm_int4_grouped",
     "kv_append",
+    "mla_decode",
     "moe_combine",
     "moe_dispatch",
     "prepare_int4",

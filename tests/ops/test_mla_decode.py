@@ -1,0 +1,269 @@
+"""Absorbed attention over packed latents, element by element; caches are filled with NaN before tokens are written."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from quantlab_kernels import PackedLatent, mla_decode
+from quantlab_kernels.common.latent import FORMATS, dequantize_latent, quantize_latent
+from quantlab_kernels.mla_decode import reference
+from quantlab_kernels.mla_decode.bounds import decode_bound
+
+SCALE = 0.09
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call. even: near-uniform attention over latents far from 0, where errors of a sum do not cancel."""
+
+    format: str
+    lengths: tuple[int, ...]
+    heads: int = 5
+    sq: int = 1
+    rank: int = 64
+    rope: int = 16
+    page: int = 0
+    start: tuple[int, ...] | None = None
+    even: bool = False
+
+
+@dataclass
+class Call:
+    q_latent: Tensor
+    q_rope: Tensor
+    cache: PackedLatent
+    length: Tensor
+    start: Tensor | None
+    table: Tensor | None
+    case: Case = field(repr=False)
+
+    def run(self, decode: Callable[..., tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        return decode(
+            self.q_latent, self.q_rope, self.cache, self.length, scale=SCALE, start=self.start, block_table=self.table
+        )
+
+
+def poison(cache: PackedLatent) -> None:
+    """NaN wherever a format has it."""
+    for tensor in (cache.latent, cache.rope, cache.scale):
+        if tensor is None:
+            continue
+        if tensor.dtype == torch.float8_e4m3fn:
+            tensor.view(torch.uint8).fill_(0x7F)
+        else:
+            tensor.fill_(float("nan") if tensor.dtype.is_floating_point else 85)
+
+
+def rows(case: Case, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """q_latent, q_rope, latents [B, S, L] and position parts [B, S, R], float32, tokens of very different magnitude."""
+    generator = torch.Generator().manual_seed(seed)
+    batch, tokens = len(case.lengths), max(*case.lengths, 1)
+    latent = torch.randn(batch, tokens, case.rank, generator=generator)
+    latent = latent * 0.2 + 1.0 if case.even else latent * torch.logspace(-2, 0.5, tokens)[:, None]
+    rope = torch.randn(batch, tokens, case.rope, generator=generator)
+    rope[..., 1] *= 10
+    shape = batch, case.sq, case.heads
+    q_latent = torch.randn(*shape, case.rank, generator=generator)
+    q_rope = torch.randn(*shape, case.rope, generator=generator)
+    factor = 0.05 if case.even else 64**0.5 / case.rank**0.5
+    return q_latent * factor, q_rope * factor, latent, rope
+
+
+def build(case: Case, dtype: torch.dtype, device: str) -> Call:
+    """A poisoned cache in which the case's tokens have been written, dense or in shuffled pages."""
+    q_latent, q_rope, latent, rope = (x.to(dtype) for x in rows(case))
+    batch, tokens = latent.shape[:2]
+    slots = tokens + 3
+    cache = PackedLatent.empty(case.format, batch, slots, case.rank, case.rope, dtype=dtype)  # type: ignore[arg-type]
+    poison(cache)
+    codes, scale = quantize_latent(latent.float(), FORMATS[case.format], dtype)
+    for i, length in enumerate(case.lengths):
+        begin = 0 if case.start is None else case.start[i]
+        bytes_of(cache.latent)[i, begin:length] = bytes_of(codes)[i, begin:length]
+        cache.rope[i, begin:length] = rope[i, begin:length]
+        if scale is not None and cache.scale is not None:
+            cache.scale[i, begin:length] = scale[i, begin:length]
+    table = None
+    if case.page:
+        cache, table = paged(cache, case.page)
+        table = table.to(device)
+    cache = moved(cache, device)
+    length = torch.tensor(case.lengths, dtype=torch.int32, device=device)
+    start = None if case.start is None else torch.tensor(case.start, dtype=torch.int32, device=device)
+    return Call(q_latent.to(device), q_rope.to(device), cache, length, start, table, case)
+
+
+def bytes_of(x: Tensor) -> Tensor:
+    return x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x
+
+
+def moved(cache: PackedLatent, device: str) -> PackedLatent:
+    scale = None if cache.scale is None else cache.scale.to(device)
+    return replace(cache, latent=cache.latent.to(device), rope=cache.rope.to(device), scale=scale)
+
+
+def paged(cache: PackedLatent, page: int) -> tuple[PackedLatent, Tensor]:
+    """The same tokens in pages of a shuffled pool; entries of the table that no token needs are out of any range."""
+    batch, slots = cache.latent.shape[:2]
+    count = -(-slots // page)
+    order = torch.randperm(batch * count, generator=torch.Generator().manual_seed(1)).reshape(batch, count)
+    rank, rope = cache.rank, cache.rope.shape[2]
+    pool = PackedLatent.empty(cache.format, batch * count + 1, page, rank, rope, dtype=cache.rope.dtype)
+    poison(pool)
+    for i in range(batch):
+        for j in range(count):
+            part = slice(j * page, min((j + 1) * page, slots))
+            into = int(order[i, j]), slice(0, part.stop - part.start)
+            bytes_of(pool.latent)[into] = bytes_of(cache.latent)[i, part]
+            pool.rope[into] = cache.rope[i, part]
+            if pool.scale is not None and cache.scale is not None:
+                pool.scale[into] = cache.scale[i, part]
+    junk = torch.full((batch, 1), 2147480000)
+    return pool, torch.cat((order, junk), 1).to(torch.int32)
+
+
+def check(decode: Callable[..., tuple[Tensor, Tensor]], call: Call) -> None:
+    """Every element within its bound of the float64 definition on the same codes, and the log-sum-exp close."""
+    out, lse = call.run(decode)
+    dense = call.cache if call.table is None else reference.gathered(call.cache, call.table)
+    given = call.q_latent, call.q_rope, dense, call.length, call.start, SCALE
+    exact, exact_lse, weights = reference.attend(*given)
+    bound = decode_bound(exact, weights, *given)
+    assert bool(torch.isfinite(out).all())
+    assert bool(((out.double() - exact).abs() <= bound).all()), f"{((out.double() - exact).abs() / bound).max()}"
+    nothing = torch.isinf(exact_lse)
+    assert torch.equal(nothing, torch.isinf(lse))
+    assert bool((torch.where(nothing, 0.0, lse.double() - exact_lse).abs() <= 0.01).all())
+
+
+CASES = [
+    *(Case(name, (150, 1, 0)) for name in FORMATS),
+    Case("int4", (70, 33), heads=1, sq=3, rank=128),
+    Case("fp8", (100, 60), sq=2, page=16, start=(0, 7)),
+    Case("16bit", (90,), heads=16, page=64, sq=4),
+    Case("int8", (300,), heads=3, even=True),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_on_the_cpu(case: Case):
+    check(mla_decode, build(case, torch.float32, "cpu"))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_error_against_the_rows_themselves(name: str):
+    """The definition itself is attention: against torch's, off by no more than the format's rounding."""
+    case = Case(name, (90, 90), sq=2)
+    call = build(case, torch.float32, "cpu")
+    q_latent, q_rope, latent, rope = rows(case)
+    q = torch.cat((q_latent, q_rope), -1).transpose(1, 2)
+    k = torch.cat((latent, rope), -1)[:, None].expand(-1, case.heads, -1, -1)
+    v = latent[:, None].expand(-1, case.heads, -1, -1)
+    seen = torch.arange(90) <= 88 + torch.arange(2)[:, None]
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=SCALE)
+    worst = {"fp8": 0.05, "int8": 0.015, "int4": 0.25, "16bit": 1e-6}[name]
+    assert float((call.run(mla_decode)[0].transpose(1, 2) - expected).norm() / expected.norm()) < worst
+
+
+def relative_error(x: Tensor, name: str) -> float:
+    back = dequantize_latent(*quantize_latent(x, FORMATS[name], torch.float32))
+    return float((back - x).norm() / x.norm())
+
+
+def test_errors_of_formats():
+    """Gaussian rows; INT4 with one scale loses at most 1.1 times what a scale per 64 channels loses."""
+    x = torch.randn(2000, 512, generator=torch.Generator().manual_seed(0))
+    assert relative_error(x, "fp8") < 0.03
+    assert relative_error(x, "int8") < 0.009
+    groups = x.unflatten(1, (-1, 64))
+    scale = groups.abs().amax(-1, keepdim=True) / 7
+    of_groups = float(((groups / scale).round() * scale - groups).norm() / x.norm())
+    assert relative_error(x, "int4") < 1.1 * of_groups
+
+
+@pytest.mark.parametrize("name", ["fp8", "int8", "int4"])
+def test_rows_of_any_magnitude(name: str):
+    x = torch.randn(40, 64, generator=torch.Generator().manual_seed(2)) * torch.logspace(-6, 6, 40)[:, None]
+    x[7] = 0.0
+    back = dequantize_latent(*quantize_latent(x, FORMATS[name], torch.float32))
+    limit = {"fp8": 2.0**-4, "int8": 0.5 / 127, "int4": 0.4}[name]
+    assert bool(((back - x).abs() <= limit * 1.001 * x.abs().amax(1, keepdim=True) + 1e-16).all())
+
+
+def test_memory_is_what_the_format_says():
+    sizes = {name: PackedLatent.empty(name, 1, 64, 512, 64).bytes_per_token for name in FORMATS}  # type: ignore[arg-type]
+    assert sizes == {"fp8": 644, "int8": 644, "int4": 388, "16bit": 1152}
+
+
+def test_refusals():
+    call = build(Case("fp8", (9, 9)), torch.float32, "cpu")
+    q, r, cache, length = call.q_latent, call.q_rope, call.cache, call.length
+    with pytest.raises(RuntimeError, match=r"length is torch.int64 \(2,\), needs int32 \[2\]"):
+        mla_decode(q, r, cache, length.long(), scale=1.0)
+    with pytest.raises(RuntimeError, match=r"latent is .* needs \[N, slots, 60\] in rows without gaps"):
+        mla_decode(q[..., :60], r, cache, length, scale=1.0)
+    with pytest.raises(RuntimeError, match=r"rope is torch.float32 \(2, 12, 16\), needs floats \(2, 12, 8\)"):
+        mla_decode(q, r[..., :8], cache, length, scale=1.0)
+    with pytest.raises(RuntimeError, match="scale is None, needs"):
+        mla_decode(q, r, replace(cache, scale=None), length, scale=1.0)
+    with pytest.raises(RuntimeError, match="a paged cache needs a block_table"):
+        mla_decode(q[:1], r[:1], cache, length[:1], scale=1.0)
+    with pytest.raises(RuntimeError, match="needs floats of one dtype"):
+        mla_decode(q, r.half(), cache, length, scale=1.0)
+    with pytest.raises(ValueError, match="no format 'k8v4' of latents; there are fp8, int8, int4, 16bit"):
+        PackedLatent.empty("k8v4", 1, 1, 64, 16)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="63 latent channels are odd"):
+        PackedLatent.empty("int4", 1, 1, 63, 16)
+
+
+def test_traces_whole():
+    call = build(Case("int4", (20, 9)), torch.float32, "cpu")
+
+    def step(q, r):
+        return mla_decode(q, r, call.cache, call.length, scale=SCALE)[0]
+
+    out = torch.compile(step, fullgraph=True, backend="aot_eager")(call.q_latent, call.q_rope)
+    assert torch.equal(out, step(call.q_latent, call.q_rope))
+
+
+INTERPRETED = """
+import importlib, sys, types, torch
+sys.path[:0] = {paths!r}
+from test_mla_decode import Case, build, check
+op = importlib.import_module("quantlab_kernels.mla_decode.op")
+from quantlab_kernels.mla_decode import triton as backend
+backend.gpu_of = lambda tensor: types.SimpleNamespace(sm_count={sms})
+def attended(q_latent, q_rope, cache, length, *, scale, start, block_table):
+    out, lse = op._empty(q_latent)
+    slots = cache.capacity * (1 if block_table is None else block_table.shape[1])
+    problem = op._problem(q_latent, cache, block_table, slots, 80)
+    chosen = backend.Config(16, 32, 4, 1)
+    backend.launch(problem, q_latent, q_rope, cache, length, start, block_table, scale, out, lse, chosen)
+    return out, lse
+for case in {cases}:
+    check(attended, build(case, torch.float16, "cpu"))
+"""
+SMALL = [
+    Case("int4", (70, 21, 0), heads=3, start=(0, 3, 0)),
+    Case("fp8", (40, 0), heads=2, page=16, sq=2),
+    Case("int8", (60,), heads=20),
+    Case("16bit", (33, 5), heads=1, sq=3),
+    Case("int8", (600,), heads=4),
+]
+
+
+def test_triton_logic_in_the_interpreter():
+    pytest.importorskip("triton")
+    here = Path(__file__)
+    paths = [str(here.parent), *(str(here.parents[2] / p) for p in ("", "kernels", "calib"))]
+    script = INTERPRETED.format(paths=paths, cases=SMALL, sms=2)
+    subprocess.run([sys.executable, "-c", script], check=True, env=os.environ | {"TRITON_INTERPRET": "1"})
