@@ -25,24 +25,72 @@ from quantlab_kernels import (
 )
 
 
-class Fp8Experts(MovesWithoutCasting):
-    """What the two layouts share; built from the module it replaces, whose activation, gating and numbers it keeps.
-
-    gate_up_proj, down_proj          [E, 2I, H], [E, H, I]  float8_e4m3fn; gate rows come before up rows
-    gate_up_proj<s>, down_proj<s>    their scales, stacked; <s> is what the scale's name adds to "weight"
+class Experts(MovesWithoutCasting):
+    """What all formats share; built from the module it replaces, whose activation, gating and numbers it keeps.
 
     Inference only: a gradient through the experts raises.
     """
 
-    linear: type[Fp8Linear]
-
-    def __init__(self, original: Any, *, scale_name: str, scale_dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, original: Any) -> None:
         super().__init__()
         self.__dict__.update({k: v for k, v in vars(original).items() if not k.startswith("_")})
         self._modules.update(original._modules)
         self.gate = type(original)._apply_gate
         self.swiglu = self.gate.__name__ == "_default_apply_gate" and is_silu(original.act_fn)
         self.num_experts, self.hidden_dim, self.intermediate_dim = original.down_proj.shape
+
+    @property
+    def extents(self) -> tuple[int, int, int]:
+        """Experts E, hidden H, intermediate I."""
+        return self.num_experts, self.hidden_dim, self.intermediate_dim
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def dispatch(self, x: Tensor, top_k_index: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """Rows of tokens sorted by expert, their scales, positions [T, k] of each choice and counts [E]."""
+        raise NotImplementedError
+
+    def gate_and_quantize(self, inner: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The gated products [S, I] of inner [S, 2I], and their scales."""
+        raise NotImplementedError
+
+    def grouped_matmul(self, x: Tensor, scale: Tensor | None, name: str, counts: Tensor, dtype: torch.dtype) -> Tensor:
+        """[S, N] of rows sorted by expert with the stacked weight `name`; counts [E] rows per expert."""
+        raise NotImplementedError
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """hidden_states [T, H], top_k_index and top_k_weights [T, k]; returns [T, H].
+
+        An index of E (another rank's expert) contributes nothing.
+        """
+        if torch.is_grad_enabled() and hidden_states.requires_grad:
+            return _NoGradient.apply(hidden_states, top_k_index, top_k_weights, self)
+        return self._forward(hidden_states, top_k_index, top_k_weights)
+
+    def _forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        x, scale, positions, counts = self.dispatch(hidden_states, top_k_index)
+        inner = self.grouped_matmul(x, scale, "gate_up_proj", counts, hidden_states.dtype)
+        x, scale = self.gate_and_quantize(inner)
+        out = self.grouped_matmul(x, scale, "down_proj", counts, hidden_states.dtype)
+        return moe_combine(out, positions, top_k_weights)
+
+    def _quantized(self, name: str) -> bool:
+        return True
+
+
+class Fp8Experts(Experts):
+    """What the two layouts share.
+
+    gate_up_proj, down_proj          [E, 2I, H], [E, H, I]  float8_e4m3fn; gate rows come before up rows
+    gate_up_proj<s>, down_proj<s>    their scales, stacked; <s> is what the scale's name adds to "weight"
+    """
+
+    linear: type[Fp8Linear]
+
+    def __init__(self, original: Any, *, scale_name: str, scale_dtype: torch.dtype = torch.float32) -> None:
+        super().__init__(original)
         self.suffix = scale_name.removeprefix("weight")
         double, hidden, inner = 2 * self.intermediate_dim, self.hidden_dim, self.intermediate_dim
         rows, columns = self.linear.scale_shape(inner, hidden)
@@ -68,33 +116,12 @@ class Fp8Experts(MovesWithoutCasting):
         copy = getattr(self, f"_{name}_scale")
         return copy if copy is not None else getattr(self, name + self.suffix).to(torch.float32)
 
-    def gate_and_quantize(self, inner: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes and scales of the gated products [S, I] of inner [S, 2I]."""
-        raise NotImplementedError
+    def dispatch(self, x: Tensor, top_k_index: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        return moe_dispatch(x, top_k_index, self.num_experts, group=self.linear is Fp8BlockLinear)
 
-    def grouped_matmul(self, codes: Tensor, scale: Tensor, name: str, counts: Tensor, dtype: torch.dtype) -> Tensor:
-        """[S, N] of rows sorted by expert with the stacked weight `name`; counts [E] rows per expert."""
-        return gemm_fp8_grouped(codes, scale, getattr(self, name), self.scale(name), counts, out_dtype=dtype)
-
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """hidden_states [T, H], top_k_index and top_k_weights [T, k]; returns [T, H].
-
-        An index of E (another rank's expert) contributes nothing.
-        """
-        if torch.is_grad_enabled() and hidden_states.requires_grad:
-            return _NoGradient.apply(hidden_states, top_k_index, top_k_weights, self)
-        return self._forward(hidden_states, top_k_index, top_k_weights)
-
-    def _forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        group = self.linear is Fp8BlockLinear
-        codes, scale, positions, counts = moe_dispatch(hidden_states, top_k_index, self.num_experts, group=group)
-        inner = self.grouped_matmul(codes, scale, "gate_up_proj", counts, hidden_states.dtype)
-        codes, scale = self.gate_and_quantize(inner)
-        out = self.grouped_matmul(codes, scale, "down_proj", counts, hidden_states.dtype)
-        return moe_combine(out, positions, top_k_weights)
-
-    def _quantized(self, name: str) -> bool:
-        return True
+    def grouped_matmul(self, x: Tensor, scale: Tensor | None, name: str, counts: Tensor, dtype: torch.dtype) -> Tensor:
+        assert scale is not None
+        return gemm_fp8_grouped(x, scale, getattr(self, name), self.scale(name), counts, out_dtype=dtype)
 
 
 class Fp8BlockExperts(Fp8Experts):
@@ -102,15 +129,15 @@ class Fp8BlockExperts(Fp8Experts):
 
     linear = Fp8BlockLinear
 
-    def gate_and_quantize(self, inner: Tensor) -> tuple[Tensor, Tensor]:
+    def gate_and_quantize(self, inner: Tensor) -> tuple[Tensor, Tensor | None]:
         return swiglu_quantize(inner) if self.swiglu else quantize_fp8_group(self.gate(self, inner))
 
-    def grouped_matmul(self, codes: Tensor, scale: Tensor, name: str, counts: Tensor, dtype: torch.dtype) -> Tensor:
-        if name == "gate_up_proj" and self.intermediate_dim % 128:
+    def grouped_matmul(self, x: Tensor, scale: Tensor | None, name: str, counts: Tensor, dtype: torch.dtype) -> Tensor:
+        if name == "gate_up_proj" and self.intermediate_dim % 128 and scale is not None:
             # Blocks were cut separately for gate and up, so those of up do not begin on a multiple of 128 rows.
             halves = zip(getattr(self, name).chunk(2, 1), self.scale(name).chunk(2, 1), strict=True)
-            return torch.cat([gemm_fp8_grouped(codes, scale, w, s, counts, out_dtype=dtype) for w, s in halves], 1)
-        return super().grouped_matmul(codes, scale, name, counts, dtype)
+            return torch.cat([gemm_fp8_grouped(x, scale, w, s, counts, out_dtype=dtype) for w, s in halves], 1)
+        return super().grouped_matmul(x, scale, name, counts, dtype)
 
 
 class Fp8RowExperts(Fp8Experts):
@@ -118,18 +145,20 @@ class Fp8RowExperts(Fp8Experts):
 
     linear = Fp8RowLinear
 
-    def gate_and_quantize(self, inner: Tensor) -> tuple[Tensor, Tensor]:
+    def gate_and_quantize(self, inner: Tensor) -> tuple[Tensor, Tensor | None]:
         return quantize_fp8_token(self.gate(self, inner))
 
 
 class _NoGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, index: Tensor, weights: Tensor, experts: Fp8Experts) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, index: Tensor, weights: Tensor, experts: Experts) -> Tensor:
         return experts._forward(hidden, index, weights)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        raise NotImplementedError("FP8 experts have no gradient; load the checkpoint with dequantize=True to train it")
+        raise NotImplementedError(
+            "quantized experts have no gradient; load the checkpoint with dequantize=True to train it"
+        )
 
 
 def unsupported(module: nn.Module) -> str | None:

@@ -183,16 +183,24 @@ def pipeline(
 
 
 def warm_up(model: Any, tokens: tuple[int, ...] = (1, 16, 128)) -> None:
-    """Run each distinct shape of quantized linear layer once for each number of tokens."""
+    """Run each distinct shape of quantized linear layer, and of experts, once for each number of tokens."""
     import torch
 
+    from quantlab.experts import Experts
     from quantlab.linear import QuantizedLinear
 
     layers = {(type(m), m.key.shape, m.key.device): m for m in model.modules() if isinstance(m, QuantizedLinear)}
+    experts = {(type(m), m.extents, m.device): m for m in model.modules() if isinstance(m, Experts)}
+    choices = getattr(model.config.get_text_config(), "num_experts_per_tok", None) or 1
     with torch.inference_mode():
         for layer in layers.values():
             for count in tokens:
                 layer(torch.zeros(count, layer.in_features, dtype=model.dtype, device=layer.key.device))
+        for module in experts.values():
+            for count in tokens:
+                index = torch.arange(count * choices, device=module.device).view(count, -1) % module.num_experts
+                hidden = torch.zeros(count, module.hidden_dim, dtype=model.dtype, device=module.device)
+                module(hidden, index, torch.ones_like(index, dtype=model.dtype))
 
 
 def _require_ours(path: str | Path, model: Any) -> None:
