@@ -86,7 +86,8 @@ def check_latents(op: str, rank: int, rope: int, latent: Tensor, rotary: Tensor,
     require(
         latent.dim() == 3 and latent.shape[2] == width and latent.stride()[1:] == (width, 1),
         lambda: (
-            f"{op}: the cache's latent is {latent.dtype} {tuple(latent.shape)}, needs [N, slots, {width}] in rows without gaps"
+            f"{op}: the cache's latent is {latent.dtype} {tuple(latent.shape)}, "
+            f"needs [N, slots, {width}] in rows without gaps"
         ),
     )
     require(
