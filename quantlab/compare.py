@@ -59,7 +59,8 @@ class Comparison:
         for d in self.differences:
             error = "" if d.change.error is None else f"{d.change.error:.2g}"
             sigmas = "" if d.sigmas is None else f"{d.sigmas:+.1f}"
-            found.append((d.measure, f"{d.a:.5g}", f"{d.b:.5g}", f"{d.change.value:.5g}", error, sigmas))
+            change = round(d.change.value, 9) + 0.0  # what sums leave of a difference of zero
+            found.append((d.measure, f"{d.a:.5g}", f"{d.b:.5g}", f"{change:.5g}", error, sigmas))
         return found
 
 
@@ -94,8 +95,8 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _check(a: str, first: dict[str, Any], b: str, second: dict[str, Any]) -> None:
-    for key in SAME:
-        one, other = first["settings"][key], second["settings"][key]
+    for key in (*SAME, "context"):
+        one, other = (run["settings"].get(key, 0) for run in (first, second))  # older files have no context
         if one != other:
             if key == "tokens_sha256":
                 key, one, other = "text", *(", ".join(run["settings"]["texts"]) for run in (first, second))
@@ -142,6 +143,9 @@ def _notes(first: dict[str, Any], second: dict[str, Any]) -> Iterable[str]:
     one, other = first["settings"], second["settings"]
     if one.get("device") != other.get("device"):
         yield f"devices differ: {one.get('device')} and {other.get('device')}"
+    for name in ("kv", "attention"):
+        if one.get(name, "none") != other.get(name, "none"):
+            yield f"{name} differs: {one.get(name, 'none')} and {other.get(name, 'none')}"
     versions = one.get("versions", {}), other.get("versions", {})
     for name in versions[0].keys() & versions[1].keys():
         if versions[0][name] != versions[1][name]:

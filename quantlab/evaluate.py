@@ -107,7 +107,8 @@ class Evaluation:
     def _what(self) -> str:
         s = self.settings
         context = f", {s['context']} of them context" if s.get("context") else ""
-        return f"{s['windows']} windows of {s['length']} tokens{context}, {s['dtype']} on {s['device']}"
+        ways = "".join(f", {name} {s[name]}" for name in ("kv", "attention") if s.get(name, "none") != "none")
+        return f"{s['windows']} windows of {s['length']} tokens{context}, {s['dtype']}{ways} on {s['device']}"
 
 
 def _task_row(name: str, task: dict[str, Any]) -> tuple[Any, ...]:
@@ -131,6 +132,7 @@ def evaluate(
     attention: str | None = None,
     generate: bool = False,
     min_recovery: float | None = None,
+    output: str | Path | None = None,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> Evaluation:
@@ -150,11 +152,14 @@ def evaluate(
                    (and its KV cache is none)
     generate       let both models continue three prompts: texts side by side, tokens per second, memory
     min_recovery   raises VerificationError, after saving, for a recovery below this
+    output         JSON file for the result, besides the one in the folder, which the next evaluation writes over
 
     Raises UsageError for models, texts and tokenizers that do not fit, VerificationError for logits that are not
     finite.
     """
     _check_arguments(baseline, text, device_map, dtype, length, min_recovery)
+    if output is not None and (Path(output).is_dir() or not Path(output).absolute().parent.is_dir()):
+        raise UsageError(f"{output}: cannot take the result; give the name of a file in a folder that exists")
     if attention not in (None, "none"):
         if kv not in (None, "none"):
             raise UsageError(f"kv = {kv!r} reads windows in steps, attention = {attention!r} at once; leave one out")
@@ -198,7 +203,7 @@ def evaluate(
     made = summarize(str(model), str(baseline) if baseline is not None else None, scores, results, settings)
     written = run.write(source, reference, partial(run.load, source, kv, attention)) if generate else {}
     evaluation = replace(made, speed=speed, generation=written)
-    _save(evaluation, source)
+    _save(evaluation, source, output)
     _gate(evaluation, min_recovery)
     return evaluation
 
@@ -209,7 +214,7 @@ def summarize(
     """The numbers of an evaluation from the scores of its tokens."""
     columns = {"nll": scores.nll, "baseline_nll": scores.baseline_nll, "kl": scores.kl, "top1": scores.agree}
     per_window = {name: c.double().mean(dim=1).tolist() for name, c in columns.items() if c is not None}
-    found = _estimates(scores)
+    found: dict[str, Any] = {**_estimates(scores)}
     ratio = found.get("perplexity_ratio")
     recovery = 1 / ratio.value if ratio else None
     relative = lm_tasks.recovery(tasks)
@@ -407,13 +412,16 @@ def _gate(evaluation: Evaluation, least: float | None) -> None:
         )
 
 
-def _save(evaluation: Evaluation, source: Source) -> None:
-    """Beside the checkpoint, where it is one of ours; folders of others are not written to."""
+def _save(evaluation: Evaluation, source: Source, output: str | Path | None) -> None:
+    """Where it is asked for, and beside the checkpoint if it is one of ours; folders of others are not written to."""
+    text = json.dumps(evaluation.to_dict(), indent=2) + "\n"
     folder = source.folder / OURS
     if folder.is_dir() and os.access(folder, os.W_OK):
         temporary = folder / "eval.json.part"
-        temporary.write_text(json.dumps(evaluation.to_dict(), indent=2) + "\n", encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
         temporary.replace(folder / "eval.json")
+    if output is not None:
+        Path(output).write_text(text, encoding="utf-8")
 
 
 def _versions() -> dict[str, str]:

@@ -101,7 +101,8 @@ def rows(models: dict[str, dict[str, Any]]) -> list[tuple[str, ...]]:
     found.append(("weights in memory (MB)", *(f"{w['weight_bytes'] / 1e6:.1f}" for w in every)))
     if all(w["peak_bytes"] is not None for w in every):
         found.append(("peak of GPU memory (MB)", *(f"{w['peak_bytes'] / 1e6:.1f}" for w in every)))
-    return found + [(prompt, *(w["texts"][i] for w in every)) for i, prompt in enumerate(every[0]["prompts"])]
+    texts = ((prompt, *(w["texts"][i] for w in every)) for i, prompt in enumerate(every[0]["prompts"]))
+    return found + [tuple(" ".join(text.split()) for text in row) for row in texts]
 
 
 def agreement(a: str, b: str) -> int:

@@ -50,6 +50,10 @@ def eval(
         float | None,
         Option("--min-recovery", min=0, max=1, help="Fail with exit code 4 below this.", show_default=False),
     ] = None,
+    output: Annotated[
+        Path | None,
+        Option("--output", "-o", help="JSON file, besides DIR/quantlab/eval.json.", show_default=False),
+    ] = None,
     trust_remote_code: Annotated[
         bool, Option("--trust-remote-code", help="Run the Python files that come with the model.")
     ] = False,
@@ -74,6 +78,7 @@ def eval(
             attention=attention,
             generate=generate,
             min_recovery=min_recovery,
+            output=output,
             trust_remote_code=trust_remote_code,
             progress=callback,
         )

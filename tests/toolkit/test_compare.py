@@ -66,6 +66,14 @@ def test_errors_of_differences_hold_under_resampling(save):
     assert 0.58 < within / 200 < 0.78  # 0.68 expected, three standard deviations of a binomial are 0.1
 
 
+def test_ways_of_running_are_noted_and_contexts_have_to_agree(save):
+    a = save("a", evaluation(1, 0.01))
+    other = evaluation(2, 0.01) | {"settings": SETTINGS | {"kv": "int8", "attention": "int8", "context": 0}}
+    assert compare(a, save("b", other)).notes == ("kv differs: none and int8", "attention differs: none and int8")
+    with pytest.raises(UsageError, match="not measured alike: context 0 and 64"):
+        compare(a, save("b", evaluation(2, 0.01) | {"settings": SETTINGS | {"context": 64}}))
+
+
 def test_a_run_against_itself(save):
     path = save("a", evaluation(1, 0.01))
     assert all((d.change.error, d.sigmas) == (0, None) for d in compare(path, path).differences)

@@ -117,7 +117,18 @@ def test_texts_side_by_side_speed_and_memory(llama, made, text):
     title, header, rows = found.tables()[-1]
     assert (title, header) == ("continuations of a text, greedy", ("", "model", "baseline"))
     assert len(rows) == 2 + 3
+    assert not any("\n" in cell for row in rows for cell in row)
     assert not measure(made, text).generation
+
+
+def test_a_result_goes_where_it_is_asked_for_too(llama, text, tmp_path):
+    file = tmp_path / "eval.json"
+    found = measure(llama, text, output=file, kv="int8", dtype="float32")
+    assert json.loads(file.read_text()) == json.loads(json.dumps(found.to_dict()))
+    assert "6 windows of 32 tokens, float32, kv int8 on cpu" in found.tables()[0][0]
+    for wrong in (tmp_path, tmp_path / "absent" / "eval.json"):
+        with pytest.raises(UsageError, match="cannot take the result; give the name of a file"):
+            measure(llama, text, output=wrong)
 
 
 def test_the_baseline_runs_once(llama, made, text, monkeypatch, cache):
