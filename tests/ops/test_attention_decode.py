@@ -83,6 +83,14 @@ def poison(cache: PackedKV) -> None:
             tensor.fill_(float("nan") if tensor.dtype.is_floating_point else 85)
 
 
+def forget_padding(cache: PackedKV, starts: tuple[int, ...]) -> None:
+    """Junk in the slots before each sequence's first token."""
+    for row, start in enumerate(starts):
+        names = ("k", "v", "k_scale", "v_scale")
+        parts = {name: None if getattr(cache, name) is None else getattr(cache, name)[row, :, :start] for name in names}
+        poison(replace(cache, **parts, k_near=None, v_near=None, first=0, newest=0))
+
+
 def rows(case: Case, dtype: torch.dtype, device: str, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v with channels of outliers and of a large mean; k and v are right-aligned, as long as the longest."""
     generator = torch.Generator().manual_seed(seed)
@@ -122,6 +130,8 @@ def build(append: Callable[..., None], case: Case, dtype: torch.dtype, device: s
         mean = k.float().mean(2)
         cache = cache.with_keys(mean, ((k.float() - mean[:, :, None]).abs().amax(2) + 0.1).sqrt())
     append(k, v, cache, length, start=start, slots=slots)
+    if case.start and not case.ring:
+        forget_padding(cache, case.start)
     sinks = torch.linspace(-1, 3, case.heads * case.group, device=device) if case.sinks else None
     return Call(q, cache, length, start, table, sinks, case)
 
@@ -167,6 +177,7 @@ CASES = [
     Case("int4", (200, 20), ring=True, capacity=48, window=48),
     Case("int8", (200, 20), window=50, sq=2, softcap=20.0, sinks=True, start=(160, 0)),
     Case("k8v4", (100,), heads=1, group=8, d=128, sq=5, sinks=True),
+    Case("fp8", (90, 70), heads=1, group=2, d=128, start=(37, 0), first=3, channels=False),
 ]
 ON_A_GPU = [
     *(Case(name, (5000, 3001), d=128) for name in FORMATS),
@@ -174,7 +185,11 @@ ON_A_GPU = [
     Case("int4", (2000, 5), group=8, d=192, sq=4),
     Case("int8", (9000,), group=1, d=256),
     Case("int4", (9000, 0), group=4, d=256, sq=3),
-    Case("fp8", (700, 300), group=16, d=128),
+    Case("fp8", (700, 300), group=16, d=128, start=(100, 13)),
+    Case("int4", (3000, 68, 3), d=128, first=4, newest=64, start=(5, 0, 0)),
+    Case("fp8", (300, 2), group=8, d=128, first=4, newest=200, sq=2, softcap=20.0, sinks=True),
+    Case("k8v4", (3000, 10), heads=1, d=256, first=9, newest=70, window=1000),
+    Case("int4", (200, 20), d=128, first=4, newest=20, ring=True, capacity=48, window=48),
     *(Case(name, (131072,), heads=1, group=8, d=128, even=True) for name in ("fp8", "int8", "int4")),
 ]
 
@@ -327,7 +342,7 @@ def appended_twice(k, v, cache, length, *, start=None, slots=None):
     same_bytes(cache, expected)
 
 
-HOPPER = [c for c in [*CASES, *ON_A_GPU] if c.d in (64, 128, 256) and c.format != "16bit" and not c.newest]
+HOPPER = [c for c in [*CASES, *ON_A_GPU] if c.d in (64, 128, 256) and c.format != "16bit"]
 
 
 @pytest.fixture(scope="module")
@@ -337,7 +352,7 @@ def compiled() -> None:
     problems = [
         Problem(
             1, c.heads * c.group, c.heads, c.sq, c.d, 256, *FORMATS[c.format], dtype,
-            c.capacity if c.ring else c.page, 0, -1, c.ring, c.softcap > 0, 90,
+            c.capacity if c.ring else c.page, c.first + c.newest, -1, c.ring, c.softcap > 0, 90,
         )
         for c in HOPPER
         for dtype in (torch.bfloat16, torch.float16)

@@ -1,28 +1,30 @@
 // Attention of a few queries over a packed KV cache, a share of a sequence's tokens in each CTA; `merge` adds shares.
 //
-// The transposed products are computed: 16 tokens are the M side of the first MMA (scores^T = K q^T), 16 channels that of
-// the second (out^T = V^T p^T), 8 query rows are the N side of both, which is what a group of 4 to 8 heads fills.
+// The transposed products are computed: 16 tokens are the M side of the first MMA (scores^T = K q^T), 16 channels that
+// of the second (out^T = V^T p^T), 8 query rows are the N side of both, which is what a group of 4 to 8 heads fills.
 //
-// No thread reads what another one copied. The contraction runs over channels in any order, and so do tokens in the
-// second product: each thread is given a contiguous piece of the rows that its fragments need, copies it into its own
-// place in shared memory (16 bytes a copy, several stages ahead, no barrier but the thread's own), and reads it back as
-// registers. There they become float16 by bit operations: a code in the low bits of 1024 is 1024 + code. In the first
-// product that 1024 stays and is taken from the score, times the sum of the query (exact to 2^-14 of a code); in the
-// second, whose sums are long, it is subtracted from the operand.
+// Each warp walks over tiles of 16 tokens with a ring of its own in shared memory: a tile's keys are one piece of
+// memory and so are its values, so the bulk copy engine fetches them whole (16 bytes per thread, every thread its own
+// rows, asks the L2 for single sectors and reached 2.1 TB/s where whole lines reach more). Warps meet at the end only.
+// The contraction runs over channels in any order, and so do channels of the second product's result: each thread
+// reads a contiguous piece of a row, and that is its fragment. Codes become float16 by bit operations: a code in the
+// low bits of 1024 is 1024 + code. In the first product that 1024 stays and is taken from the score, times the sum of
+// the query (exact to 2^-14 of a code); in the second, whose sums are long, it is subtracted from the operand.
 //
 // Scales of values go into the weights. Weights are float16, relative to the largest ``p * s_v`` of their row so far,
 // times 2^14: weights down to 2^-28 of that keep all their bits.
 //
+// Tokens that are kept in 16 bits beside the codes are a few tiles more for the first share, read straight from memory.
+//
 // Compiled once per configuration, with these macros:
 //   D      head dim: 64, 128, 256;   NT  rows of the tile / 8
 //   KEY, VALUE   0 E4M3, 1 INT8, 2 INT4;   QUERY  and result: 0 float32, 1 bfloat16, 2 float16
-//   PAGED, RING, SOFTCAP   0 or 1;   WARPS, STAGES, CTAS   of a CTA, of a thread's ring, resident on a multiprocessor
-using u16 = unsigned short;
-using u32 = unsigned int;
-using u64 = unsigned long long;
-using i64 = long long;
-#define DEVICE __device__ __forceinline__
+//   PAGED, RING, SOFTCAP, NEAR   0 or 1
+//   WARPS, STAGES, CTAS   of a CTA, of a warp's ring, resident on a multiprocessor;   TILES  of a stage
+//   BULK   1: bulk copies;  0: cp.async of whole lines, chunks of 16 bytes swizzled
+#include "sm90.cuh"
 
+using i64 = long long;
 struct Params {
   const char* q;
   const char* k;
@@ -35,6 +37,8 @@ struct Params {
   const int* start;
   const int* table;
   const char* sinks;
+  const char* k_near;
+  const char* v_near;
   float* part;
   float* sums;
   char* out;
@@ -42,21 +46,23 @@ struct Params {
   i64 q_batch, q_head, q_token;          // in elements
   i64 k_row, k_head, v_row, v_head;      // in bytes, as are the next; slots follow each other
   i64 ks_row, ks_head, vs_row, vs_head;
-  i64 mean_batch, channel_batch;         // in elements
-  int batches, heads, group, sq, rows, tiles, splits, capacity, table_row, window, sinks_kind;
+  i64 mean_batch, channel_batch;         // in elements, as are the next
+  i64 kn_row, kn_head, kn_slot, vn_row, vn_head, vn_slot;
+  int batches, heads, group, sq, rows, tiles, splits, capacity, table_row, window, sinks_kind, first, newest, near_kind;
   float scale, softcap;
 };
 
 constexpr int ROWS = 8 * NT;
-constexpr int TILE = 16;  // tokens of a step of a warp
+constexpr int TILE = 16, STEP = TILE * TILES;  // tokens of an MMA, of a stage of a warp's ring
 constexpr int THREADS = 32 * WARPS;
 constexpr int K_ROW = D / (KEY == 2 ? 2 : 1), V_ROW = D / (VALUE == 2 ? 2 : 1);  // bytes of a token
 constexpr int K_BYTES = K_ROW / 4, V_BYTES = V_ROW / 8;                          // of it, in one thread
 constexpr int K_PIECE = K_BYTES < 16 ? K_BYTES : 16;
 constexpr int V_PIECE = V_BYTES < 16 ? V_BYTES : 16;
-constexpr int K_STAGE = 2 * K_BYTES * 32;
-constexpr int V_STAGE = 4 * V_BYTES * 32;
-constexpr int STAGE = K_STAGE + V_STAGE + 4 * 4 * 32;  // and four scales
+constexpr int K_TILE = TILE * K_ROW, V_TILE = TILE * V_ROW;
+constexpr int STAGE = TILES * (K_TILE + V_TILE + 8 * TILE);  // and a scale of each row
+constexpr int MERGED = ROWS * (D + 2) * 4;         // a warp's sums, which take the place of its ring
+constexpr int RING_BYTES = STAGES * STAGE > MERGED ? STAGES * STAGE : MERGED;
 constexpr int CHAINS = NT == 1 ? 2 : 1;  // of dependent MMAs that make a score
 constexpr float LOG2E = 1.4426950408889634f;
 #define INFINITE __int_as_float(0x7f800000)
@@ -104,14 +110,28 @@ DEVICE void store_float(char* base, i64 index, float x) {
   }
 }
 
-template <int BYTES>
-DEVICE void copy(u32 to, const char* from, bool valid) {
-  const int size = valid ? BYTES : 0;  // what is not copied is filled with zeros; a constant `valid` costs nothing
-  if constexpr (BYTES == 16)
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(size) : "memory");
-  else
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(from), "n"(BYTES), "r"(size) : "memory");
+// What is not copied is filled with zeros; a constant `valid` costs nothing.
+DEVICE void copy16(u32 to, const char* from, bool valid) {
+  const int size = valid ? 16 : 0;
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(size) : "memory");
 }
+DEVICE void copy4(u32 to, const char* from, bool valid) {
+  const int size = valid ? 4 : 0;
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(size) : "memory");
+}
+// The barrier counts an arrival of this thread once the copies that it has issued are there.
+DEVICE void copies_arrive(u32 barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
+DEVICE void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int PENDING>
+DEVICE void copies_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+DEVICE void prefetch_l2(const char* from, u32 bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+}
+DEVICE uint2 load8(const char* from) { return *reinterpret_cast<const uint2*>(from); }
 template <int BYTES>
 DEVICE void read(u32* words, u32 from) {
   if constexpr (BYTES == 16)
@@ -135,7 +155,6 @@ DEVICE u32 transposed(u32 a) {
 }
 // Keeps a value in its register: the compiler would rather compute addresses anew in every step.
 DEVICE void pin(const char*& pointer) { asm volatile("" : "+l"(pointer)); }
-DEVICE void pin(u32& address) { asm volatile("" : "+r"(address)); }
 // (a & mask) | bits
 DEVICE u32 spread(u32 a, u32 mask, u32 bits) {
   u32 r;
@@ -244,7 +263,7 @@ DEVICE void finish(const Params& p, int batch, int head, int row, int column, fl
 
 struct Place {
   int batch, head, first_row, split;
-  int length, low, begin, end;  // tokens low .. are seen; begin, a multiple of the tile, to end is this CTA's share
+  int length, low, begin, end;  // codes from low on are read; begin, a multiple of the tile, to end is this CTA's share
 };
 
 DEVICE Place place_of(const Params& p) {
@@ -259,117 +278,150 @@ DEVICE Place place_of(const Params& p) {
   int length = p.length[here.batch];
   if (!RING && !PAGED) length = min(length, p.capacity);
   int low = p.start == nullptr ? 0 : max(p.start[here.batch], 0);
+  low += p.first;
   if (p.window >= 0) low = max(low, length - p.sq + 1 - p.window);
   if (RING) low = max(low, length - p.capacity);
+  const int high = length - p.newest;
   here.length = length;
   here.low = low;
-  const int base = low / TILE * TILE;
-  const int share = (max(length - base, 0) + p.splits * TILE - 1) / (p.splits * TILE) * TILE;
+  const int base = low / STEP * STEP;
+  const int share = (max(high - base, 0) + p.splits * STEP - 1) / (p.splits * STEP) * STEP;
   here.begin = base + here.split * share;
-  here.end = min(here.begin + share, length);
+  here.end = min(here.begin + share, high);
   return here;
 }
 
-// Where the pieces of a thread begin in a tile of 16 tokens.
-struct Tile {
+// ---- copies of tiles ----
+
+// Where byte `offset` of a tile's rows lies: chunks of 16 bytes are permuted so that reading a column takes all banks.
+template <int ROW>
+DEVICE u32 swizzled(u32 offset) {
+  return BULK ? offset : offset ^ ((offset / (ROW < 128 ? 128 : ROW) & 7) << 4);
+}
+DEVICE u32 scale_place(int token) { return token % 8 * 8 + token / 8 % 2 * 4; }  // of tokens g and g + 8 side by side
+
+// A warp's ring. Of a dense cache the pointers move on by a constant, else they are those of a head's first tile.
+struct Copies {
   const char* k;
   const char* v;
-  const char* k_scale;
-  const char* v_scale;
-};
+  const char* scale;  // of this lane's token: of a key in the lower half of the warp, of a value in the upper
+  u32 ring, full, to, barrier, scale_to;
+  int next, lane;
 
-DEVICE Tile moved(const Params& p, const Tile& from, i64 row, i64 slot) {
-  return {from.k + row * p.k_row + slot * K_ROW, from.v + row * p.v_row + slot * V_ROW,
-          from.k_scale + row * p.ks_row + slot * 4, from.v_scale + row * p.vs_row + slot * 4};
-}
-
-// Keys of tokens g and g + 8, values of tokens 2 t, 2 t + 1, 2 t + 8, 2 t + 9, scales of g and g + 8, as far as the
-// first `count` of the tile.
-template <bool WHOLE>
-DEVICE void copy_tile(const Tile& tile, u32 to, int count, int lane) {
-  const int g = lane / 4, t = lane % 4;
-#pragma unroll
-  for (int token = 0; token < 2; token++)
-#pragma unroll
-    for (int piece = 0; piece < K_BYTES / K_PIECE; piece++)
-      copy<K_PIECE>(to + ((token * (K_BYTES / K_PIECE) + piece) * 32 + lane) * K_PIECE,
-                    tile.k + 8 * token * K_ROW + piece * K_PIECE, WHOLE || g + 8 * token < count);
-#pragma unroll
-  for (int token = 0; token < 4; token++) {
-    const int at = token % 2 + token / 2 * 8;
-#pragma unroll
-    for (int piece = 0; piece < V_BYTES / V_PIECE; piece++)
-      copy<V_PIECE>(to + K_STAGE + ((token * (V_BYTES / V_PIECE) + piece) * 32 + lane) * V_PIECE,
-                    tile.v + at * V_ROW + piece * V_PIECE, WHOLE || 2 * t + at < count);
+  DEVICE Copies(const Params& p, const Place& here, u32 shared, int warp, int lane_) : lane(lane_) {
+    ring = to = shared + warp * RING_BYTES;
+    full = barrier = shared + WARPS * RING_BYTES + warp * STAGES * 8;
+    next = here.begin + warp * STEP;
+    k = p.k + here.head * p.k_head;
+    v = p.v + here.head * p.v_head;
+    scale = (lane < 16 ? p.k_scale + here.head * p.ks_head : p.v_scale + here.head * p.vs_head) + lane % 16 * 4;
+    scale_to = TILES * (K_TILE + V_TILE) + scale_place(lane) + lane / 16 * 64;
+    if (!BULK) k += lane * 16, v += lane * 16;
+    if (!PAGED && !RING) move(p, k, v, scale, here.batch, next);
+    pin(k), pin(v), pin(scale);
+    if (BULK && lane == 0) {
+      for (int i = 0; i < STAGES; i++) barrier_init(full + 8 * i, 33);  // this thread, and the scales of 32
+      barrier_init_fence();
+    }
+    __syncwarp();
   }
-  const u32 scales = to + K_STAGE + V_STAGE + lane * 4;
-#pragma unroll
-  for (int token = 0; token < 2; token++) {
-    copy<4>(scales + 128 * token, tile.k_scale + 32 * token, WHOLE || g + 8 * token < count);
-    copy<4>(scales + 256 + 128 * token, tile.v_scale + 32 * token, WHOLE || g + 8 * token < count);
+
+  DEVICE void move(const Params& p, const char*& k_, const char*& v_, const char*& scale_, i64 row, i64 slot) const {
+    k_ += row * p.k_row + slot * K_ROW;
+    v_ += row * p.v_row + slot * V_ROW;
+    scale_ += row * (lane < 16 ? p.ks_row : p.vs_row) + slot * 4;
   }
-}
 
-extern "C" __global__ void __launch_bounds__(THREADS, CTAS) attention_decode(const __grid_constant__ Params p) {
-  extern __shared__ __align__(128) unsigned char shared[];
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  const Place here = place_of(p);
-  u32 ring = static_cast<u32>(__cvta_generic_to_shared(shared)) + warp * STAGES * STAGE;
-  const int count = max(here.end - here.begin, 0);
-  const int steps = (count + TILE - 1) / TILE;                  // of the CTA
-  const int mine = (steps - warp + WARPS - 1) / WARPS;          // of this warp: warp, warp + WARPS, ...
-
-  // The pieces of the next tile to copy: of a dense cache they move on by a constant, else they are a head's first.
-  int next = here.begin + warp * TILE;
-  Tile tile = {p.k + here.head * p.k_head + g * K_ROW + t * K_BYTES,
-               p.v + here.head * p.v_head + 2 * t * V_ROW + g * V_BYTES,
-               p.k_scale + here.head * p.ks_head + 4 * g, p.v_scale + here.head * p.vs_head + 4 * g};
-  if (!PAGED && !RING) tile = moved(p, tile, here.batch, next);
-  u32 to = ring;
-  pin(tile.k), pin(tile.v), pin(tile.k_scale), pin(tile.v_scale), pin(ring);
-  auto issue = [&]() {
-    Tile from = tile;
+  // Starts to copy the warp's next tile.
+  DEVICE void issue(const Params& p, const Place& here) {
+    const char *from_k = k, *from_v = v, *from_scale = scale;
     if (PAGED) {
       const int page = p.table[static_cast<i64>(here.batch) * p.table_row + next / p.capacity];
-      from = moved(p, tile, page, next % p.capacity);
+      move(p, from_k, from_v, from_scale, page, next % p.capacity);
     } else if (RING) {
-      from = moved(p, tile, here.batch, next % p.capacity);
+      move(p, from_k, from_v, from_scale, here.batch, next % p.capacity);
     } else {
-      tile.k += WARPS * TILE * K_ROW, tile.v += WARPS * TILE * V_ROW;
-      tile.k_scale += WARPS * TILE * 4, tile.v_scale += WARPS * TILE * 4;
+      k += WARPS * STEP * K_ROW, v += WARPS * STEP * V_ROW, scale += WARPS * STEP * 4;
     }
-    if (next + TILE <= here.end)
-      copy_tile<true>(from, to, 0, lane);
-    else
-      copy_tile<false>(from, to, here.end - next, lane);
-    next += WARPS * TILE;
-    to = to == ring + (STAGES - 1) * STAGE ? ring : to + STAGE;
-  };
+    const int count = min(here.end - next, STEP);
+    if (BULK) {
+      if (lane == 0) {
+        const u64 policy = p.tiles == 1 ? kEvictFirst : kEvictNormal;
+        barrier_arrive_expect(barrier, count * (K_ROW + V_ROW));
+        bulk_load(to, from_k, count * K_ROW, barrier, policy);
+        bulk_load(to + TILES * K_TILE, from_v, count * V_ROW, barrier, policy);
+        constexpr int AHEAD = PREFETCH * WARPS * STEP;
+        if (PREFETCH && !PAGED && !RING && next + AHEAD + STEP <= here.end) {
+          prefetch_l2(from_k + AHEAD * K_ROW, STEP * K_ROW);
+          prefetch_l2(from_v + AHEAD * V_ROW, STEP * V_ROW);
+        }
+      }
+    } else if (count == STEP) {
+      lines<true>(from_k, from_v, count);
+    } else {
+      lines<false>(from_k, from_v, count);
+    }
 #pragma unroll
-  for (int i = 0; i < STAGES - 1; i++) {
-    if (i < mine) issue();
-    asm volatile("cp.async.commit_group;" ::: "memory");
+    for (int tile = 0; tile < TILES; tile++)
+      copy4(to + scale_to + 8 * TILE * tile, from_scale + 4 * TILE * tile, lane % 16 + TILE * tile < count);
+    if (BULK) copies_arrive(barrier);
+    next += WARPS * STEP;
+    const bool last = to == ring + (STAGES - 1) * STAGE;
+    to = last ? ring : to + STAGE;
+    barrier = last ? full : barrier + 8;
   }
 
-  // Queries, as the second operand of the first product: row g of each eight, the channels of this thread's keys.
-  // float16 with the largest of a row between 64 and 128; a channel's unit is divided out.
-  u32 q[NT][K_STEPS][2];
-  float factor[NT][2], shift[NT][2], bias[NT][2], q_sum[NT][2];  // of rows 2 t and 2 t + 1
-  const float to_power = p.scale * LOG2E;
+  template <bool WHOLE>
+  DEVICE void lines(const char* from_k, const char* from_v, int count) const {
+#pragma unroll
+    for (int i = 0; i < TILES * K_TILE / 512; i++) {
+      const u32 at = 512 * i + 16 * lane;
+      copy16(to + at / K_TILE * K_TILE + swizzled<K_ROW>(at % K_TILE), from_k + 512 * i, WHOLE || at / K_ROW < count);
+    }
+#pragma unroll
+    for (int i = 0; i < TILES * V_TILE / 512; i++) {
+      const u32 at = 512 * i + 16 * lane;
+      copy16(to + TILES * K_TILE + at / V_TILE * V_TILE + swizzled<V_ROW>(at % V_TILE), from_v + 512 * i,
+             WHOLE || at / V_ROW < count);
+    }
+  }
+};
+
+// ---- one tile ----
+
+// Of the query rows 2 t and 2 t + 1 of each eight, over this warp's tokens.
+struct Sums {
+  float out[NT][D / 16][4];  // channels of this thread, see `value_channel`
+  float largest[NT][2], total[NT][2], zeros[NT][2];
+};
+
+// Second operands of the first product: row g of each eight, the channels of this thread; float16 with the largest of a
+// row between 64 and 128.  moved  is the part of a score that the mean of the keys makes.
+struct Queries {
+  u32 pairs[NT][K_STEPS][2];
+  float factor[NT][2], moved[NT][2], bias[NT][2], sum[NT][2];  // of rows 2 t and 2 t + 1
+};
+
+// Channels of a thread's part of 16-bit keys.
+DEVICE int near_channel(int t, int step, int half, int e) { return 16 * step + 4 * t + 2 * half + e; }
+
+template <bool CODES>
+DEVICE void load_queries(Queries& q, const Params& p, const Place& here, int g, int t) {
 #pragma unroll
   for (int nt = 0; nt < NT; nt++) {
     const int row = here.first_row + 8 * nt + g;
     const bool inside = row < p.rows;
-    const i64 at = here.batch * p.q_batch + (here.head * p.group + row % p.group) * p.q_head + row / p.group * p.q_token;
+    const int head = here.head * p.group + row % p.group;
+    const i64 at = here.batch * p.q_batch + head * p.q_head + row / p.group * p.q_token;
     const float* mean = p.mean == nullptr ? nullptr : p.mean + here.batch * p.mean_batch + here.head * D;
     const float* channel = p.channel == nullptr ? nullptr : p.channel + here.batch * p.channel_batch + here.head * D;
     float values[K_CODES], largest = 1e-30f, moved = 0.0f;
 #pragma unroll
     for (int i = 0; i < K_CODES; i++) {
-      const int c = key_channel(t, i / 4, i / 2 % 2, i % 2);
+      const int c = CODES ? key_channel(t, i / 4, i / 2 % 2, i % 2) : near_channel(t, i / 4, i / 2 % 2, i % 2);
       values[i] = inside ? load_float(p.q, at + c, QUERY) : 0.0f;
-      if (mean != nullptr) moved += values[i] * mean[c];
-      if (channel != nullptr) values[i] *= channel[c];
+      if (CODES && mean != nullptr) moved += values[i] * mean[c];
+      if (CODES && channel != nullptr) values[i] *= channel[c];
       largest = fmaxf(largest, fabsf(values[i]));
     }
 #pragma unroll
@@ -382,9 +434,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) attention_decode(con
     float sum = 0.0f, based = 0.0f;
 #pragma unroll
     for (int i = 0; i < K_CODES; i += 2) {
-      const float unit = key_unit(i / 2 % 2);
+      const float unit = CODES ? key_unit(i / 2 % 2) : 1.0f;
       const u32 pair = half2_of(values[i] * up / unit, values[i + 1] * up / unit);
-      q[nt][i / 4][i / 2 % 2] = pair;
+      q.pairs[nt][i / 4][i / 2 % 2] = pair;
       based += low_half(pair) + high_half(pair);
       sum += (low_half(pair) + high_half(pair)) * unit;
     }
@@ -396,161 +448,267 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) attention_decode(con
 #pragma unroll
     for (int e = 0; e < 2; e++) {
       const int from = 4 * (2 * t + e);  // a lane that has that row
-      factor[nt][e] = to_power / __shfl_sync(~0u, up, from);
-      shift[nt][e] = __shfl_sync(~0u, moved, from) * to_power;
-      bias[nt][e] = __shfl_sync(~0u, based, from) * KEY_BASE;
-      q_sum[nt][e] = __shfl_sync(~0u, sum, from);
+      q.factor[nt][e] = p.scale * LOG2E / __shfl_sync(~0u, up, from);
+      q.moved[nt][e] = __shfl_sync(~0u, moved, from) * p.scale * LOG2E;
+      q.bias[nt][e] = __shfl_sync(~0u, based, from) * (CODES ? KEY_BASE : 0.0f);
+      q.sum[nt][e] = __shfl_sync(~0u, sum, from);
     }
   }
+}
 
-  float out[NT][D / 16][4], largest[NT][2], total[NT][2], zeros[NT][2];
+// Scales of the tokens g and g + 8 of a tile.
+struct Scales {
+  float k[2], k_zero[2], v[2], v_zero[2], v_log[2];
+};
+
+// Scores of the tokens g and g + 8, at the positions `at`, to weights in the layout of the second product's operand.
+// x  rows 2 t, 2 t + 1 of the first token, then of the second, in units of log2;  some  not every row sees every token.
+DEVICE void weigh(u32 (&weights)[2], float (&x)[4], Sums& sums, const Params& p, const Place& here,
+                  const Scales& scales, int nt, int t, bool some, int low, int end, const int (&at)[2]) {
+  if (SOFTCAP) {
 #pragma unroll
-  for (int nt = 0; nt < NT; nt++) {
-#pragma unroll
-    for (int i = 0; i < D / 16; i++)
-#pragma unroll
-      for (int e = 0; e < 4; e++) out[nt][i][e] = 0.0f;
-#pragma unroll
-    for (int e = 0; e < 2; e++) largest[nt][e] = -INFINITE, total[nt][e] = zeros[nt][e] = 0.0f;
+    for (int e = 0; e < 4; e++) {
+      const float cap = p.softcap * LOG2E;
+      x[e] = cap - 2.0f * cap / (1.0f + exp2_(x[e] * (2.0f / p.softcap)));
+    }
   }
-
-  u32 from = ring;
-  int first = here.begin + warp * TILE;
-  for (int i = 0; i < mine; i++) {
-    if (i + STAGES - 1 < mine) issue();
-    asm volatile("cp.async.commit_group;\ncp.async.wait_group %0;" ::"n"(STAGES - 1) : "memory");
-
-    u32 words[2][K_BYTES / 4];
+  if (some) {
 #pragma unroll
-    for (int token = 0; token < 2; token++)
+    for (int e = 0; e < 4; e++) {
+      const int place = here.length - p.sq + (here.first_row + 8 * nt + 2 * t + e % 2) / p.group, token = at[e / 2];
+      const bool seen = token >= low && token < end && token <= place && (p.window < 0 || token > place - p.window);
+      if (!seen) x[e] = -INFINITE;
+    }
+  }
+  float rescale[2];
+  bool grown = false;
 #pragma unroll
-      for (int piece = 0; piece < K_BYTES / K_PIECE; piece++)
-        read<K_PIECE>(&words[token][piece * K_PIECE / 4],
-                      from + ((token * (K_BYTES / K_PIECE) + piece) * 32 + lane) * K_PIECE);
-    float scores[NT][CHAINS][4];
+  for (int row = 0; row < 2; row++) {
+    float top = fmaxf(x[row] + scales.v_log[0], x[2 + row] + scales.v_log[1]);
+#pragma unroll
+    for (int step = 4; step < 32; step *= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, step));
+    grown = grown || top > sums.largest[nt][row];
+    top = fmaxf(top, sums.largest[nt][row]);
+    const float reference = top == -INFINITE ? 0.0f : top;
+    rescale[row] = exp2_(sums.largest[nt][row] - reference);
+    sums.largest[nt][row] = top;
+    const float a = exp2_(x[row] - reference), b = exp2_(x[2 + row] - reference);
+    sums.total[nt][row] = sums.total[nt][row] * rescale[row] + a + b;
+    if (VALUE == 2)
+      sums.zeros[nt][row] = sums.zeros[nt][row] * rescale[row] + a * scales.v_zero[0] + b * scales.v_zero[1];
+    x[row] = a * scales.v[0] * WEIGHT;
+    x[2 + row] = b * scales.v[1] * WEIGHT;
+  }
+  if (__any_sync(~0u, grown)) {
+#pragma unroll
+    for (int j = 0; j < D / 16; j++)
+#pragma unroll
+      for (int e = 0; e < 4; e++) sums.out[nt][j][e] *= rescale[e % 2];
+  }
+  weights[0] = transposed(half2_of(x[0], x[1]));
+  weights[1] = transposed(half2_of(x[2], x[3]));
+}
+
+DEVICE Scales read_scales(u32 from, int g) {
+  u32 k[2], v[2];
+  read<8>(k, from + 8 * g);
+  read<8>(v, from + 64 + 8 * g);
+  Scales scales;
+#pragma unroll
+  for (int j = 0; j < 2; j++) {
+    scales.k[j] = KEY == 2 ? low_half(k[j]) : as_float(k[j]);
+    scales.k_zero[j] = KEY == 2 ? high_half(k[j]) : 0.0f;
+    scales.v[j] = VALUE == 2 ? low_half(v[j]) : as_float(v[j]);
+    scales.v_zero[j] = VALUE == 2 ? high_half(v[j]) : 0.0f;
+    scales.v_log[j] = log2_(scales.v[j]);
+  }
+  return scales;
+}
+
+// The tile of codes that begins with token `first`; `keys`, `values` and `scales_at` in shared memory.
+DEVICE void attend_codes(Sums& sums, const Queries& q, const Params& p, const Place& here, u32 keys, u32 values,
+                         u32 scales_at, int first, int g, int t) {
+  u32 words[2][K_BYTES / 4];
+#pragma unroll
+  for (int token = 0; token < 2; token++)
+#pragma unroll
+    for (int piece = 0; piece < K_BYTES / K_PIECE; piece++)
+      read<K_PIECE>(&words[token][piece * K_PIECE / 4],
+                    keys + swizzled<K_ROW>((g + 8 * token) * K_ROW + t * K_BYTES + piece * K_PIECE));
+  float scores[NT][CHAINS][4];
+#pragma unroll
+  for (int nt = 0; nt < NT; nt++)
+#pragma unroll
+    for (int e = 0; e < 4 * CHAINS; e++) scores[nt][e / 4][e % 4] = 0.0f;
+#pragma unroll
+  for (int step = 0; step < K_STEPS; step++) {
+    u32 a[2], b[2];
+    key_operand(a, words[0], step);
+    key_operand(b, words[1], step);
 #pragma unroll
     for (int nt = 0; nt < NT; nt++)
-#pragma unroll
-      for (int e = 0; e < 4 * CHAINS; e++) scores[nt][e / 4][e % 4] = 0.0f;
-#pragma unroll
-    for (int step = 0; step < K_STEPS; step++) {
-      u32 a[2], b[2];
-      key_operand(a, words[0], step);
-      key_operand(b, words[1], step);
-#pragma unroll
-      for (int nt = 0; nt < NT; nt++)
-        mma(scores[nt][step % CHAINS], a[0], b[0], a[1], b[1], q[nt][step][0], q[nt][step][1]);
-    }
-
-    u32 scale_bits[4];
-#pragma unroll
-    for (int j = 0; j < 4; j++) read<4>(&scale_bits[j], from + K_STAGE + V_STAGE + 128 * j + lane * 4);
-    float k_scale[2], k_zero[2], v_scale[2], v_zero[2], v_log[2];
-#pragma unroll
-    for (int j = 0; j < 2; j++) {
-      k_scale[j] = KEY == 2 ? low_half(scale_bits[j]) : as_float(scale_bits[j]);
-      k_zero[j] = KEY == 2 ? high_half(scale_bits[j]) : 0.0f;
-      v_scale[j] = VALUE == 2 ? low_half(scale_bits[2 + j]) : as_float(scale_bits[2 + j]);
-      v_zero[j] = VALUE == 2 ? high_half(scale_bits[2 + j]) : 0.0f;
-      v_log[j] = log2_(v_scale[j]);
-    }
-    const bool whole = first >= here.low && first + TILE <= here.end && first + TILE - 1 <= here.length - p.sq &&
-                       (p.window < 0 || first > here.length - 1 - p.window);
-    u32 weights[NT][2];
-#pragma unroll
-    for (int nt = 0; nt < NT; nt++) {
-      float x[4];  // tokens g, g + 8; of each, rows 2 t, 2 t + 1
-#pragma unroll
-      for (int e = 0; e < 4; e++) {
-        const int token = e / 2, row = e % 2;
-        float product = scores[nt][0][e];
-        if (CHAINS == 2) product += scores[nt][CHAINS - 1][e];
-        float score = (product - bias[nt][row]) * k_scale[token];
-        if (KEY == 2) score += k_zero[token] * q_sum[nt][row];
-        x[e] = score * factor[nt][row] + shift[nt][row];
-        if (SOFTCAP) {
-          const float cap = p.softcap * LOG2E;
-          x[e] = cap - 2.0f * cap / (1.0f + exp2_(x[e] * (2.0f / p.softcap)));
-        }
-      }
-      if (!whole) {
-#pragma unroll
-        for (int e = 0; e < 4; e++) {
-          const int at = first + g + 8 * (e / 2);
-          const int place = here.length - p.sq + (here.first_row + 8 * nt + 2 * t + e % 2) / p.group;
-          const bool seen = at >= here.low && at < here.end && at <= place && (p.window < 0 || at > place - p.window);
-          if (!seen) x[e] = -INFINITE;
-        }
-      }
-      float rescale[2];
-      bool grown = false;
-#pragma unroll
-      for (int row = 0; row < 2; row++) {
-        float top = fmaxf(x[row] + v_log[0], x[2 + row] + v_log[1]);
-#pragma unroll
-        for (int step = 4; step < 32; step *= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, step));
-        grown = grown || top > largest[nt][row];
-        top = fmaxf(top, largest[nt][row]);
-        const float reference = top == -INFINITE ? 0.0f : top;
-        rescale[row] = exp2_(largest[nt][row] - reference);
-        largest[nt][row] = top;
-        const float a = exp2_(x[row] - reference), b = exp2_(x[2 + row] - reference);
-        total[nt][row] = total[nt][row] * rescale[row] + a + b;
-        if (VALUE == 2) zeros[nt][row] = zeros[nt][row] * rescale[row] + a * v_zero[0] + b * v_zero[1];
-        x[row] = a * v_scale[0] * WEIGHT;
-        x[2 + row] = b * v_scale[1] * WEIGHT;
-      }
-      if (__any_sync(~0u, grown)) {
-#pragma unroll
-        for (int j = 0; j < D / 16; j++)
-#pragma unroll
-          for (int e = 0; e < 4; e++) out[nt][j][e] *= rescale[e % 2];
-      }
-      weights[nt][0] = transposed(half2_of(x[0], x[1]));
-      weights[nt][1] = transposed(half2_of(x[2], x[3]));
-    }
-
-    u32 value_words[4][V_WORDS];
-#pragma unroll
-    for (int token = 0; token < 4; token++)
-#pragma unroll
-      for (int piece = 0; piece < V_BYTES / V_PIECE; piece++)
-        read<V_PIECE>(&value_words[token][piece * V_PIECE / 4],
-                      from + K_STAGE + ((token * (V_BYTES / V_PIECE) + piece) * 32 + lane) * V_PIECE);
-#pragma unroll
-    for (int word = 0; word < V_WORDS; word++) {
-      u32 a[V_CODES], b[V_CODES];
-      value_operand(a, value_words[0][word], value_words[1][word]);
-      value_operand(b, value_words[2][word], value_words[3][word]);
-#pragma unroll
-      for (int j = 0; j < V_CODES; j += 2)
-#pragma unroll
-        for (int nt = 0; nt < NT; nt++)
-          mma(out[nt][(word * V_CODES + j) / 2], a[j], a[j + 1], b[j], b[j + 1], weights[nt][0], weights[nt][1]);
-    }
-    first += WARPS * TILE;
-    from = from == ring + (STAGES - 1) * STAGE ? ring : from + STAGE;
+      mma(scores[nt][step % CHAINS], a[0], b[0], a[1], b[1], q.pairs[nt][step][0], q.pairs[nt][step][1]);
   }
 
-  // The warps' sums, added in their order.
-  asm volatile("cp.async.wait_all;" ::: "memory");
-  __syncthreads();
-  float* sums = reinterpret_cast<float*>(shared);   // [WARPS][ROWS][D]
-  float* tops = sums + WARPS * ROWS * D;            // [WARPS][ROWS][2]
+  Scales scales = read_scales(scales_at, g);
+  const bool some = first < here.low || first + TILE > here.end || first + TILE - 1 > here.length - p.sq ||
+                    (p.window >= 0 && first <= here.length - 1 - p.window);
+  const int at[2] = {first + g, first + g + 8};
+  if (some) {  // what nobody sees may be NaN
+#pragma unroll
+    for (int j = 0; j < 2; j++)
+      if (at[j] < here.low || at[j] >= here.end) scales.v[j] = scales.v_zero[j] = scales.v_log[j] = 0.0f;
+  }
+  u32 weights[NT][2];
+#pragma unroll
+  for (int nt = 0; nt < NT; nt++) {
+    float x[4];
+#pragma unroll
+    for (int e = 0; e < 4; e++) {
+      const int token = e / 2, row = e % 2;
+      float product = scores[nt][0][e];
+      if (CHAINS == 2) product += scores[nt][CHAINS - 1][e];
+      float score = (product - q.bias[nt][row]) * scales.k[token];
+      if (KEY == 2) score += scales.k_zero[token] * q.sum[nt][row];
+      x[e] = score * q.factor[nt][row] + q.moved[nt][row];
+    }
+    weigh(weights[nt], x, sums, p, here, scales, nt, t, some, here.low, here.end, at);
+  }
+
+  u32 value_words[4][V_WORDS];  // of the tokens 2 t, 2 t + 1, 2 t + 8, 2 t + 9
+#pragma unroll
+  for (int token = 0; token < 4; token++)
+#pragma unroll
+    for (int piece = 0; piece < V_BYTES / V_PIECE; piece++)
+      read<V_PIECE>(&value_words[token][piece * V_PIECE / 4],
+                    values + swizzled<V_ROW>((2 * t + token % 2 + token / 2 * 8) * V_ROW + g * V_BYTES +
+                                             piece * V_PIECE));
+  if (VALUE == 0 && some) {
+#pragma unroll
+    for (int token = 0; token < 4; token++) {
+      const int place = first + 2 * t + token % 2 + token / 2 * 8;
+#pragma unroll
+      for (int word = 0; word < V_WORDS; word++)
+        if (place < here.low || place >= here.end) value_words[token][word] = 0;
+    }
+  }
+#pragma unroll
+  for (int word = 0; word < V_WORDS; word++) {
+    u32 a[V_CODES], b[V_CODES];
+    value_operand(a, value_words[0][word], value_words[1][word]);
+    value_operand(b, value_words[2][word], value_words[3][word]);
+#pragma unroll
+    for (int j = 0; j < V_CODES; j += 2)
+#pragma unroll
+      for (int nt = 0; nt < NT; nt++)
+        mma(sums.out[nt][(word * V_CODES + j) / 2], a[j], a[j + 1], b[j], b[j + 1], weights[nt][0], weights[nt][1]);
+  }
+}
+
+// ---- tokens in 16 bits ----
+
+// Four numbers in a row as two pairs of float16; zeros unless `valid`.
+DEVICE uint2 near_values(const char* base, i64 index, int kind, bool valid) {
+  uint2 bits = {0, 0};
+  if (valid) bits = load8(base + 2 * index);
+  if (kind == 2) return bits;
+  return {half2_of(as_float(bits.x << 16), as_float(bits.x & 0xFFFF0000u)),
+          half2_of(as_float(bits.y << 16), as_float(bits.y & 0xFFFF0000u))};
+}
+
+// Position of the token in a near slot, or -1 for none.
+DEVICE int near_position(const Params& p, int start, int length, int slot) {
+  if (slot < p.first) return start + slot < length ? start + slot : -1;
+  const int late = slot - p.first;
+  if (late >= p.newest || late >= length) return -1;
+  const int position = late + p.newest * ((length - 1 - late) / p.newest);
+  return position >= start + p.first ? position : -1;
+}
+
+// The tile of near slots from `first` on.
+DEVICE void attend_near(Sums& sums, const Queries& q, const Params& p, const Place& here, int start, int first, int g,
+                        int t) {
+  const i64 k_at = here.batch * p.kn_row + here.head * p.kn_head, v_at = here.batch * p.vn_row + here.head * p.vn_head;
+  int at[2];
+#pragma unroll
+  for (int j = 0; j < 2; j++) at[j] = near_position(p, start, here.length, first + g + 8 * j);
+  float scores[NT][4];
+#pragma unroll
+  for (int i = 0; i < 4 * NT; i++) scores[i / 4][i % 4] = 0.0f;
+#pragma unroll
+  for (int step = 0; step < K_STEPS; step++) {
+    uint2 pairs[2];
+#pragma unroll
+    for (int j = 0; j < 2; j++) {
+      const i64 index = k_at + (first + g + 8 * j) * p.kn_slot + near_channel(t, step, 0, 0);
+      pairs[j] = near_values(p.k_near, index, p.near_kind, at[j] >= 0);
+    }
+#pragma unroll
+    for (int nt = 0; nt < NT; nt++)
+      mma(scores[nt], pairs[0].x, pairs[1].x, pairs[0].y, pairs[1].y, q.pairs[nt][step][0], q.pairs[nt][step][1]);
+  }
+  const Scales scales = {{1.0f, 1.0f}, {0.0f, 0.0f}, {1.0f, 1.0f}, {0.0f, 0.0f}, {0.0f, 0.0f}};
+  u32 weights[NT][2];
+#pragma unroll
+  for (int nt = 0; nt < NT; nt++) {
+    float x[4];
+#pragma unroll
+    for (int e = 0; e < 4; e++) x[e] = scores[nt][e] * q.factor[nt][e % 2];
+    weigh(weights[nt], x, sums, p, here, scales, nt, t, true, 0, here.length, at);
+  }
+  bool valid[4];
+#pragma unroll
+  for (int j = 0; j < 4; j++)
+    valid[j] = near_position(p, start, here.length, first + 2 * t + j % 2 + j / 2 * 8) >= 0;
+  constexpr int PARTS = VALUE == 2 ? 2 : 1;  // runs of four channels that a word's codes make
+#pragma unroll
+  for (int word = 0; word < V_WORDS; word++) {
+    u32 operands[2][V_CODES];  // of tokens 2 t, 2 t + 1 and of 2 t + 8, 2 t + 9: register i holds code i of both
+#pragma unroll
+    for (int pair = 0; pair < 2; pair++)
+#pragma unroll
+      for (int part = 0; part < PARTS; part++) {
+        uint2 both[2];
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+          const i64 slot = first + 2 * t + j + 8 * pair;
+          const i64 index = v_at + slot * p.vn_slot + value_channel(g, word * V_CODES + part);
+          both[j] = near_values(p.v_near, index, p.near_kind, valid[2 * pair + j]);
+        }
+        operands[pair][part] = __byte_perm(both[0].x, both[1].x, 0x5410);
+        operands[pair][PARTS + part] = __byte_perm(both[0].x, both[1].x, 0x7632);
+        operands[pair][2 * PARTS + part] = __byte_perm(both[0].y, both[1].y, 0x5410);
+        operands[pair][3 * PARTS + part] = __byte_perm(both[0].y, both[1].y, 0x7632);
+      }
+#pragma unroll
+    for (int j = 0; j < V_CODES; j += 2)
+#pragma unroll
+      for (int nt = 0; nt < NT; nt++)
+        mma(sums.out[nt][(word * V_CODES + j) / 2], operands[0][j], operands[0][j + 1], operands[1][j],
+            operands[1][j + 1], weights[nt][0], weights[nt][1]);
+  }
+}
+
+// ---- the kernel ----
+
+// The warps' sums, added in their order, to the result or to this share's.
+DEVICE void merge_warps(const Params& p, const Place& here, Sums& sums, float* all, int warp, int g, int t) {
+  float* tops = all + WARPS * ROWS * D;  // [WARPS][ROWS][2] after [WARPS][ROWS][D]
 #pragma unroll
   for (int nt = 0; nt < NT; nt++) {
 #pragma unroll
     for (int row = 0; row < 2; row++) {
+      float total = sums.total[nt][row], zeros = sums.zeros[nt][row];
 #pragma unroll
       for (int step = 4; step < 32; step *= 2) {
-        total[nt][row] += __shfl_xor_sync(~0u, total[nt][row], step);
-        zeros[nt][row] += __shfl_xor_sync(~0u, zeros[nt][row], step);
+        total += __shfl_xor_sync(~0u, total, step);
+        zeros += __shfl_xor_sync(~0u, zeros, step);
       }
       const int at = warp * ROWS + 8 * nt + 2 * t + row;
-      if (g == 0) tops[2 * at] = largest[nt][row], tops[2 * at + 1] = total[nt][row];
+      if (g == 0) tops[2 * at] = sums.largest[nt][row], tops[2 * at + 1] = total;
 #pragma unroll
       for (int i = 0; i < D / 8; i++)
-        sums[at * D + value_channel(g, i)] = out[nt][i / 2][i % 2 * 2 + row] * (1.0f / WEIGHT) + zeros[nt][row];
+        all[at * D + value_channel(g, i)] = sums.out[nt][i / 2][i % 2 * 2 + row] * (1.0f / WEIGHT) + zeros;
     }
   }
   __syncthreads();
@@ -566,7 +724,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) attention_decode(con
     for (int w = 0; w < WARPS; w++) {
       const float share = exp2_(tops[2 * (w * ROWS + row)] - reference);
       whole += share * tops[2 * (w * ROWS + row) + 1];
-      result += share * sums[(w * ROWS + row) * D + column];
+      result += share * all[(w * ROWS + row) * D + column];
     }
     if (p.splits == 1) {
       finish(p, here.batch, here.head, here.first_row + row, column, result, reference, whole);
@@ -579,11 +737,68 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) attention_decode(con
   }
 }
 
+extern "C" __global__ void __launch_bounds__(THREADS, CTAS) attention_decode(const __grid_constant__ Params p) {
+  extern __shared__ __align__(128) unsigned char shared[];
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const Place here = place_of(p);
+  const int steps = (max(here.end - here.begin, 0) + STEP - 1) / STEP;  // of the CTA
+  const int mine = (steps - warp + WARPS - 1) / WARPS;                  // of this warp: warp, warp + WARPS, ...
+  Copies copies(p, here, shared_address(shared), warp, lane);
+#pragma unroll
+  for (int i = 0; i < STAGES - 1; i++) {
+    if (i < mine) copies.issue(p, here);
+    if (!BULK) copies_commit();
+  }
+
+  Sums sums;
+#pragma unroll
+  for (int nt = 0; nt < NT; nt++) {
+#pragma unroll
+    for (int i = 0; i < D / 4; i++) sums.out[nt][i / 4][i % 4] = 0.0f;
+#pragma unroll
+    for (int e = 0; e < 2; e++) sums.largest[nt][e] = -INFINITE, sums.total[nt][e] = sums.zeros[nt][e] = 0.0f;
+  }
+  Queries q;
+  load_queries<true>(q, p, here, g, t);
+  u32 from = copies.ring, barrier = copies.full, parity = 0;
+  int first = here.begin + warp * STEP;
+  for (int i = 0; i < mine; i++) {
+    if (BULK)
+      barrier_wait(barrier, parity);
+    else
+      copies_wait<STAGES - 2>();
+    __syncwarp();  // all have copied this tile, and read the one whose place the next copy takes
+    if (i + STAGES - 1 < mine) copies.issue(p, here);
+    if (!BULK) copies_commit();
+#pragma unroll 1
+    for (int tile = 0; tile < TILES; tile++)
+      if (tile == 0 || first + TILE * tile < here.end)
+        attend_codes(sums, q, p, here, from + tile * K_TILE, from + TILES * K_TILE + tile * V_TILE,
+                     from + TILES * (K_TILE + V_TILE) + 8 * TILE * tile, first + TILE * tile, g, t);
+    first += WARPS * STEP;
+    const bool last = from == copies.ring + (STAGES - 1) * STAGE;
+    from = last ? copies.ring : from + STAGE;
+    barrier = last ? copies.full : barrier + 8;
+    parity ^= last;
+  }
+  if (NEAR && here.split == 0) {
+    load_queries<false>(q, p, here, g, t);
+    const int start = p.start == nullptr ? 0 : max(p.start[here.batch], 0);
+    for (int slot = warp * TILE; slot < p.first + p.newest; slot += WARPS * TILE)
+      attend_near(sums, q, p, here, start, slot, g, t);
+  }
+  if (!BULK) copies_wait<0>();
+  __syncthreads();
+  merge_warps(p, here, sums, reinterpret_cast<float*>(shared), warp, g, t);
+}
+
 // One CTA of D threads for each row: adds the shares of all splits in their order.
 extern "C" __global__ void __launch_bounds__(D) merge(const __grid_constant__ Params p) {
   __shared__ float shares[128];
   __shared__ float both[2];
   asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
   const i64 pairs = static_cast<i64>(p.batches) * p.heads * p.rows, at = blockIdx.x;
   if (threadIdx.x < 32) {
     float tops[4], top = -INFINITE, whole = 0.0f;

@@ -20,6 +20,7 @@ from quantlab_kernels.common import driver, nvrtc
 from quantlab_kernels.common.backends import Mendable
 from quantlab_kernels.common.hardware import gpu_of
 from quantlab_kernels.common.kv import Code, PackedKV
+from quantlab_kernels.kv_append.triton import _strides
 
 if TYPE_CHECKING:
     from quantlab_kernels.attention_decode.op import Problem
@@ -27,22 +28,26 @@ if TYPE_CHECKING:
 _FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _CODES: dict[Code, int] = {"e4m3": 0, "int8": 1, "int4": 2}
 TILE = 16  # tokens of a warp's step
+_FOLDER = Path(__file__).parent
 
 
 @dataclass(frozen=True)
 class Config:
-    """eights: query rows of a tile / 8; warps, stages of the copies' ring, ctas on a multiprocessor at once."""
+    """eights: query rows of a tile / 8; warps, stages of a warp's ring, ctas on a multiprocessor at once."""
 
     eights: int
     warps: int = 8
     stages: int = 3
     ctas: int = 2
+    bulk: bool = True
+    tiles: int = 1
+    early: bool = False
+    prefetch: int = 0
 
     def shared_bytes(self, problem: Problem) -> int:
-        widths = [problem.d // (2 if code == "int4" else 1) for code in (problem.key, problem.value)]
-        stage = 32 * (2 * widths[0] // 4 + 4 * widths[1] // 8) + 512
+        row = sum(problem.d // (2 if code == "int4" else 1) + 4 for code in (problem.key, problem.value))
         merged = 8 * self.eights * (4 * problem.d + 8)
-        return self.warps * max(self.stages * stage, merged)
+        return self.warps * (max(self.stages * self.tiles * TILE * row, merged) + 8 * self.stages)
 
 
 def supports(problem: Problem) -> str | None:
@@ -59,8 +64,6 @@ def able(problem: Problem) -> str | None:
         return f"head dim {problem.d}, needs 64, 128 or 256"
     if problem.key not in _CODES or problem.value not in _CODES:
         return "reads codes of 8 and 4 bits only"
-    if problem.near:
-        return "tokens in 16 bits beside the codes"
     if problem.page % TILE:
         return f"pages and rings need a multiple of {TILE} slots"
     try:
@@ -84,9 +87,12 @@ def source(config: Config, problem: Problem) -> nvrtc.Source:
     macros = {
         "D": problem.d, "NT": config.eights, "KEY": _CODES[problem.key], "VALUE": _CODES[problem.value],
         "QUERY": _FLOATS[problem.dtype], "PAGED": int(problem.page > 0 and not problem.ring), "RING": int(problem.ring),
-        "SOFTCAP": int(problem.softcap), "WARPS": config.warps, "STAGES": config.stages, "CTAS": config.ctas,
+        "SOFTCAP": int(problem.softcap), "NEAR": int(problem.near > 0), "WARPS": config.warps,
+        "STAGES": config.stages, "CTAS": config.ctas, "BULK": int(config.bulk),
+        "TILES": config.tiles, "PREFETCH": config.prefetch,
     }  # fmt: skip
-    return nvrtc.Source("attention_decode", (Path(__file__).parent / "sm90.cu").read_text(), {}, macros)
+    headers = {"sm90.cuh": (_FOLDER.parent / "common" / "sm90.cuh").read_text()}
+    return nvrtc.Source("attention_decode", (_FOLDER / "sm90.cu").read_text(), headers, macros)
 
 
 @functools.cache
@@ -131,7 +137,7 @@ def launch(
 ) -> None:  # fmt: skip
     """Fill out [B, Sq, Hq, D] and lse [B, Hq, Sq]. A cache whose slots lie apart goes to Triton."""
     p, chosen = problem, config(problem)
-    if not (_plain(cache.k, cache.k_scale) and _plain(cache.v, cache.v_scale)):
+    if not (_plain(cache.k, cache.k_scale) and _plain(cache.v, cache.v_scale) and _near_plain(cache)):
         return triton.launch(problem, q, cache, length, start, table, attributes, sinks, out, lse)
     if q.stride(3) != 1:
         q = q.contiguous()
@@ -146,21 +152,24 @@ def launch(
         sums = q.new_empty(count * p.batch * p.heads_kv * rows * 2, dtype=torch.float32)
     addresses = (
         q, cache.k, cache.v, cache.k_scale, cache.v_scale, cache.k_mean, cache.k_channel, length, start, table, sinks,
-        part, sums, out, lse,
+        cache.k_near, cache.v_near, part, sums, out, lse,
     )  # fmt: skip
     strides = (
         *q.stride()[:3], *_bytes(cache.k), *_bytes(cache.v), *_bytes(cache.k_scale), *_bytes(cache.v_scale),  # type: ignore[arg-type]
-        _per_sequence(cache.k_mean), _per_sequence(cache.k_channel),
+        _per_sequence(cache.k_mean), _per_sequence(cache.k_channel), *_strides(cache.k_near), *_strides(cache.v_near),
     )  # fmt: skip
     params = struct.pack(
-        "<15Q13q11i2f4x", *(0 if t is None else t.data_ptr() for t in addresses), *strides,
+        "<17Q19q14i2f", *(0 if t is None else t.data_ptr() for t in addresses), *strides,
         p.batch, p.heads_kv, p.heads_q // p.heads_kv, p.sq, rows, tiles, count, cache.capacity,
         0 if table is None else table.stride(0), attributes.window, 0 if sinks is None else _FLOATS[sinks.dtype],
-        attributes.scale, attributes.softcap,
+        cache.first, cache.newest, 0 if cache.k_near is None else _FLOATS[cache.k_near.dtype], attributes.scale,
+        attributes.softcap,
     )  # fmt: skip
     attend, merge = kernels(chosen, problem)
     device = q.get_device()
-    attend.launch(driver.Launch(pairs * count, 32 * chosen.warps, 1, chosen.shared_bytes(p)), params, device)
+    attend.launch(
+        driver.Launch(pairs * count, 32 * chosen.warps, 1, chosen.shared_bytes(p), chosen.early), params, device
+    )
     if count > 1:
         merge.launch(driver.Launch(p.batch * p.heads_kv * rows, p.d, 1, 0, early=True), params, device)
 
@@ -170,6 +179,21 @@ def _plain(codes: Tensor, scale: Tensor | None) -> bool:
     assert scale is not None
     together = codes.stride(2) == codes.shape[3] and scale.stride(2) * scale.element_size() == 4
     return together and codes.data_ptr() % 16 == 0 and codes.stride(0) % 16 == 0 and codes.stride(1) % 16 == 0
+
+
+def _near_plain(cache: PackedKV) -> bool:
+    """Whether near tokens, if any, are read four 16-bit numbers at a time."""
+    near = (cache.k_near, cache.v_near)
+    return all(
+        t is None
+        or (
+            t.element_size() == 2
+            and t.data_ptr() % 8 == 0
+            and t.stride(3) == 1
+            and all(s % 4 == 0 for s in t.stride()[:3])
+        )
+        for t in near
+    )
 
 
 def _bytes(tensor: Tensor) -> tuple[int, int]:
