@@ -20,11 +20,14 @@ def warmup(
     out_dtype: torch.dtype = torch.bfloat16,
     bias: torch.dtype | None = None,
     int4: torch.dtype | None = None,
+    experts: int = 0,
+    choices: int = 1,
 ) -> int:
-    """Compile the run-time compiled kernels of a model's linear layers into the disk cache.
+    """Compile the run-time compiled kernels of a model's linear layers, or of its experts, into the disk cache.
 
     shapes  (N, K) of the weights;  tokens  the M to be ready for, any other M takes the nearest one's kernel
     int4    None: the weights are FP8 in blocks; else they are INT4, and this is the dtype of their activations
+    experts  0: linear layers; else as many weights of each shape, of which a token meets `choices` (INT4 only)
 
     Returns how many kernels were wanted; those in the cache cost nothing. A kernel takes about half a second to
     compile and a model needs a dozen or two. Does nothing on a GPU that has no such kernels.
@@ -32,8 +35,18 @@ def warmup(
     from quantlab_kernels.gemm_fp8_block import sm90
     from quantlab_kernels.gemm_int4_fp8 import sm90 as sm90_int4
 
-    sm = present_sm()
+    sm, fp8 = present_sm(), int4 == torch.float8_e4m3fn  # these come with a scale for each 128 of K
+    if experts:
+        if int4 is None:
+            raise ValueError("warmup: experts are compiled ahead for INT4 weights only; give the dtype of int4")
+        from quantlab_kernels.gemm_int4_grouped import sm90 as sm90_grouped
+
+        return sm90_grouped.warmup(
+            Int4Problem(m * choices, n, k, int4, out_dtype, grouped=fp8, sm=sm, experts=experts)
+            for n, k in set(shapes) for m in tokens
+        )  # fmt: skip
     if int4 is not None:
-        problems = (Int4Problem(m, n, k, int4, out_dtype, bias, sm=sm) for n, k in set(shapes) for m in tokens)
-        return sm90_int4.warmup(problems)
+        return sm90_int4.warmup(
+            Int4Problem(m, n, k, int4, out_dtype, bias, grouped=fp8, sm=sm) for n, k in set(shapes) for m in tokens
+        )
     return sm90.warmup(GemmProblem(m, n, k, out_dtype, bias, sm) for n, k in set(shapes) for m in tokens)

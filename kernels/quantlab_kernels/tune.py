@@ -1,4 +1,6 @@
-"""Search the fastest configuration of a room's Triton backend: ``python -m quantlab_kernels.tune ROOM [--shape NxK]``.
+"""Search the fastest configuration of a room: ``python -m quantlab_kernels.tune ROOM [--shape NxK]``.
+
+The Triton backend's, of the INT4 rooms the Hopper backend's.
 
 Writes the room's table for the present GPU, to be reviewed and committed; `common.tuning` says how it is read.
 Configurations are compiled by many processes first, since compiling takes far longer than timing.
@@ -23,21 +25,28 @@ from quantlab_kernels.common import gemm_configs, tuning
 from quantlab_kernels.common.cases import TOKENS, WEIGHTS
 from quantlab_kernels.common.gemm import GemmProblem, empty_group_scale
 from quantlab_kernels.common.hardware import gpu
+from quantlab_kernels.common.int4 import GROUP, Int4Problem, repack_int4
+from quantlab_kernels.common.nvrtc import CompileError
 from quantlab_kernels.common.timing import measure, rotations
+from quantlab_kernels.packing import pack_int4
 
-ROOMS = ("gemm_fp8_block", "quantize_fp8")
+ROOMS = ("gemm_fp8_block", "gemm_int4", "gemm_int4_fp8", "quantize_fp8")
+INT4 = {"gemm_int4": torch.bfloat16, "gemm_int4_fp8": torch.float8_e4m3fn}  # dtypes of the activations
 Task = tuple[str, Any, Any]  # room, problem, config
 
 
 def tune(room: str, shapes: Sequence[tuple[int, int]] = (), *, progress: Callable[[str], None] = print) -> Path:
     """Time every candidate for each (N, K) of `shapes` (the room's own list when empty) and write the winners.
 
-    Returns the table's path. Raises RuntimeError without a GPU and ValueError for a room without a table.
+    Returns the table's path. Raises RuntimeError without a GPU that the room tunes for and ValueError for a room
+    without a table.
     """
     if room not in ROOMS:
         raise ValueError(f"no room {room!r} with a tuning table; there are {', '.join(ROOMS)}")
     if not torch.cuda.is_available():
         raise RuntimeError("tuning needs a CUDA device")
+    if room in INT4 and gpu().sm != 90:
+        raise RuntimeError(f"{room} is tuned on sm_90, this GPU is sm_{gpu().sm}; its Triton backend has no table")
     work = list(_work(room, shapes))
     _compile([(room, problem, config) for _, _, problem, configs in work for config in configs])
     tables: dict[str, dict[str, dict[str, Any]]] = {}
@@ -64,6 +73,9 @@ def _work(room: str, shapes: Sequence[tuple[int, int]]) -> Iterator[tuple[str, s
                     tried = dict.fromkeys([default, *configs.candidates(problem)])
                     yield granularity, f"N=0,K={k}", problem, list(tried)
         return
+    if room in INT4:
+        yield from _int4_work(room, shapes)
+        return
     for n, k in shapes or WEIGHTS.values():
         for m in TOKENS:
             gemm = GemmProblem(m, n, k, sm=gpu().sm)
@@ -71,9 +83,19 @@ def _work(room: str, shapes: Sequence[tuple[int, int]]) -> Iterator[tuple[str, s
             yield "triton", f"N={n},K={k}", gemm, list(tried_configs)
 
 
+def _int4_work(room: str, shapes: Sequence[tuple[int, int]]) -> Iterator[tuple[str, str, Any, list[Any]]]:
+    from quantlab_kernels.gemm_int4_fp8 import sm90_configs
+
+    for n, k in shapes or WEIGHTS.values():
+        for m in TOKENS:
+            problem = Int4Problem(m, n, k, INT4[room], grouped=room == "gemm_int4_fp8")
+            tried = dict.fromkeys([sm90_configs.default(problem), *sm90_configs.candidates(problem)])
+            yield "sm90", f"N={n},K={k}", problem, list(tried)
+
+
 def _fastest(room: str, problem: Any, configs: list[Any]) -> tuple[Any, float, float]:
     """(best configuration, its time, the time of the first one); two rounds, the second among the five best."""
-    bytes_per_call = problem.bytes if room == "quantize_fp8" else problem.bytes(0)
+    bytes_per_call = problem.bytes(0) if isinstance(problem, GemmProblem) else problem.bytes
     sets = [_inputs(room, problem, seed) for seed in range(rotations(bytes_per_call, gpu().l2_bytes))]
     configs = [config for config in configs if _runs(room, problem, config, sets[0])]
     calls = {config: _calls(room, problem, config, sets) for config in configs}
@@ -94,7 +116,7 @@ def _runs(room: str, problem: Any, config: Any, inputs: tuple[Any, ...]) -> bool
 
     try:
         _launch(room, problem, config, inputs)
-    except TritonError as error:
+    except (TritonError, CompileError) as error:
         print(f"{problem}: left out {config}: {str(error).splitlines()[0]}", file=sys.stderr)
         return False
     return True
@@ -105,6 +127,11 @@ def _launch(room: str, problem: Any, config: Any, inputs: tuple[Any, ...]) -> No
         from quantlab_kernels.quantize_fp8 import triton as backend
 
         backend.launch(problem, inputs[0], None, inputs[1], inputs[2], config)
+    elif room in INT4:
+        from quantlab_kernels.gemm_int4_fp8 import sm90
+
+        a, a_scale, b, b_scale, out = inputs
+        sm90.launch(a, a_scale, b, b_scale, None, out, config)
     else:
         from quantlab_kernels.common import triton_gemm
 
@@ -122,6 +149,8 @@ def _inputs(room: str, problem: Any, seed: int) -> tuple[Any, ...]:
         x = torch.randn(problem.m, problem.k, device="cuda", dtype=problem.dtype, generator=generator)
         return x, *_empty(problem.granularity, x)
     m, n, k = problem.m, problem.n, problem.k
+    if room in INT4:
+        return _int4_inputs(problem, generator)
     a, b = (torch.randn(rows, k, device="cuda", generator=generator).to(torch.float8_e4m3fn) for rows in (m, n))
     if room == "gemm_fp8_block":
         a_scale = empty_group_scale(a, m, k // 128).fill_(1.0)
@@ -131,8 +160,23 @@ def _inputs(room: str, problem: Any, seed: int) -> tuple[Any, ...]:
     return a, a_scale, b, b_scale, torch.empty(m, n, device="cuda", dtype=problem.out_dtype)
 
 
+def _int4_inputs(problem: Int4Problem, generator: torch.Generator) -> tuple[Any, ...]:
+    m, n, k, fp8 = problem.m, problem.n, problem.k, problem.x.itemsize == 1
+    a = torch.randn(m, k, device="cuda", generator=generator).to(problem.x)
+    a_scale = empty_group_scale(a, m, k // GROUP).fill_(1.0) if fp8 else None
+    words = pack_int4(torch.randint(-7, 8, (n, k), dtype=torch.int8, device="cuda", generator=generator))
+    b_scale = empty_group_scale(words, n, k // GROUP, problem.scale).fill_(0.01)
+    b = repack_int4(words, activation_bits=8 if fp8 else 16)
+    return a, a_scale, b, b_scale, torch.empty(m, n, device="cuda", dtype=problem.out_dtype)
+
+
 def _compile(tasks: list[Task]) -> None:
-    """Fill Triton's disk cache from many processes."""
+    """Fill the disk caches: Triton's from many processes."""
+    if tasks[0][0] in INT4:
+        from quantlab_kernels.gemm_int4_fp8 import sm90
+
+        sm90.compile_all(sm90.source(config, problem) for _, problem, config in tasks)
+        return
     unique = {(room, config, problem.m == 1, getattr(problem, "granularity", "")): (room, problem, config)
               for room, problem, config in tasks}  # fmt: skip
     workers = max(1, min(14, (os.cpu_count() or 1) - 2))

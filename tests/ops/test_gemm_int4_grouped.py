@@ -17,6 +17,7 @@ from quantlab_kernels import (
     quantize_fp8_group,
     quantize_fp8_token,
     repack_int4,
+    warmup,
 )
 from quantlab_kernels.common.gemm import as_group_scale
 from quantlab_kernels.common.int4 import Int4Problem
@@ -113,6 +114,15 @@ def test_warmup_compiles_each_kernel_once(monkeypatch):
     monkeypatch.setattr(sm90.sm90.nvrtc, "cubin", compiled.append)
     assert sm90.warmup(problem(rows) for rows in (1, 8, 16)) == len(compiled) == 1
     assert compiled[0].macros["EXPERTS"] == 1
+
+
+def test_warmup_names_what_it_cannot_do(monkeypatch):
+    with pytest.raises(ValueError, match="experts are compiled ahead for INT4 weights only"):
+        warmup([(128, 128)], experts=8)
+    wanted = []
+    monkeypatch.setattr(sm90, "warmup", wanted.extend)
+    warmup([(128, 256)], tokens=(1, 4), int4=E4M3, experts=8, choices=2)
+    assert [(p.m, p.n, p.k, p.experts, p.grouped) for p in wanted] == [(2, 128, 256, 8, True), (8, 128, 256, 8, True)]
 
 
 INTERPRETED = """
