@@ -1,0 +1,139 @@
+"""The op: checks (which are also its fake), the CPU way, and dispatch to a GPU backend."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quantlab_kernels.common.backends import Backends
+from quantlab_kernels.common.hardware import device_of, gpu_of
+from quantlab_kernels.common.kv import Code, code_of
+from quantlab_kernels.common.latent import PackedLatent
+from quantlab_kernels.common.ops import define, require
+from quantlab_kernels.kv_append.op import check_places
+from quantlab_kernels.kv_append.reference import rows_of
+from quantlab_kernels.mla_append import reference
+from quantlab_kernels.mla_decode.op import check_latents
+
+BACKENDS = Backends("mla_append", ("triton", "eager"), last_resort="eager")
+_INPUTS = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """tokens of each of `batch` sequences, rank + rope channels."""
+
+    batch: int
+    tokens: int
+    rank: int
+    rope: int
+    code: Code
+    dtype: torch.dtype = torch.bfloat16
+    sm: int = 90
+
+    @property
+    def bytes(self) -> int:
+        """Least traffic: rows read once, codes, scale and position part written once."""
+        width = {"e4m3": 8, "int8": 8, "int4": 4, "float": 8 * self.dtype.itemsize}[self.code]
+        row = (self.rank + 2 * self.rope) * self.dtype.itemsize + self.rank * width // 8 + 4
+        return self.batch * self.tokens * row
+
+
+def mla_append(
+    latent: Tensor, rope: Tensor, cache: PackedLatent, length: Tensor, *, norm: Tensor | None = None,
+    eps: float = 1e-6, cos: Tensor | None = None, sin: Tensor | None = None, interleaved: bool = False,
+    slots: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Normalize and quantize latents, turn the position part, and write both into the cache.
+
+    latent       [B, S, L] bfloat16, float16 or float32, any strides, as is rope: both are views of one projection
+    rope         [B, S, R] of the same dtype
+    length       [B] int32 on their device: tokens of each sequence, these included; token i is at ``length - S + i``
+    norm         [L] float: weights of an RMSNorm of the latents with `eps`; without it they are normalized already
+    cos, sin     [B or 1, S, R] float of the tokens' positions; without them the position part is turned already
+    interleaved  pairs of channels to turn lie side by side; in the cache they are R/2 apart
+    slots        [B, S] int64: ``page * page size + place`` of each token, for a paged cache; -1 writes nothing
+
+    What has no slot, a position below 0 or beyond a dense cache's capacity, is not written. Raises RuntimeError for
+    operands that do not fit together.
+    """
+    _OP(
+        latent, rope, cache.latent, cache.rope, cache.scale, length, norm, cos, sin, slots, eps, interleaved
+    )  # fmt: skip
+
+
+def _check(
+    latent: Tensor, rope: Tensor, codes: Tensor, kept: Tensor, scale: Tensor | None, length: Tensor,
+    norm: Tensor | None, cos: Tensor | None, sin: Tensor | None, slots: Tensor | None, eps: float, interleaved: bool,
+) -> None:  # fmt: skip
+    require(
+        latent.dim() == 3 and rope.dim() == 3 and latent.shape[:2] == rope.shape[:2] and latent.dtype == rope.dtype
+        and latent.dtype in _INPUTS,
+        lambda: (
+            f"mla_append: latent {latent.dtype} {tuple(latent.shape)}, rope {rope.dtype} {tuple(rope.shape)}; needs "
+            "floats of one dtype, [B, S, L] and [B, S, R]"
+        ),
+    )  # fmt: skip
+    batch, tokens, rank = latent.shape
+    turning = rope.shape[2]
+    check_latents("mla_append", rank, turning, codes, kept, scale)
+    check_places("mla_append", batch, length=length)
+    require(
+        norm is None or (tuple(norm.shape) == (rank,) and norm.dtype in _INPUTS and norm.is_contiguous()),
+        lambda: f"mla_append: norm needs {rank} floats without gaps",
+    )
+    require((cos is None) == (sin is None), lambda: "mla_append: cos and sin come together")
+    _check_angles("cos", cos, batch, tokens, turning)
+    _check_angles("sin", sin, batch, tokens, turning)
+    require(
+        slots is not None or codes.shape[0] == batch,
+        lambda: f"mla_append: {batch} sequences for a cache of {codes.shape[0]}; a paged cache needs slots",
+    )
+    require(
+        slots is None or (slots.dtype == torch.int64 and tuple(slots.shape) == (batch, tokens)),
+        lambda: f"mla_append: slots need int64 {(batch, tokens)}",
+    )
+
+
+def _check_angles(name: str, x: Tensor | None, batch: int, tokens: int, turning: int) -> None:
+    require(
+        x is None or (x.dim() == 3 and x.shape[0] in (1, batch) and tuple(x.shape[1:]) == (tokens, turning)
+                      and x.dtype in _INPUTS and x.stride(2) == 1 and turning % 2 == 0),
+        lambda: f"mla_append: {name} needs floats [{batch} or 1, {tokens}, {turning}], an even number of channels",
+    )  # fmt: skip
+
+
+def _fake(*args: object) -> None:
+    _check(*args)  # type: ignore[arg-type]
+
+
+def _cpu(
+    latent: Tensor, rope: Tensor, codes: Tensor, kept: Tensor, scale: Tensor | None, length: Tensor,
+    norm: Tensor | None, cos: Tensor | None, sin: Tensor | None, slots: Tensor | None, eps: float, interleaved: bool,
+) -> None:  # fmt: skip
+    _check(latent, rope, codes, kept, scale, length, norm, cos, sin, slots, eps, interleaved)
+    _, row, slot = rows_of(latent.shape[1], length, slots, codes.shape[1], False)
+    latent = reference.normalized(latent, norm, eps)
+    reference.write(codes, kept, scale, latent, reference.turned(rope, cos, sin, interleaved), row, slot)
+
+
+def _cuda(
+    latent: Tensor, rope: Tensor, codes: Tensor, kept: Tensor, scale: Tensor | None, length: Tensor,
+    norm: Tensor | None, cos: Tensor | None, sin: Tensor | None, slots: Tensor | None, eps: float, interleaved: bool,
+) -> None:  # fmt: skip
+    arguments = latent, rope, codes, kept, scale, length, norm, cos, sin, slots, eps, interleaved
+    _check(*arguments)
+    if latent.numel() == 0:
+        return
+    problem = Problem(*latent.shape, rope.shape[2], code_of(codes), latent.dtype, gpu_of(latent).sm)
+    with device_of(latent):
+        BACKENDS.select(problem).launch(problem, *arguments)
+
+
+_OP = define(
+    "mla_append(Tensor latent, Tensor rope, Tensor(a!) codes, Tensor(b!) kept, Tensor(c!)? scale, Tensor length,"
+    " Tensor? norm, Tensor? cos, Tensor? sin, Tensor? slots, float eps, bool interleaved) -> ()",
+    fake=_fake, cpu=_cpu, cuda=_cuda,
+)  # fmt: skip

@@ -1,0 +1,168 @@
+"""One launch: a program takes a few tokens from the rows of the projection to codes in their slots."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from quantlab_kernels.common.latent import CLIPS
+from quantlab_kernels.common.triton_fp8 import largest_magnitude
+from quantlab_kernels.common.triton_launch import Launcher
+from quantlab_kernels.kv_append.triton import KINDS, _eight_bits, _rounded
+
+if TYPE_CHECKING:
+    from quantlab_kernels.mla_append.op import Problem
+
+
+def supports(problem: Problem) -> str | None:
+    """Rows of a power of two of channels, from sm_80 on."""
+    if problem.sm < 80:
+        return f"needs sm_80 or newer, the GPU is sm_{problem.sm}"
+    if any(n < 16 or n & (n - 1) for n in (problem.rank, problem.rope)):
+        return f"{problem.rank} latent channels and {problem.rope} of the position, needs powers of two from 16 on"
+    return None
+
+
+def launch(
+    problem: Problem, latent: Tensor, rope: Tensor, codes: Tensor, kept: Tensor, scale: Tensor | None,
+    length: Tensor, norm: Tensor | None, cos: Tensor | None, sin: Tensor | None, slots: Tensor | None, eps: float,
+    interleaved: bool,
+) -> None:  # fmt: skip
+    """Write codes, scales and position parts. Absent tensors are passed as `length`, which nothing then reads."""
+    p, native = problem, problem.sm >= 89
+    plain = codes.view(torch.uint8) if codes.dtype == torch.float8_e4m3fn and not native else codes
+    tensors = (
+        latent, rope, plain, kept, *(length if t is None else t for t in (scale, norm, cos, sin, slots)), length
+    )  # fmt: skip
+    numbers = (
+        p.tokens, codes.shape[1], eps, *latent.stride(), *rope.stride(), *_strides(cos), *_strides(sin),
+        codes.stride(0), kept.stride(0), 0 if scale is None else scale.stride(0),
+    )  # fmt: skip
+    tokens = 1 if p.tokens * p.batch <= 1024 else 4
+    constants = (
+        p.rank, p.rope, tokens, KINDS[p.code], norm is not None, cos is not None, interleaved, slots is not None,
+        native, *CLIPS,
+    )  # fmt: skip
+    _LAUNCH((triton.cdiv(p.tokens, tokens), p.batch), tensors, numbers, constants, 1 if tokens == 1 else 4)
+
+
+def _strides(tensor: Tensor | None) -> tuple[int, int]:
+    """Of the sequence and the token; one row of positions serves every sequence."""
+    return (0, 0) if tensor is None else (0 if tensor.shape[0] == 1 else tensor.stride(0), tensor.stride(1))
+
+
+@triton.jit
+def _level(x, scale):
+    """The nearest odd number from -15 to 15 to x / scale, as 0 .. 15."""
+    half = (tl.math.div_rn(x, tl.broadcast_to(scale[:, None], x.shape)) + 15.0) * 0.5
+    half = tl.where(half == half, half, 0.0)
+    return tl.minimum(tl.maximum(_rounded(half), 0.0), 15.0)
+
+
+@triton.jit
+def _tried(low, high, amax, clip, best, least):
+    """The better of a row's best scale so far and another clip's, with its squared error."""
+    scale = tl.maximum(amax * clip, 8.673617379884035e-19)
+    miss_low = (2.0 * _level(low, scale) - 15.0) * scale[:, None] - low
+    miss_high = (2.0 * _level(high, scale) - 15.0) * scale[:, None] - high
+    error = tl.sum(miss_low * miss_low, 1) + tl.sum(miss_high * miss_high, 1)
+    return tl.where(error < least, scale, best), tl.minimum(error, least)
+
+
+@triton.jit
+def _four_bits(
+    codes_ptr, low, high, at, mask, C0: tl.constexpr, C1: tl.constexpr, C2: tl.constexpr, C3: tl.constexpr,
+    C4: tl.constexpr,
+):  # fmt: skip
+    """Stores a row's codes with the best of its clips and returns the scale."""
+    amax = tl.maximum(largest_magnitude(low, 1), largest_magnitude(high, 1))
+    least = tl.full(amax.shape, float("inf"), tl.float32)
+    scale = tl.maximum(amax * (C0 / 15), 8.673617379884035e-19)
+    scale, least = _tried(low, high, amax, C0 / 15, scale, least)
+    scale, least = _tried(low, high, amax, C1 / 15, scale, least)
+    scale, least = _tried(low, high, amax, C2 / 15, scale, least)
+    scale, least = _tried(low, high, amax, C3 / 15, scale, least)
+    scale, least = _tried(low, high, amax, C4 / 15, scale, least)
+    byte = _level(low, scale).to(tl.int32) | (_level(high, scale).to(tl.int32) << 4)
+    tl.store(codes_ptr + at, byte.to(tl.uint8), mask=mask)
+    return scale
+
+
+@triton.jit
+def _kernel(
+    latent_ptr, rope_ptr, codes_ptr, kept_ptr, scale_ptr, norm_ptr, cos_ptr, sin_ptr, slots_ptr, length_ptr, tokens,
+    capacity, eps, l_batch, l_token, l_column, r_batch, r_token, r_column, cos_batch, cos_token, sin_batch, sin_token,
+    codes_row, kept_row, scale_row,
+    L: tl.constexpr, R: tl.constexpr, TOKENS: tl.constexpr, KIND: tl.constexpr, NORM: tl.constexpr,
+    ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, SLOTS: tl.constexpr, NATIVE: tl.constexpr, C0: tl.constexpr,
+    C1: tl.constexpr, C2: tl.constexpr, C3: tl.constexpr, C4: tl.constexpr,
+):  # fmt: skip
+    HALF: tl.constexpr = L // 2
+    TURN: tl.constexpr = R // 2
+    batch = tl.program_id(1).to(tl.int64)
+    token = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
+    inside = token < tokens
+    if SLOTS:
+        place = tl.load(slots_ptr + batch * tokens + token, mask=inside, other=-1)
+        keep = inside & (place >= 0)
+        row, slot = tl.where(keep, place // capacity, 0), tl.where(keep, place % capacity, 0)
+    else:
+        position = tl.load(length_ptr + batch).to(tl.int64) - tokens + token
+        keep = inside & (position >= 0) & (position < capacity)
+        row, slot = token * 0 + batch, tl.where(keep, position, 0)
+
+    half = tl.arange(0, HALF)
+    at = latent_ptr + (batch * l_batch + token * l_token)[:, None] + half[None, :] * l_column
+    low = tl.load(at, mask=inside[:, None], other=0.0).to(tl.float32)
+    high = tl.load(at + HALF * l_column, mask=inside[:, None], other=0.0).to(tl.float32)
+    if NORM:
+        mean = (tl.sum(low * low, 1) + tl.sum(high * high, 1)) / L
+        factor = tl.math.rsqrt(mean + eps)[:, None]
+        low = low * factor * tl.load(norm_ptr + half).to(tl.float32)[None, :]
+        high = high * factor * tl.load(norm_ptr + HALF + half).to(tl.float32)[None, :]
+    mask = keep[:, None] & (half >= 0)[None, :]
+    if KIND == 2:
+        at = (row * codes_row + slot * HALF)[:, None] + half[None, :]
+        scale = _four_bits(codes_ptr, low, high, at, mask, C0, C1, C2, C3, C4)
+        tl.store(scale_ptr + row * scale_row + slot, scale, mask=keep)
+    else:
+        at = (row * codes_row + slot * L)[:, None] + half[None, :]
+        if KIND == 3:
+            tl.store(codes_ptr + at, low.to(codes_ptr.dtype.element_ty), mask=mask)
+            tl.store(codes_ptr + at + HALF, high.to(codes_ptr.dtype.element_ty), mask=mask)
+        else:
+            limit: tl.constexpr = 448.0 if KIND == 0 else 127.0
+            amax = tl.maximum(largest_magnitude(low, 1), largest_magnitude(high, 1))
+            scale = tl.maximum(
+                tl.math.div_rn(amax, tl.full(amax.shape, limit, tl.float32)), 8.673617379884035e-19
+            )  # fmt: skip
+            scale = tl.where(amax > 0.0, scale, 1.0)
+            _eight_bits(codes_ptr, low, high, scale, at, HALF, mask, KIND == 0, NATIVE)
+            tl.store(scale_ptr + row * scale_row + slot, scale, mask=keep)
+
+    turn = tl.arange(0, TURN)
+    at = rope_ptr + (batch * r_batch + token * r_token)[:, None]
+    first, second = turn, turn + TURN
+    if INTERLEAVED:
+        first, second = 2 * turn, 2 * turn + 1
+    one = tl.load(at + first[None, :] * r_column, mask=inside[:, None], other=0.0).to(tl.float32)
+    two = tl.load(at + second[None, :] * r_column, mask=inside[:, None], other=0.0).to(tl.float32)
+    if ROTARY:
+        cos_at = cos_ptr + (batch * cos_batch + token * cos_token)[:, None] + turn[None, :]
+        sin_at = sin_ptr + (batch * sin_batch + token * sin_token)[:, None] + turn[None, :]
+        cos = tl.load(cos_at, mask=inside[:, None], other=0.0).to(tl.float32)
+        sin = tl.load(sin_at, mask=inside[:, None], other=0.0).to(tl.float32)
+        cos_two = tl.load(cos_at + TURN, mask=inside[:, None], other=0.0).to(tl.float32)
+        sin_two = tl.load(sin_at + TURN, mask=inside[:, None], other=0.0).to(tl.float32)
+        one, two = one * cos - two * sin, two * cos_two + one * sin_two
+    at = kept_ptr + (row * kept_row + slot * R)[:, None] + turn[None, :]
+    mask = keep[:, None] & (turn >= 0)[None, :]
+    tl.store(at, one.to(kept_ptr.dtype.element_ty), mask=mask)
+    tl.store(at + TURN, two.to(kept_ptr.dtype.element_ty), mask=mask)
+
+
+_LAUNCH = Launcher(_kernel)

@@ -1,0 +1,147 @@
+"""Appending latents: norm, rotation of the position part, quantization and places, against plain torch."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from quantlab_kernels import PackedLatent, mla_append
+from quantlab_kernels.common.latent import FORMATS, dequantize_latent
+
+STEP = {"fp8": 2.0**-4, "int8": 0.5 / 127, "int4": 0.45, "16bit": 2.0**-8}  # of a row's largest magnitude
+
+
+def inputs(batch: int, tokens: int, rank: int, rope: int, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(batch, tokens, rank + rope, generator=generator) * 3
+    angles = torch.randn(1, tokens, rope // 2, generator=generator).repeat(1, 1, 2)
+    given = {
+        "rows": rows,
+        "norm": torch.rand(rank, generator=generator) + 0.5,
+        "cos": angles.cos(),
+        "sin": angles.sin(),
+    }
+    return {name: x.to(device, dtype) for name, x in given.items()}
+
+
+def expected(given: dict[str, Tensor], rank: int) -> tuple[Tensor, Tensor]:
+    """Latents and position parts in float64, as DeepSeek-V3's attention makes them."""
+    rows, norm, cos, sin = (given[name].double() for name in ("rows", "norm", "cos", "sin"))
+    latent, rope = rows[..., :rank], rows[..., rank:]
+    latent = latent / (latent.square().mean(-1, keepdim=True) + 1e-6).sqrt() * norm
+    pairs = rope.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+    one, two = pairs.chunk(2, -1)
+    return latent, pairs * cos + torch.cat((-two, one), -1) * sin
+
+
+def check(name: str, dtype: torch.dtype = torch.float32, device: str = "cpu", rank: int = 64, rope: int = 16) -> None:
+    batch, tokens = 2, 9
+    given = inputs(batch, tokens, rank, rope, dtype, device)
+    cache = PackedLatent.empty(name, batch, 16, rank, rope, dtype=dtype, device=device)  # type: ignore[arg-type]
+    length = torch.tensor([12, 6], dtype=torch.int32, device=device)
+    latent, part = given["rows"].split([rank, rope], -1)
+    turn = {"cos": given["cos"], "sin": given["sin"], "interleaved": True}
+    mla_append(latent, part, cache, length, norm=given["norm"], **turn)
+    wanted, turned = expected(given, rank)
+    found = dequantize_latent(cache.latent, cache.scale)
+    for i, end in enumerate((12, 6)):
+        kept = min(end, tokens)
+        new, old = found[i, end - kept : end], wanted[i, tokens - kept :]
+        assert bool(((new - old).abs() <= STEP[name] * 1.01 * old.abs().amax(-1, keepdim=True)).all())
+        off = (cache.rope[i, end - kept : end].double() - turned[i, tokens - kept :]).abs()
+        assert float(off.max()) <= (2.0**-20 if dtype == torch.float32 else 2.0**-7) * float(turned.abs().max())
+        assert not cache.latent.view(torch.uint8)[i, end:].any()
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_norm_rotation_and_codes(name: str):
+    check(name)
+
+
+def test_pages_and_rows_that_are_ready():
+    """Without norm and angles rows are quantized as they are, into the slots that are named."""
+    x = torch.randn(1, 3, 80, generator=torch.Generator().manual_seed(1))
+    dense = PackedLatent.empty("int4", 1, 3, 64, 16, dtype=torch.float32)
+    pool = PackedLatent.empty("int4", 4, 2, 64, 16, dtype=torch.float32)
+    length = torch.tensor([3], dtype=torch.int32)
+    mla_append(x[..., :64], x[..., 64:], dense, length)
+    mla_append(x[..., :64], x[..., 64:], pool, length, slots=torch.tensor([[5, -1, 2]]))
+    for page, place, token in ((2, 1, 0), (1, 0, 2)):
+        assert torch.equal(pool.latent[page, place], dense.latent[0, token])
+        assert torch.equal(pool.rope[page, place], x[0, token, 64:])
+        if pool.scale is not None and dense.scale is not None:
+            assert pool.scale[page, place] == dense.scale[0, token]
+    assert int(pool.latent.any(-1).sum()) == 2
+
+
+def test_refusals():
+    cache = PackedLatent.empty("fp8", 2, 8, 64, 16)
+    x, r = torch.randn(2, 3, 64), torch.randn(2, 3, 16)
+    length = torch.tensor([3, 3], dtype=torch.int32)
+    with pytest.raises(RuntimeError, match="needs floats of one dtype"):
+        mla_append(x, r.half(), cache, length)
+    with pytest.raises(RuntimeError, match="cos and sin come together"):
+        mla_append(x, r, cache, length, cos=torch.ones(1, 3, 16))
+    with pytest.raises(RuntimeError, match="norm needs 64 floats"):
+        mla_append(x, r, cache, length, norm=torch.ones(16))
+    with pytest.raises(RuntimeError, match="a paged cache needs slots"):
+        mla_append(x[:1], r[:1], cache, length[:1])
+    with pytest.raises(RuntimeError, match="scale is None, needs"):
+        mla_append(x, r, replace(cache, scale=None), length)
+
+
+INTERPRETED = """
+import importlib, sys, torch
+sys.path[:0] = {paths!r}
+import test_mla_append
+op = importlib.import_module("quantlab_kernels.mla_append.op")
+from quantlab_kernels.mla_append import triton as backend
+def appended(latent, rope, cache, length, *, norm, cos, sin, interleaved):
+    problem = op.Problem(*latent.shape, rope.shape[2], op.code_of(cache.latent), latent.dtype, 80)
+    backend.launch(
+        problem, latent, rope, cache.latent, cache.rope, cache.scale, length, norm, cos, sin, None, 1e-6, interleaved
+    )
+test_mla_append.mla_append = appended
+for name in ("fp8", "int8", "int4", "16bit"):
+    test_mla_append.check(name, torch.float16)
+"""
+
+
+def test_triton_logic_in_the_interpreter():
+    pytest.importorskip("triton")
+    here = Path(__file__)
+    paths = [str(here.parent), *(str(here.parents[2] / p) for p in ("", "kernels", "calib"))]
+    script = INTERPRETED.format(paths=paths)
+    subprocess.run([sys.executable, "-c", script], check=True, env=os.environ | {"TRITON_INTERPRET": "1"})
+
+
+@pytest.mark.gpu(sm=80)
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_on_the_gpu(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("QUANTLAB_MLA_APPEND_BACKEND", "triton")
+    check(name, dtype, "cuda", 512, 64)
+
+
+@pytest.mark.gpu(sm=80)
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_graph_appends_where_the_length_says(name: str):
+    cache = PackedLatent.empty(name, 1, 64, 512, 64, device="cuda")  # type: ignore[arg-type]
+    x = torch.randn(1, 1, 576, device="cuda", dtype=torch.bfloat16)
+    length = torch.tensor([1], dtype=torch.int32, device="cuda")
+    mla_append(x[..., :512], x[..., 512:], cache, length)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        mla_append(x[..., :512], x[..., 512:], cache, length)
+    length.fill_(40)
+    graph.replay()
+    assert torch.equal(cache.rope[0, 39], x[0, 0, 512:])
+    assert torch.equal(cache.latent.view(torch.uint8)[0, 39], cache.latent.view(torch.uint8)[0, 0])
+    assert not cache.rope[0, 1:39].any()
