@@ -30,8 +30,6 @@ def turned(rope: Tensor, cos: Tensor | None, sin: Tensor | None, interleaved: bo
 def write(
     codes: Tensor, kept: Tensor, scale: Tensor | None, latent: Tensor, rope: Tensor, row: Tensor, slot: Tensor
 ) -> None:
-    codes: Tensor, kept: Tensor, scale: Tensor | None, latent: Tensor, rope: Tensor, row: Tensor, slot: Tensor
-) -> None:
     """Rows [B, S, L] and [B, S, R] into codes, scale and kept at [row, slot]; slot -1 is nowhere."""
     keep = slot >= 0
     new, new_scale = quantize_latent(latent[keep], code_of(codes), codes.dtype)
