@@ -119,10 +119,6 @@ DEVICE void copy4(u32 to, const char* from, bool valid) {
   const int size = valid ? 4 : 0;
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(size) : "memory");
 }
-// The barrier counts an arrival of this thread once the copies that it has issued are there.
-DEVICE void copies_arrive(u32 barrier) {
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
-}
 DEVICE void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int PENDING>
 DEVICE void copies_wait() {
@@ -320,7 +316,7 @@ struct Copies {
     if (!PAGED && !RING) move(p, k, v, scale, here.batch, next);
     pin(k), pin(v), pin(scale);
     if (BULK && lane == 0) {
-      for (int i = 0; i < STAGES; i++) barrier_init(full + 8 * i, 33);  // this thread, and the scales of 32
+      for (int i = 0; i < STAGES; i++) barrier_init(full + 8 * i, 1);
       barrier_init_fence();
     }
     __syncwarp();
@@ -364,7 +360,6 @@ struct Copies {
 #pragma unroll
     for (int tile = 0; tile < TILES; tile++)
       copy4(to + scale_to + 8 * TILE * tile, from_scale + 4 * TILE * tile, lane % 16 + TILE * tile < count);
-    if (BULK) copies_arrive(barrier);
     next += WARPS * STEP;
     const bool last = to == ring + (STAGES - 1) * STAGE;
     to = last ? ring : to + STAGE;
@@ -748,7 +743,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) attention_decode(con
 #pragma unroll
   for (int i = 0; i < STAGES - 1; i++) {
     if (i < mine) copies.issue(p, here);
-    if (!BULK) copies_commit();
+    copies_commit();
   }
 
   Sums sums;
@@ -764,13 +759,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) attention_decode(con
   u32 from = copies.ring, barrier = copies.full, parity = 0;
   int first = here.begin + warp * STEP;
   for (int i = 0; i < mine; i++) {
-    if (BULK)
-      barrier_wait(barrier, parity);
-    else
-      copies_wait<STAGES - 2>();
+    if (BULK) barrier_wait(barrier, parity);
+    copies_wait<STAGES - 2>();
     __syncwarp();  // all have copied this tile, and read the one whose place the next copy takes
     if (i + STAGES - 1 < mine) copies.issue(p, here);
-    if (!BULK) copies_commit();
+    copies_commit();
 #pragma unroll 1
     for (int tile = 0; tile < TILES; tile++)
       if (tile == 0 || first + TILE * tile < here.end)
@@ -788,7 +781,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) attention_decode(con
     for (int slot = warp * TILE; slot < p.first + p.newest; slot += WARPS * TILE)
       attend_near(sums, q, p, here, start, slot, g, t);
   }
-  if (!BULK) copies_wait<0>();
+  copies_wait<0>();
   __syncthreads();
   merge_warps(p, here, sums, reinterpret_cast<float*>(shared), warp, g, t);
 }
