@@ -37,6 +37,8 @@ def test_every_problem_has_legal_configurations(m: int, x: torch.dtype):
 )
 def test_illegal_configurations_have_a_reason(config: Config, reason: str):
     assert reason in (reject(config, Int4Problem(16, 4096, 4096)) or "")
+    wide = Int4Problem(4096, 4096, 4096, BF16)
+    assert "for E4M3 activations only" in (reject(Config(2, 1, 128, stages=3, expand=1), wide) or "")
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@
 //   SCALE       of the weight: 0 float32, 1 bfloat16, 2 float16;  OUTPUT the same;  BIAS 0 none, else 1 + the same
 //   OUTPUT_TMA  1: 16-bit tiles leave through the copy engine; 0: from registers
 //   BAND        tiles of rows that are walked together for the sake of the L2 cache
+//   EXPANDED    1: the weight comes as E4M3, in tiles that `expand.py` made of the codes, and stays in shared memory
 //   EXPERTS     1: rows of x are sorted by expert and the weight is one [N, K] for each; how many rows an expert has is
 //               read from device memory. Tiles are whole, and leave row by row: the next rows are another expert's
 #include "experts.cuh"
@@ -45,7 +46,7 @@ constexpr int ACCUMULATORS = BY / 2;        // registers of one thread
 constexpr int SCALE_SIZE = SCALE == 0 ? 4 : 2;
 
 DEVICE constexpr int round_up(int a, int b) { return (a + b - 1) / b * b; }
-constexpr int TILE_BYTES = 64 * BK / 2;  // of codes
+constexpr int TILE_BYTES = EXPANDED ? 64 * BK : 64 * BK / 2;  // of the weight
 constexpr int PANEL_BYTES = BY * 128;
 constexpr int ROW_SCALE_BYTES = BX * SCALE_SIZE;
 // The copy engine starts a row of scales at a multiple of 16 bytes, the rows of an expert at any token: up to 3 too many.
@@ -65,6 +66,7 @@ constexpr int OFFSET_GROUPS = OFFSET_BARRIERS + 16 * STAGES;
 constexpr int SHARED_BYTES = OFFSET_GROUPS + EXPERTS * GROUPS_BYTES;
 static_assert(SHARED_BYTES == SHARED, "the host allocates what is laid out here");
 static_assert(BY % 16 == 0, "tiles leave in pairs of eight tokens");
+static_assert(!EXPANDED || X == 0, "only E4M3 weights are expanded");
 // A group that waits for a stage must have waited for that stage's last contents too: copies may end out of order, and
 // the parity of a barrier does not tell a phase from the one before the last.
 static_assert(STAGES % K_GROUPS == 0, "groups that take K blocks in turns keep to their stages");
@@ -324,9 +326,11 @@ struct Block {
   float scale[2];
   DEVICE void load(const Position& at, int stage) {
     const u32 address = at.codes + stage * (ROW_GROUPS * TILE_BYTES), scales = at.scales + stage * ROW_SCALE_BYTES;
-    const uint4 a = load_shared_u4(address), b = load_shared_u4(address + TILE_BYTES / 2);
-    words[0] = a.x, words[1] = a.y, words[2] = a.z, words[3] = a.w;
-    words[4] = b.x, words[5] = b.y, words[6] = b.z, words[7] = b.w;
+    if constexpr (!EXPANDED) {
+      const uint4 a = load_shared_u4(address), b = load_shared_u4(address + TILE_BYTES / 2);
+      words[0] = a.x, words[1] = a.y, words[2] = a.z, words[3] = a.w;
+      words[4] = b.x, words[5] = b.y, words[6] = b.z, words[7] = b.w;
+    }
     scale[0] = load_shared_scale(scales);
     scale[1] = load_shared_scale(scales + 8 * SCALE_SIZE);
   }
@@ -374,15 +378,21 @@ DEVICE void pin_operands(u32 (&a)[STEPS][4]) {
   for (int i = 0; i < STEPS * 4; ++i) asm volatile("" : "+r"(a[i / 4][i % 4])::"memory");
 }
 
-DEVICE void multiply(float (&part)[ACCUMULATORS], u32 (&a)[STEPS][4], const Shared& s, int stage) {
+DEVICE void multiply(float (&part)[ACCUMULATORS], u32 (&a)[STEPS][4], const Shared& s, const Position& at, int stage) {
   const u32 x = descriptor_low(s.x(0)) + stage * (PANELS * PANEL_BYTES / 16);
-  pin(part);
+#if EXPANDED
+  const u32 tile = descriptor_low(s.codes(0) + at.row_group * TILE_BYTES) + stage * (ROW_GROUPS * TILE_BYTES / 16);
+  auto weight = [&](int step) { return descriptor(tile + 2 * step); };
+#else
+  auto weight = [&](int step) -> const u32(&)[4] { return a[step]; };
   pin_operands(a);
+#endif
+  pin(part);
   wgmma_fence();
 #pragma unroll
   for (int step = 0; step < STEPS; ++step) {
     constexpr int in_panel = STEPS / PANELS;
-    wgmma(part, a[step], descriptor(x + step / in_panel * (PANEL_BYTES / 16) + 2 * (step % in_panel)), step > 0);
+    wgmma(part, weight(step), descriptor(x + step / in_panel * (PANEL_BYTES / 16) + 2 * (step % in_panel)), step > 0);
   }
   wgmma_commit();
   pin(part);
@@ -412,6 +422,7 @@ DEVICE void promote_grouped(float (&sum)[ACCUMULATORS], const float (&part)[ACCU
 }
 
 DEVICE void decode_all(const Block& block, u32 (&a)[STEPS][4]) {
+  if (EXPANDED) return;
 #pragma unroll
   for (int step = 0; step < STEPS; ++step) decode(block.words, step, a[step]);
 }
@@ -436,7 +447,7 @@ DEVICE void accumulate(float (&sum)[ACCUMULATORS], const Shared& s, const Positi
     }
     if (PREFETCH < 2) decode_all(block, a);
     const float scale[2] = {block.scale[0], block.scale[1]};
-    multiply(part, a, s, ring.stage);
+    multiply(part, a, s, at, ring.stage);
     const int stage = ring.stage;
     ring.skip(K_GROUPS);
     if (PREFETCH && i + K_GROUPS < blocks) {
@@ -446,7 +457,7 @@ DEVICE void accumulate(float (&sum)[ACCUMULATORS], const Shared& s, const Positi
     }
     wgmma_wait<0>();
     pin(part);
-    pin_operands(a);
+    if constexpr (!EXPANDED) pin_operands(a);
     if constexpr (GROUPED) promote_grouped(sum, part, scale, s.token_scale(stage) + skew, at);
     if (GROUPED) __syncwarp();
     if (at.lane == 0) barrier_arrive(s.empty(stage));

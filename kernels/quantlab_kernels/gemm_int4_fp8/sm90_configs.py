@@ -22,6 +22,7 @@ class Config:
     prefetch  1: the next block's codes are read while the MMA of this one runs; 2: and decoded
     stream  0: tiles are given out whole; 1: those of the last, incomplete wave and of the one before it are cut along
             K; 2: all are
+    expand  1: the codes become E4M3 in memory first, which many tokens pay for
     """
 
     row_groups: int = 2
@@ -31,6 +32,7 @@ class Config:
     prefetch: int = 1
     band: int = 8
     stream: int = 2
+    expand: int = 0
 
     @property
     def bx(self) -> int:
@@ -50,7 +52,7 @@ class Config:
         tokens = self.by * GROUP * problem.x.itemsize
         sorted_rows = problem.experts > 0
         token_scale = round_up(4 * (self.by + 4 * sorted_rows), 128) if problem.grouped else 0
-        stage = tokens + self.bx * GROUP // 2 + self.bx * problem.scale.itemsize + token_scale
+        stage = tokens + self.bx * GROUP // (1 if self.expand else 2) + self.bx * problem.scale.itemsize + token_scale
         output = 128 * self.by * self.row_groups if output_tma(problem) else 0
         reduced = (self.k_groups - 1) * self.bx * self.by * 4
         return self.stages * (stage + 16) + output + reduced + sorted_rows * 8 * (MAX_EXPERTS + 1)
@@ -84,7 +86,9 @@ def reject(config: Config, problem: Int4Problem) -> str | None:
         return f"{shared} bytes of shared memory, {SHARED_LIMIT} are there"
     if config.math_groups not in _REGISTERS:
         return f"{config.math_groups} math groups, 1 to 4 fit on a multiprocessor"
-    operands = 16 if problem.x.itemsize == 1 else 32
+    if config.expand and problem.x.itemsize > 1:
+        return "weights are expanded for E4M3 activations only"
+    operands = 0 if config.expand else 16 if problem.x.itemsize == 1 else 32
     needed = config.by + operands + {0: 16, 1: 24, 2: 24 + operands}[config.prefetch]
     if needed > _REGISTERS[config.math_groups]:
         return f"about {needed} registers a thread, {_REGISTERS[config.math_groups]} are there"
@@ -125,6 +129,8 @@ def _family(problem: Int4Problem) -> Iterator[Config]:
             shape = replace(shape, prefetch=shape.prefetch - 1)
         for stream in (0, 1, 2):
             yield replace(shape, stream=stream)
+    for rows, width in ((3, 128), (2, 192), (2, 128)) if by == 128 else ():
+        yield Config(rows, 1, width, prefetch=0, stream=1, expand=1)
 
 
 def default(problem: Int4Problem) -> Config:
