@@ -96,15 +96,19 @@ def mix(
     Raises UsageError where not exactly one of the two is given, and for a size or a loss that no assignment reaches.
     """
     if (target_bits is None) == (max_kl is None):
-        raise UsageError("give either target_bits or max_kl")
+        raise UsageError("give either target_bits or max_kl: a size or a loss")
     if (target_bits or max_kl or 0) <= 0:
-        raise UsageError(f"{target_bits if target_bits is not None else max_kl}: must be more than 0")
+        what = f"target_bits = {target_bits}" if target_bits is not None else f"max_kl = {max_kl}"
+        raise UsageError(f"{what}: must be more than 0")
     quantizing = schemes_named([name for name in schemes if name != "none"])
+    Recipe(quantizing[0], tuple(Rule("*", name) for name in quantizing))  # refuses what does not mix
     source = open_model(model, trust_remote_code)
     kept = tuple(Rule(pattern, "none") for pattern in ignore)
     plans = {
         name: preflight.plan(source, Recipe(name, kept), trust_remote_code=trust_remote_code) for name in quantizing
     }
+    if target_bits is not None:
+        _check_target(target_bits, plans, "none" in schemes)
     tokens = tokens_of(source, calibration, samples, length, trust_remote_code)
     run = Run(source, plans, tokens, device, trust_remote_code, progress)
     choices = choices_of(plans, {(e.unit, e.scheme): e.kl.value for e in run.estimated()}, "none" in schemes)
@@ -129,6 +133,18 @@ def mix(
         assigned,
         run.settings() | {"data": calibration, "target_bits": target_bits, "max_kl": max_kl},
     )
+
+
+def _check_target(target_bits: float, plans: dict[str, Plan], leave: bool) -> None:
+    """Raise UsageError for a size that no assignment has, before any work."""
+    units = {unit.name: unit.elements for plan in plans.values() for unit in units_of(plan)}
+    choices = choices_of(plans, {(unit, scheme): 0.0 for unit in units for scheme in plans}, leave)
+    weights, given = sum(units.values()), f"target_bits = {target_bits:g}"
+    least, most = (8 * sum(f(c.nbytes for c in item) for item in choices.values()) / weights for f in (min, max))
+    if target_bits < least:
+        raise UsageError(f"{given}: {', '.join(plans)} take {least:.3f} bits per weight at least; allow more bits")
+    if leave and target_bits >= most:
+        raise UsageError(f"{given}: the model has {most:g}, so nothing would be quantized; ask for fewer")
 
 
 def _within(

@@ -145,8 +145,11 @@ def test_refusals():
     for options, message in (
         ({}, "either target_bits or max_kl"),
         ({"target_bits": 5.0, "max_kl": 0.1}, "either target_bits or max_kl"),
-        ({"target_bits": -1.0}, "more than 0"),
-        ({"target_bits": 3.0, "schemes": ("fp8-dynamic", "none")}, "allow more bits"),
+        ({"target_bits": -1.0}, "target_bits = -1.0: must be more than 0"),
+        ({"target_bits": 3.0, "schemes": ("fp8-dynamic", "none")}, r"fp8-dynamic take 8\.\d+ bits per weight at least"),
+        ({"target_bits": 3.0}, r"target_bits = 3: int4-fp8, fp8-dynamic take 4\.\d+ bits .* allow more bits"),
+        ({"target_bits": 20.0}, "target_bits = 20: the model has 16, so nothing would be quantized"),
+        ({"target_bits": 6.0, "schemes": ("fp8-block", "int4")}, "the recipe mixes fp8-block, int4"),
         ({"max_kl": 1e-9, "schemes": ("fp8-dynamic", "none")}, "less than quantizing any group costs"),
         ({"max_kl": 1e-9, "schemes": ("fp8-dynamic",)}, "or add the scheme none"),
         ({"target_bits": 5.0, "schemes": ("fp8-dynamik",)}, "did you mean 'fp8-dynamic'"),
