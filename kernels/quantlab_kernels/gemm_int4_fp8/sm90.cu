@@ -100,7 +100,7 @@ struct Schedule {
   DEVICE Schedule(const Params& p, u32 shared_groups) : blocks(p.blocks), experts(p.experts), groups(shared_groups) {
     count_x = (p.rows + BX - 1) / BX;
     count_y = (p.tokens + BY * experts - 1) / (BY * experts);  // of an expert, were rows spread evenly
-    tiles = count_tiles(groups, experts) * count_x;
+    tiles = uniform(count_tiles(groups, experts)) * count_x;
     next = blockIdx.x;
     first = 0;
     last = blocks;
