@@ -11,8 +11,8 @@
 // low bits of 1024 is 1024 + code. In the first product that 1024 stays and is taken from the score, times the sum of
 // the query (exact to 2^-14 of a code); in the second, whose sums are long, it is subtracted from the operand.
 //
-// Scales of values go into the weights. Weights are float16, relative to the largest ``p * s_v`` of their row so far,
-// times 2^14: weights down to 2^-28 of that keep all their bits.
+// Scales of values go into the weights. Weights are float16 and 2^10 at what was the largest ``p * s_v`` of their row:
+// down to 2^-24 of that they keep all their bits.
 //
 // Tokens that are kept in 16 bits beside the codes are a few tiles more for the first share, read straight from memory.
 //
@@ -66,7 +66,8 @@ constexpr int RING_BYTES = STAGES * STAGE > MERGED ? STAGES * STAGE : MERGED;
 constexpr int CHAINS = NT == 1 ? 2 : 1;  // of dependent MMAs that make a score
 constexpr float LOG2E = 1.4426950408889634f;
 #define INFINITE __int_as_float(0x7f800000)
-constexpr float WEIGHT = 16384.0f;
+constexpr float WEIGHT = 1024.0f, LIMIT = 32768.0f;  // of a weight, in float16
+constexpr float LOWEST = -1e30f;  // a reference before any score
 
 DEVICE float as_float(u32 bits) { return __uint_as_float(bits); }
 DEVICE float exp2_(float x) {
@@ -76,7 +77,7 @@ DEVICE float exp2_(float x) {
 }
 DEVICE float log2_(float x) {
   float y;
-  asm("lg2.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 DEVICE u32 half2_of(float low, float high) {
@@ -384,14 +385,16 @@ struct Copies {
 
 // ---- one tile ----
 
-// Of the query rows 2 t and 2 t + 1 of each eight, over this warp's tokens.
+// Of the query rows 2 t and 2 t + 1 of each eight, over this warp's tokens: relative to 2^reference, which is raised to
+// the largest ``p * s_v`` when a weight would otherwise be above LIMIT. So most tiles need not agree on a maximum.
 struct Sums {
-  float out[NT][D / 16][4];  // channels of this thread, see `value_channel`
-  float largest[NT][2], total[NT][2], zeros[NT][2];
+  float out[NT][D / 16][4];  // channels of this thread, see `value_channel`; times WEIGHT
+  float reference[NT][2], total[NT][2], zeros[NT][2];
 };
 
 // Second operands of the first product: row g of each eight, the channels of this thread; float16 with the largest of a
-// row between 64 and 128.  moved  is the part of a score that the mean of the keys makes.
+// row between 64 and 128. A score in units of log2 is ``(product * factor - bias) * k_scale + k_zero * sum + moved``,
+// where moved is the part that the mean of the keys makes.
 struct Queries {
   u32 pairs[NT][K_STEPS][2];
   float factor[NT][2], moved[NT][2], bias[NT][2], sum[NT][2];  // of rows 2 t and 2 t + 1
@@ -443,65 +446,75 @@ DEVICE void load_queries(Queries& q, const Params& p, const Place& here, int g, 
 #pragma unroll
     for (int e = 0; e < 2; e++) {
       const int from = 4 * (2 * t + e);  // a lane that has that row
-      q.factor[nt][e] = p.scale * LOG2E / __shfl_sync(~0u, up, from);
+      const float factor = p.scale * LOG2E / __shfl_sync(~0u, up, from);
+      q.factor[nt][e] = factor;
       q.moved[nt][e] = __shfl_sync(~0u, moved, from) * p.scale * LOG2E;
-      q.bias[nt][e] = __shfl_sync(~0u, based, from) * (CODES ? KEY_BASE : 0.0f);
-      q.sum[nt][e] = __shfl_sync(~0u, sum, from);
+      q.bias[nt][e] = __shfl_sync(~0u, based, from) * (CODES ? KEY_BASE : 0.0f) * factor;
+      q.sum[nt][e] = __shfl_sync(~0u, sum, from) * factor;
     }
   }
 }
 
-// Scales of the tokens g and g + 8 of a tile.
+// Scales of the tokens g and g + 8 of a tile; that of values times WEIGHT.
 struct Scales {
-  float k[2], k_zero[2], v[2], v_zero[2], v_log[2];
+  float k[2], k_zero[2], v[2], v_zero[2];
 };
 
-// Scores of the tokens g and g + 8, at the positions `at`, to weights in the layout of the second product's operand.
-// x  rows 2 t, 2 t + 1 of the first token, then of the second, in units of log2;  some  not every row sees every token.
-DEVICE void weigh(u32 (&weights)[2], float (&x)[4], Sums& sums, const Params& p, const Place& here,
-                  const Scales& scales, int nt, int t, bool some, int low, int end, const int (&at)[2]) {
-  if (SOFTCAP) {
+DEVICE void cap(float (&x)[4], float softcap) {
+  const float most = softcap * LOG2E;
 #pragma unroll
-    for (int e = 0; e < 4; e++) {
-      const float cap = p.softcap * LOG2E;
-      x[e] = cap - 2.0f * cap / (1.0f + exp2_(x[e] * (2.0f / p.softcap)));
-    }
-  }
-  if (some) {
+  for (int e = 0; e < 4; e++) x[e] = most - 2.0f * most / (1.0f + exp2_(x[e] * (2.0f / softcap)));
+}
+
+// Scores of tokens, at the positions `at`, that rows 2 t and 2 t + 1 do not see become -inf.
+DEVICE void hide(float (&x)[4], const Params& p, const Place& here, int nt, int t, const int (&at)[2], int low, int end) {
 #pragma unroll
-    for (int e = 0; e < 4; e++) {
-      const int place = here.length - p.sq + (here.first_row + 8 * nt + 2 * t + e % 2) / p.group, token = at[e / 2];
-      const bool seen = token >= low && token < end && token <= place && (p.window < 0 || token > place - p.window);
-      if (!seen) x[e] = -INFINITE;
-    }
+  for (int e = 0; e < 4; e++) {
+    const int place = here.length - p.sq + (here.first_row + 8 * nt + 2 * t + e % 2) / p.group, token = at[e / 2];
+    const bool seen = token >= low && token < end && token <= place && (p.window < 0 || token > place - p.window);
+    if (!seen) x[e] = -INFINITE;
   }
-  float rescale[2];
-  bool grown = false;
+}
+
+DEVICE void raise(Sums& sums, int nt, const float (&x)[4], const Scales& scales) {
 #pragma unroll
   for (int row = 0; row < 2; row++) {
-    float top = fmaxf(x[row] + scales.v_log[0], x[2 + row] + scales.v_log[1]);
+    float top = fmaxf(x[row] + log2_(scales.v[0]), x[2 + row] + log2_(scales.v[1])) - log2_(WEIGHT);
 #pragma unroll
     for (int step = 4; step < 32; step *= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, step));
-    grown = grown || top > sums.largest[nt][row];
-    top = fmaxf(top, sums.largest[nt][row]);
-    const float reference = top == -INFINITE ? 0.0f : top;
-    rescale[row] = exp2_(sums.largest[nt][row] - reference);
-    sums.largest[nt][row] = top;
-    const float a = exp2_(x[row] - reference), b = exp2_(x[2 + row] - reference);
-    sums.total[nt][row] = sums.total[nt][row] * rescale[row] + a + b;
-    if (VALUE == 2)
-      sums.zeros[nt][row] = sums.zeros[nt][row] * rescale[row] + a * scales.v_zero[0] + b * scales.v_zero[1];
-    x[row] = a * scales.v[0] * WEIGHT;
-    x[2 + row] = b * scales.v[1] * WEIGHT;
-  }
-  if (__any_sync(~0u, grown)) {
+    top = fmaxf(top, sums.reference[nt][row]);
+    const float rescale = exp2_(sums.reference[nt][row] - top);
+    sums.reference[nt][row] = top;
+    sums.total[nt][row] *= rescale;
+    sums.zeros[nt][row] *= rescale;
 #pragma unroll
-    for (int j = 0; j < D / 16; j++)
-#pragma unroll
-      for (int e = 0; e < 4; e++) sums.out[nt][j][e] *= rescale[e % 2];
+    for (int i = 0; i < D / 8; i++) sums.out[nt][i / 2][i % 2 * 2 + row] *= rescale;
   }
-  weights[0] = transposed(half2_of(x[0], x[1]));
-  weights[1] = transposed(half2_of(x[2], x[3]));
+}
+
+// Scores of the tokens g and g + 8 to weights in the layout of the second product's operand.
+// x  rows 2 t, 2 t + 1 of the first token, then of the second, in units of log2
+DEVICE void weigh(u32 (&weights)[2], Sums& sums, int nt, const float (&x)[4], const Scales& scales) {
+  float share[4], weight[4];
+  auto compute = [&]() {
+#pragma unroll
+    for (int e = 0; e < 4; e++) {
+      share[e] = exp2_(x[e] - sums.reference[nt][e % 2]);
+      weight[e] = share[e] * scales.v[e / 2];
+    }
+  };
+  compute();
+  if (__any_sync(~0u, fmaxf(fmaxf(weight[0], weight[1]), fmaxf(weight[2], weight[3])) > LIMIT)) {
+    raise(sums, nt, x, scales);
+    compute();
+  }
+#pragma unroll
+  for (int row = 0; row < 2; row++) {
+    sums.total[nt][row] += share[row] + share[2 + row];
+    if (VALUE == 2) sums.zeros[nt][row] += share[row] * scales.v_zero[0] + share[2 + row] * scales.v_zero[1];
+  }
+  weights[0] = transposed(half2_of(weight[0], weight[1]));
+  weights[1] = transposed(half2_of(weight[2], weight[3]));
 }
 
 DEVICE Scales read_scales(u32 from, int g) {
@@ -513,9 +526,8 @@ DEVICE Scales read_scales(u32 from, int g) {
   for (int j = 0; j < 2; j++) {
     scales.k[j] = KEY == 2 ? low_half(k[j]) : as_float(k[j]);
     scales.k_zero[j] = KEY == 2 ? high_half(k[j]) : 0.0f;
-    scales.v[j] = VALUE == 2 ? low_half(v[j]) : as_float(v[j]);
+    scales.v[j] = (VALUE == 2 ? low_half(v[j]) : as_float(v[j])) * WEIGHT;
     scales.v_zero[j] = VALUE == 2 ? high_half(v[j]) : 0.0f;
-    scales.v_log[j] = log2_(scales.v[j]);
   }
   return scales;
 }
@@ -552,7 +564,7 @@ DEVICE void attend_codes(Sums& sums, const Queries& q, const Params& p, const Pl
   if (some) {  // what nobody sees may be NaN
 #pragma unroll
     for (int j = 0; j < 2; j++)
-      if (at[j] < here.low || at[j] >= here.end) scales.v[j] = scales.v_zero[j] = scales.v_log[j] = 0.0f;
+      if (at[j] < here.low || at[j] >= here.end) scales.v[j] = scales.v_zero[j] = 0.0f;
   }
   u32 weights[NT][2];
 #pragma unroll
@@ -563,11 +575,12 @@ DEVICE void attend_codes(Sums& sums, const Queries& q, const Params& p, const Pl
       const int token = e / 2, row = e % 2;
       float product = scores[nt][0][e];
       if (CHAINS == 2) product += scores[nt][CHAINS - 1][e];
-      float score = (product - q.bias[nt][row]) * scales.k[token];
-      if (KEY == 2) score += scales.k_zero[token] * q.sum[nt][row];
-      x[e] = score * q.factor[nt][row] + q.moved[nt][row];
+      const float zero = KEY == 2 ? scales.k_zero[token] * q.sum[nt][row] + q.moved[nt][row] : q.moved[nt][row];
+      x[e] = (product * q.factor[nt][row] - q.bias[nt][row]) * scales.k[token] + zero;
     }
-    weigh(weights[nt], x, sums, p, here, scales, nt, t, some, here.low, here.end, at);
+    if (SOFTCAP) cap(x, p.softcap);
+    if (some) hide(x, p, here, nt, t, at, here.low, here.end);
+    weigh(weights[nt], sums, nt, x, scales);
   }
 
   u32 value_words[4][V_WORDS];  // of the tokens 2 t, 2 t + 1, 2 t + 8, 2 t + 9
@@ -642,14 +655,16 @@ DEVICE void attend_near(Sums& sums, const Queries& q, const Params& p, const Pla
     for (int nt = 0; nt < NT; nt++)
       mma(scores[nt], pairs[0].x, pairs[1].x, pairs[0].y, pairs[1].y, q.pairs[nt][step][0], q.pairs[nt][step][1]);
   }
-  const Scales scales = {{1.0f, 1.0f}, {0.0f, 0.0f}, {1.0f, 1.0f}, {0.0f, 0.0f}, {0.0f, 0.0f}};
+  const Scales scales = {{1.0f, 1.0f}, {0.0f, 0.0f}, {WEIGHT, WEIGHT}, {0.0f, 0.0f}};
   u32 weights[NT][2];
 #pragma unroll
   for (int nt = 0; nt < NT; nt++) {
     float x[4];
 #pragma unroll
     for (int e = 0; e < 4; e++) x[e] = scores[nt][e] * q.factor[nt][e % 2];
-    weigh(weights[nt], x, sums, p, here, scales, nt, t, true, 0, here.length, at);
+    if (SOFTCAP) cap(x, p.softcap);
+    hide(x, p, here, nt, t, at, 0, here.length);
+    weigh(weights[nt], sums, nt, x, scales);
   }
   bool valid[4];
 #pragma unroll
@@ -700,7 +715,7 @@ DEVICE void merge_warps(const Params& p, const Place& here, Sums& sums, float* a
         zeros += __shfl_xor_sync(~0u, zeros, step);
       }
       const int at = warp * ROWS + 8 * nt + 2 * t + row;
-      if (g == 0) tops[2 * at] = sums.largest[nt][row], tops[2 * at + 1] = total;
+      if (g == 0) tops[2 * at] = total > 0.0f ? sums.reference[nt][row] : -INFINITE, tops[2 * at + 1] = total;
 #pragma unroll
       for (int i = 0; i < D / 8; i++)
         all[at * D + value_channel(g, i)] = sums.out[nt][i / 2][i % 2 * 2 + row] * (1.0f / WEIGHT) + zeros;
@@ -752,7 +767,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) attention_decode(con
 #pragma unroll
     for (int i = 0; i < D / 4; i++) sums.out[nt][i / 4][i % 4] = 0.0f;
 #pragma unroll
-    for (int e = 0; e < 2; e++) sums.largest[nt][e] = -INFINITE, sums.total[nt][e] = sums.zeros[nt][e] = 0.0f;
+    for (int e = 0; e < 2; e++) sums.reference[nt][e] = LOWEST, sums.total[nt][e] = sums.zeros[nt][e] = 0.0f;
   }
   Queries q;
   load_queries<true>(q, p, here, g, t);

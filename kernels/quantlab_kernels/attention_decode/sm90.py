@@ -75,11 +75,13 @@ def able(problem: Problem) -> str | None:
 
 @functools.cache
 def config(problem: Problem) -> Config:
-    """Two CTAs of eight warps; half of it where accumulators fill the registers."""
+    """Two CTAs of eight warps; half of it where accumulators fill the registers. Short rows come 32 at a time."""
     rows = problem.heads_q // problem.heads_kv * problem.sq
+    wide = sum(problem.d // (2 if code == "int4" else 1) for code in (problem.key, problem.value))
+    tiles = 2 if wide <= 128 and problem.page % (2 * TILE) == 0 else 1
     if problem.d == 256:
-        return Config(1, 8, 2 if "int4" not in (problem.key, problem.value) else 3, 1)
-    return Config(1) if rows <= 8 else Config(2, ctas=1)
+        return Config(1, 8, 2 if wide > 256 else 3, 1)
+    return Config(1, tiles=tiles) if rows <= 8 else Config(2, ctas=1, tiles=tiles)
 
 
 def source(config: Config, problem: Problem) -> nvrtc.Source:
