@@ -268,7 +268,7 @@ DEVICE float to_log2(const Params& p) { return SOFTCAP ? 2.f / p.softcap * LOG2E
 
 // What is kept of a tile's rows from block to block.
 struct Rows {
-  float scale[2];   // of the queries
+  float scale[2];   // of the queries, times `to_log2`
   float shift[2];   // of the scores, for a soft cap
   float largest[2], total[2];
 };
@@ -356,7 +356,7 @@ DEVICE void cap_scores(const Score (&scores)[SCORES], float (&x)[SCORES], const 
 #pragma unroll
   for (int i = 0; i < SCORES; ++i) {  // tanh(y) = 1 - 2 / (1 + exp(2 y)), to_log2 holds 2 log2(e) / softcap
     const int r = i / 2 % 2;
-    const float y = fmaf(to_float(scores[i]), rows.scale[r] * (k_scale * to_log2(p)), rows.shift[r]);
+    const float y = fmaf(to_float(scores[i]), rows.scale[r] * k_scale, rows.shift[r]);
     x[i] = cap - 2.f * cap * reciprocal(1.f + exp2_fast(y));
   }
 }
@@ -404,10 +404,10 @@ struct Powers {
 struct Block {
   float factor[2], largest[2], offset[2];
 
-  DEVICE void start(const Value (&scores)[SCORES], const Params& p, const Rows& rows, float k_scale) {
+  DEVICE void start(const Value (&scores)[SCORES], const Rows& rows, float k_scale) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      factor[r] = SOFTCAP ? 1.f : fmaxf(rows.scale[r] * (k_scale * to_log2(p)), 1e-30f);  // 0 times hidden would be NaN
+      factor[r] = SOFTCAP ? 1.f : fmaxf(rows.scale[r] * k_scale, 1e-30f);  // 0 times hidden would be NaN
       largest[r] = quad_max(largest_of(scores, r) * factor[r]);
       offset[r] = LOG2_P - (largest[r] == kHidden ? 0.f : largest[r]);
     }
@@ -480,7 +480,7 @@ DEVICE Rows start_rows(const Params& p, const Tile& tile, const Position& at) {
   for (int r = 0; r < 2; ++r) {
     const int query = min(tile.row + at.group * 64 + at.row + 8 * r, max(tile.row_end - 1, 0));
     const long long index = static_cast<long long>(tile.batch * p.heads_q + tile.head) * p.sq + query;
-    rows.scale[r] = __ldg(p.q_scale + index);
+    rows.scale[r] = __ldg(p.q_scale + index) * to_log2(p);
     rows.shift[r] = SOFTCAP ? __ldg(p.q_shift + index) * to_log2(p) : 0.f;
     rows.largest[r] = kHidden;
     rows.total[r] = 0.f;
@@ -505,7 +505,9 @@ DEVICE void hide_unseen(Value (&scores)[SCORES], const Params& p, const Tile& ti
 
 DEVICE void attend(float (&out)[SUMS], Rows& rows, const Params& p, const Shared& s, const Tile& tile,
                    const Position& at, u32& count, u32 tiles) {
-  const int scales = tile.kv * p.blocks;
+  // In uniform registers: every read of the tile again would be a wait.
+  const int scales = uniform(tile.kv * p.blocks), low_block = uniform(tile.low_block);
+  const int full_low = uniform(tile.full_low[at.group]), full_high = uniform(tile.full_high[at.group]);
   Score scores[SCORES];
   Sum sums[SUMS];
   u32 prob[4][4];
@@ -525,7 +527,7 @@ DEVICE void attend(float (&out)[SUMS], Rows& rows, const Params& p, const Shared
     take_turn(at);
     multiply_scores(scores, s, at, tiles % 2, stage_of(count));
   };
-  auto masked = [&](int n) { return n < tile.full_low[at.group] || n >= tile.full_high[at.group]; };
+  auto masked = [&](int n) { return n < full_low || n >= full_high; };
   auto finish_scores = [&](int n) {
     pin(scores);
     release(s.empty_k(stage_of(count)), at);
@@ -534,7 +536,7 @@ DEVICE void attend(float (&out)[SUMS], Rows& rows, const Params& p, const Shared
     cap_scores(scores, values, p, rows, k_scale);
 #endif
     if (masked(n)) hide_unseen(values, p, tile, at, n);
-    block.start(values, p, rows, k_scale);
+    block.start(values, rows, k_scale);
   };
   auto start_values = [&] {
     barrier_wait(s.full_v(stage_of(values_count)), phase_of(values_count));
@@ -547,7 +549,7 @@ DEVICE void attend(float (&out)[SUMS], Rows& rows, const Params& p, const Shared
     ++values_count;
   };
 
-  int n = tile.high_block - 1;
+  int n = uniform(tile.high_block) - 1;
   barrier_wait(s.full_q(tiles % 2), tiles / 2 % 2);
   start_scores(n);
   pass_turn(at);
@@ -560,7 +562,7 @@ DEVICE void attend(float (&out)[SUMS], Rows& rows, const Params& p, const Shared
     start_powers<true>(powers, values, block, i);
     powers.finish(prob[i / 4][i % 4], sum[i % 2]);
   }
-  for (--n; n >= tile.low_block; --n) {
+  for (--n; n >= low_block; --n) {
     v_scale = __ldg(p.v_scale + scales + n + 1);
     start_scores(n);
     start_values();
