@@ -20,6 +20,7 @@ template <int TOKENS>
 DEVICE void locate_groups(const long long* counts, int experts, u32 groups) {
   const int lane = threadIdx.x % 32;
   int row = 0, tile = 0;
+#pragma unroll 1
   for (int first = 0; first < experts + 1; first += 32) {
     const int expert = first + lane;
     const int count = expert < experts ? static_cast<int>(counts[expert]) : 0, own = (count + TOKENS - 1) / TOKENS;
@@ -47,14 +48,14 @@ struct Group {
 
 // The tiles of an expert come together, its tokens first: CTAs that run at once share weights.
 DEVICE Group find_group(u32 groups, int experts, int channel_tiles, int tile) {
-  const u32 starts = groups + 4 * (MAX_EXPERTS + 1);
+  const int starts = groups + 4 * (MAX_EXPERTS + 1);
   int low = 0, high = experts;
   while (high - low > 1) {
     const int middle = (low + high) / 2;
     (load_shared_int(starts + 4 * middle) * channel_tiles <= tile ? low : high) = middle;
   }
-  const int start = load_shared_int(starts + 4 * low), token_tiles = load_shared_int(starts + 4 * low + 4) - start;
-  const int within = tile - start * channel_tiles, channel_tile = within / token_tiles;
-  return {low, load_shared_int(groups + 4 * low), load_shared_int(groups + 4 * low + 4),
-          within - channel_tile * token_tiles, channel_tile};
+  const int start = load_shared_int(starts + 4 * low);
+  const int token_tiles = load_shared_int(starts + 4 * low + 4) - start, within = tile - start * channel_tiles;
+  const int first_token = load_shared_int(groups + 4 * low), end_token = load_shared_int(groups + 4 * low + 4);
+  return {low, first_token, end_token, within % token_tiles, within / token_tiles};
 }

@@ -22,6 +22,7 @@
 //   SWAP, GROUP   GROUP: tiles of X that are walked together for the sake of the L2 cache
 //   GROUPED       0, or 1: rows of a are sorted by expert and b holds a weight [N, K] for each; how many rows an expert
 //                 has is read from device memory, so that a CUDA graph may hold the launch
+#include "experts.cuh"
 #include "sm90.cuh"
 #include "wgmma.cuh"
 
@@ -71,8 +72,7 @@ constexpr int TOKEN_SCALE_STRIDE = round_up(TOKEN_SCALE_BYTES, 128);
 constexpr int OFFSET_CHANNEL_SCALE = OFFSET_TOKEN_SCALE + STAGES * TOKEN_SCALE_STRIDE;
 constexpr int OFFSET_BARRIERS = OFFSET_CHANNEL_SCALE + round_up(STAGES * SPANS * 4, 8);
 constexpr int OFFSET_GROUPS = OFFSET_BARRIERS + 8 * (2 * STAGES + 2);
-constexpr int MAX_EXPERTS = 512;
-constexpr int SHARED_BYTES = OFFSET_GROUPS + GROUPED * 8 * (MAX_EXPERTS + 1);
+constexpr int SHARED_BYTES = OFFSET_GROUPS + GROUPED * GROUPS_BYTES;
 static_assert(SHARED_BYTES == SHARED, "the host allocates what is laid out here");
 
 struct Params {
@@ -90,40 +90,6 @@ struct Params {
   int experts;
 #endif
 };
-
-DEVICE int load_shared_int(u32 address) {
-  int value;
-  asm volatile("ld.shared.s32 %0, [%1];" : "=r"(value) : "r"(address) : "memory");
-  return value;
-}
-
-DEVICE void store_shared_int(u32 address, int value) {
-  asm volatile("st.shared.s32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
-}
-
-#if GROUPED
-// One warp: where each expert's rows begin, and its tiles of rows. The counts add up to at most the rows that there are.
-DEVICE void locate_groups(const Params& p, u32 groups) {
-  const int lane = threadIdx.x % 32;
-  int row = 0, tile = 0;
-  for (int first = 0; first < p.experts + 1; first += 32) {
-    const int expert = first + lane;
-    const int count = expert < p.experts ? static_cast<int>(p.counts[expert]) : 0;
-    int rows = count, tiles = (count + TOKENS - 1) / TOKENS;
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-      const int more_rows = __shfl_up_sync(0xffffffff, rows, step), more = __shfl_up_sync(0xffffffff, tiles, step);
-      if (lane >= step) rows += more_rows, tiles += more;
-    }
-    if (expert <= p.experts) {
-      store_shared_int(groups + 4 * expert, row + rows - count);
-      store_shared_int(groups + 4 * (MAX_EXPERTS + 1 + expert), tile + tiles - (count + TOKENS - 1) / TOKENS);
-    }
-    row += __shfl_sync(0xffffffff, rows, 31);
-    tile += __shfl_sync(0xffffffff, tiles, 31);
-  }
-}
-#endif
 
 // What every role walks through in the same order: the tiles of this cluster, and the range of K of this CTA.
 //
@@ -158,7 +124,7 @@ struct Schedule {
 #if GROUPED
     groups = shared_groups;
     experts = p.experts;
-    whole = uniform(load_shared_int(groups + 4 * (MAX_EXPERTS + 1 + experts))) * (SWAP ? count_x : count_y);
+    whole = uniform(count_tiles(groups, experts)) * (SWAP ? count_x : count_y);
 #else
     first_token = 0;
     end_token = p.tokens;
@@ -190,22 +156,13 @@ struct Schedule {
   }
 
 #if GROUPED
-  // The tiles of an expert come together, its tokens first: CTAs that run at once share weights.
   DEVICE void place(int tile) {
-    const int channel_tiles = SWAP ? count_x : count_y, starts = groups + 4 * (MAX_EXPERTS + 1);
-    int low = 0, high = experts;
-    while (high - low > 1) {
-      const int middle = (low + high) / 2;
-      (load_shared_int(starts + 4 * middle) * channel_tiles <= tile ? low : high) = middle;
-    }
-    expert = low;
-    const int start = load_shared_int(starts + 4 * low);
-    const int token_tiles = load_shared_int(starts + 4 * low + 4) - start, within = tile - start * channel_tiles;
-    first_token = load_shared_int(groups + 4 * low);
-    end_token = load_shared_int(groups + 4 * low + 4);
-    const int token_tile = within % token_tiles, channel_tile = within / token_tiles;
-    tile_x = SWAP ? channel_tile : token_tile;
-    tile_y = SWAP ? token_tile : channel_tile;
+    const Group group = find_group(groups, experts, SWAP ? count_x : count_y, tile);
+    expert = group.expert;
+    first_token = group.first_token;
+    end_token = group.end_token;
+    tile_x = SWAP ? group.channel_tile : group.token_tile;
+    tile_y = SWAP ? group.token_tile : group.channel_tile;
   }
 
   // All lanes of a warp have found the same tile; the compiler, which has to know it around a warpgroup MMA, cannot see
@@ -873,7 +830,7 @@ extern "C" __global__ void __launch_bounds__(MATH_THREADS + 128, 1)
   let_next_kernel_start();
   if (!p.prefetch) wait_for_previous_kernel();
 #if GROUPED
-  if (warp == MATH_WARPS) locate_groups(p, s.groups());
+  if (warp == MATH_WARPS) locate_groups<TOKENS>(p.counts, p.experts, s.groups());
   __syncthreads();
 #endif
 

@@ -70,7 +70,8 @@ def source(config: Config, out_dtype: torch.dtype, bias: torch.dtype | None, acc
         "OUTPUT": _OUTPUT[out_dtype], "BIAS": 0 if bias is None else 1 + _OUTPUT[bias], "ACCUMULATE": int(accumulate),
         "SHARED": config.shared_bytes(),
     }  # fmt: skip
-    headers = {"sm90.cuh": (_FOLDER.parent / "common/sm90.cuh").read_text(), "wgmma.cuh": wgmma_source(config.by)}
+    headers = {name: (_FOLDER.parent / "common" / name).read_text() for name in ("sm90.cuh", "experts.cuh")}
+    headers["wgmma.cuh"] = wgmma_source(config.by)
     return nvrtc.Source("gemm_fp8_block", (_FOLDER / "sm90.cu").read_text(), headers, macros)
 
 

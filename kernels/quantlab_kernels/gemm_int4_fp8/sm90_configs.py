@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 
 from quantlab_kernels.common.gemm import round_up
 from quantlab_kernels.common.int4 import GROUP, Int4Problem
+from quantlab_kernels.gemm_fp8_block.sm90_configs import MAX_EXPERTS
 
 SHARED_LIMIT = 232448  # bytes of shared memory that a CTA may have on compute capability 9.0
-MAX_EXPERTS = 512  # whose rows a CTA finds
 _REGISTERS = {1: 255, 2: 232, 3: 160, 4: 112}  # of a math thread, by math groups
 
 

@@ -11,8 +11,9 @@ from torch import Tensor
 from quantlab_kernels.common import driver
 from quantlab_kernels.common.int4 import GROUP, Int4Problem
 from quantlab_kernels.gemm_fp8_block.sm90 import aligned, sms
+from quantlab_kernels.gemm_fp8_block.sm90_configs import MAX_EXPERTS
 from quantlab_kernels.gemm_int4_fp8 import sm90
-from quantlab_kernels.gemm_int4_fp8.sm90_configs import MAX_EXPERTS, Config, deepest, reject
+from quantlab_kernels.gemm_int4_fp8.sm90_configs import Config, deepest, reject
 
 
 def supports(problem: Int4Problem) -> str | None:
