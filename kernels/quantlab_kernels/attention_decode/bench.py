@@ -1,4 +1,7 @@
-"""Benchmark cases of attention_decode: 32 query and 8 KV heads of 128 channels; peer: SDPA flash in bfloat16."""
+"""Benchmark cases of attention_decode: 32 query and 8 KV heads of 128 channels; peer: SDPA flash in bfloat16.
+
+INT4 is timed as models have it too, with the first 4 tokens and the newest 64 in 16 bits.
+"""
 
 from __future__ import annotations
 
@@ -16,15 +19,15 @@ from quantlab_kernels.common.kv import FORMATS, KVFormat, PackedKV
 
 HEADS_Q, HEADS_KV, D = 32, 8, 128
 SHAPES = [(1, 1024), (16, 1024), (64, 4096), (128, 8192), (16, 32768), (1, 32768), (1, 131072)]  # batch, tokens
-BENCHED: tuple[KVFormat, ...] = ("fp8", "int8", "int4")
+BENCHED: tuple[tuple[KVFormat, int, int], ...] = (("fp8", 0, 0), ("int8", 0, 0), ("int4", 0, 0), ("int4", 4, 64))
 
 
 def _build(
-    format: KVFormat, batch: int, tokens: int, device: torch.device, seed: int
+    format: KVFormat, first: int, newest: int, batch: int, tokens: int, device: torch.device, seed: int
 ) -> tuple[Tensor, PackedKV, Tensor, Tensor, Tensor]:
     """Random codes (one sequence's, repeated: filling gigabytes takes longer than measuring) and a peer's operands."""
     generator = torch.Generator(device).manual_seed(seed)
-    cache = PackedKV.empty(format, batch, HEADS_KV, tokens, D, device=device)
+    cache = PackedKV.empty(format, batch, HEADS_KV, tokens, D, device=device, first=first, newest=newest)
     for codes in (cache.k, cache.v):
         shape = (1, *codes.shape[1:3], D)
         rows = torch.randn(shape, generator=generator, device=device)
@@ -33,6 +36,9 @@ def _build(
     for scale in (cache.k_scale, cache.v_scale):
         if scale is not None:
             scale.fill_(0.02)
+    for near in (cache.k_near, cache.v_near):
+        if near is not None:
+            near.normal_(generator=generator)
     q = torch.randn(batch, HEADS_Q, 1, D, generator=generator, device=device, dtype=torch.bfloat16)
     length = torch.full((batch,), tokens, dtype=torch.int32, device=device)
     rows = torch.randn(1, HEADS_KV, tokens, D, generator=generator, device=device, dtype=torch.bfloat16)
@@ -56,12 +62,16 @@ def _flash(q: Tensor, cache: PackedKV, length: Tensor, k: Tensor, v: Tensor) -> 
 def cases() -> list[Case]:
     found = []
     for batch, tokens in SHAPES:
-        for name in BENCHED:
-            problem = op.Problem(batch, HEADS_Q, HEADS_KV, 1, D, tokens, *FORMATS[name], sm=present_sm())
+        for name, first, newest in BENCHED:
+            near = first + newest
+            problem = op.Problem(
+                batch, HEADS_Q, HEADS_KV, 1, D, tokens, *FORMATS[name], near=near, sm=present_sm()
+            )  # fmt: skip
             found.append(
                 Case(
-                    f"{name} {batch}x{tokens}", problem, functools.partial(_build, name, batch, tokens), _ours,
-                    _reference, flops=problem.flops, bytes=problem.bytes, peers={"SDPA flash bf16": _flash}, wide=True,
+                    f"{name}{f' near {near}' if near else ''} {batch}x{tokens}", problem,
+                    functools.partial(_build, name, first, newest, batch, tokens), _ours, _reference,
+                    flops=problem.flops, bytes=problem.bytes, peers={"SDPA flash bf16": _flash}, wide=True,
                 )
             )  # fmt: skip
     return found
