@@ -138,7 +138,7 @@ def run(
     if getattr(lazy.model, "main_input_name", "input_ids") != "input_ids":
         raise PreflightError(
             f"{source.model}: calibration runs text through a model, this one takes {lazy.model.main_input_name}; "
-            f"leave out --calib"
+            f"leave out --calib, --effort and --steps"
         )
     windows = _windows(source, lazy, calibration, trust_remote_code)
     wanted, listed = _wanted(lazy, plan), _blocks(lazy.model)

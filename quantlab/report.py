@@ -236,6 +236,9 @@ def _commands(
         read = "".join(f" --{'text' if Path(t).is_file() else 'dataset'} {shlex.quote(t)}" for t in texts)
         read += "".join(f" --tasks {shlex.quote(task)}" for task in evaluation["tasks"])
         size = f" --windows {settings.get('windows')} --length {settings.get('length')}"
+        given = {key: settings.get(key) for key in ("context", "kv", "attention")}
+        size += "".join(f" --{key} {value}" for key, value in given.items() if value not in (None, 0, "none"))
+        size += " --generate" if evaluation.get("generation") else ""
         yield f"quantlab eval {where}{against}{read}{size}"
     data = f" --calib {shlex.quote(calibration)}" if calibration else ""
     yield f"quantlab report {where} --baseline {model}{data}"

@@ -185,6 +185,19 @@ def test_texts_side_by_side(made, tmp_path):
     assert agreement("ab", "abc") == 2
 
 
+def test_what_an_evaluation_measured_and_how_to_do_it_again(made, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(made, copy)
+    written = {"device": "cpu", "prompts": ["It"], "texts": ["is"], "tokens_per_second": 9.0, "weight_bytes": 5,
+               "peak_bytes": None}  # fmt: skip
+    settings = EVALUATION["settings"] | {"context": 64, "kv": "int8", "attention": "none"}
+    found = EVALUATION | {"settings": settings, "generation": {"model": written, "baseline": written}}
+    (copy / "quantlab/eval.json").write_text(json.dumps(found))
+    content = json.loads(report(copy).json.read_text())
+    assert list(content["texts"]) == ["quantized", "original"]
+    assert content["commands"][1].endswith("--windows 3 --length 256 --context 64 --kv int8 --generate")
+
+
 def test_names_cannot_break_the_page(made, tmp_path):
     copy = tmp_path / "a<b>&c"
     shutil.copytree(made, copy)
