@@ -34,7 +34,10 @@ def test_evaluate(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     printed = run("02_evaluate.py", capsys, str(tmp_path))
     assert "fp8-block" in printed
     assert "fp8-dynamic" in printed
-    assert "perplexity" in printed
+    assert "fp8-dynamic beside fp8-block: KL to the baseline (nats) (B - A)" in printed
+    page = tmp_path / "tiny-llama-fp8-block" / "quantlab" / "report.html"
+    assert f"the report: {page}" in printed
+    assert page.read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
 
 
 def test_write_a_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -54,6 +57,8 @@ def test_find_sensitive_layers(tmp_path: Path, capsys: pytest.CaptureFixture[str
     printed = run("05_find_sensitive_layers.py", capsys, str(tmp_path))
     most, least = (float(value) for value in re.findall(r"leaving the \w+ sensitive alone: KL ([\d.]+)", printed))
     assert most < 0.9 * least
+    alone, mixed = (float(value) for value in re.findall(r"(?:for all|mixture): KL ([\d.]+)", printed))
+    assert mixed < 0.7 * alone
 
 
 def test_quantize_a_vision_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
