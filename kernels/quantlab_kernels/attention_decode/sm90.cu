@@ -801,30 +801,39 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) attention_decode(con
   merge_warps(p, here, sums, reinterpret_cast<float*>(shared), warp, g, t);
 }
 
-// One CTA of D threads for each row: adds the shares of all splits in their order.
-extern "C" __global__ void __launch_bounds__(D) merge(const __grid_constant__ Params p) {
-  __shared__ float shares[128];
+// One CTA of MERGERS * D threads for each row: adds the shares of all splits, every thread those of its own splits first.
+constexpr int MERGERS = 4, MOST_SPLITS = 128;
+extern "C" __global__ void __launch_bounds__(MERGERS * D) merge(const __grid_constant__ Params p) {
+  __shared__ float shares[MOST_SPLITS];
   __shared__ float both[2];
+  __shared__ float partial[MERGERS][D];
   asm volatile("griddepcontrol.wait;" ::: "memory");
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
   const i64 pairs = static_cast<i64>(p.batches) * p.heads * p.rows, at = blockIdx.x;
-  if (threadIdx.x < 32) {
-    float tops[4], top = -INFINITE, whole = 0.0f;
+  const int column = threadIdx.x % D, mine = threadIdx.x / D;
+  float values[MOST_SPLITS / MERGERS];  // on their way while the shares are computed
 #pragma unroll
-    for (int j = 0; j < 4; j++) {
+  for (int i = 0; i < MOST_SPLITS / MERGERS; i++) {
+    const int split = mine + i * MERGERS;
+    values[i] = split < p.splits ? p.part[(split * pairs + at) * D + column] : 0.0f;
+  }
+  if (threadIdx.x < 32) {
+    float tops[MOST_SPLITS / 32], totals[MOST_SPLITS / 32], top = -INFINITE, whole = 0.0f;
+#pragma unroll
+    for (int j = 0; j < MOST_SPLITS / 32; j++) {
       const int split = threadIdx.x + 32 * j;
       tops[j] = split < p.splits ? p.sums[2 * (split * pairs + at)] : -INFINITE;
+      totals[j] = split < p.splits ? p.sums[2 * (split * pairs + at) + 1] : 0.0f;
       top = fmaxf(top, tops[j]);
     }
 #pragma unroll
     for (int step = 1; step < 32; step *= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, step));
     const float reference = top == -INFINITE ? 0.0f : top;
 #pragma unroll
-    for (int j = 0; j < 4; j++) {
-      const int split = threadIdx.x + 32 * j;
+    for (int j = 0; j < MOST_SPLITS / 32; j++) {
       const float share = exp2_(tops[j] - reference);
-      if (split < p.splits) whole += share * p.sums[2 * (split * pairs + at) + 1];
-      shares[split] = share;
+      whole += share * totals[j];
+      shares[threadIdx.x + 32 * j] = share;
     }
 #pragma unroll
     for (int step = 1; step < 32; step *= 2) whole += __shfl_xor_sync(~0u, whole, step);
@@ -832,9 +841,13 @@ extern "C" __global__ void __launch_bounds__(D) merge(const __grid_constant__ Pa
   }
   __syncthreads();
   float result = 0.0f;
-#pragma unroll 8
-  for (int split = 0; split < p.splits; split++)
-    result += shares[split] * p.part[(split * pairs + at) * D + threadIdx.x];
+#pragma unroll
+  for (int i = 0; i < MOST_SPLITS / MERGERS; i++) result += shares[mine + i * MERGERS] * values[i];
+  partial[mine][column] = result;
+  __syncthreads();
+  if (mine != 0) return;
+#pragma unroll
+  for (int i = 1; i < MERGERS; i++) result += partial[i][column];
   const int row = at % p.rows, pair = at / p.rows;
-  finish(p, pair / p.heads, pair % p.heads, row, threadIdx.x, result, both[0], both[1]);
+  finish(p, pair / p.heads, pair % p.heads, row, column, result, both[0], both[1]);
 }

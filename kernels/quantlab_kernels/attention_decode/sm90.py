@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
 _FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _CODES: dict[Code, int] = {"e4m3": 0, "int8": 1, "int4": 2}
-TILE = 16  # tokens of a warp's step
+TILE = 16  # tokens of an MMA
+MERGERS = 4  # threads that add up the shares of one element
 _FOLDER = Path(__file__).parent
 
 
@@ -173,7 +174,7 @@ def launch(
         driver.Launch(pairs * count, 32 * chosen.warps, 1, chosen.shared_bytes(p), chosen.early), params, device
     )
     if count > 1:
-        merge.launch(driver.Launch(p.batch * p.heads_kv * rows, p.d, 1, 0, early=True), params, device)
+        merge.launch(driver.Launch(p.batch * p.heads_kv * rows, MERGERS * p.d, 1, 0, early=True), params, device)
 
 
 def _plain(codes: Tensor, scale: Tensor | None) -> bool:
