@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import inspect
 import types
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
+from quantlab import latent
 from quantlab.architecture import meta_model
 from quantlab.cache_layers import (
     FEW,
@@ -56,9 +58,12 @@ class Prepared:
 
     kv: KV
     keys: dict[int, Keys]
+    latent: bool = False  # the model caches latents
 
     def like(self, cache: Cache) -> PackedCache:
         """An empty quantized cache in the shape of one of transformers'."""
+        if self.latent:
+            return PackedCache.like(cache, self.kv, make=latent.layer_like)
         return PackedCache.like(cache, self.kv, self.keys)
 
 
@@ -72,15 +77,18 @@ def use(model: Any, kv: KV | str | None, tokens: Tensor | None = None) -> Any:
     """
     for name in (_PREPARE, _PREPARED):
         model.__dict__.pop(name, None)
+    latent.release(model)
     if kv is None or kv == "none":
         return model
-    kv = KV.of(kv)
     reason = _unsupported(model)
     if reason is not None:
         raise UsageError(f"{type(model).__name__} cannot have a quantized KV cache: {reason}; leave out kv")
+    latents = _caches_latents(model)
+    kv = latent.use(model, kv) if latents else KV.of(kv)
     if not str(model.config._attn_implementation).startswith("quantlab"):
         model.set_attn_implementation("quantlab")
-    setattr(model, _PREPARED, Prepared(kv, {} if kv.format == "16bit" else _keys(model, tokens)))
+    keys = {} if latents or kv.format == "16bit" else _keys(model, tokens)
+    setattr(model, _PREPARED, Prepared(kv, keys, latents))
     setattr(model, _PREPARE, types.MethodType(_prepare, model))
     return model
 
@@ -135,8 +143,8 @@ def _unsupported(model: Any) -> str | None:
         return "it is no decoder that generates"
     if not model._supports_attention_backend:
         return "its attention does not go through transformers' interface"
-    if getattr(config, "kv_lora_rank", None):
-        return "it has latent attention"
+    if _caches_latents(model) and (reason := latent.unsupported(model)) is not None:
+        return reason
     if getattr(config, "num_kv_shared_layers", 0):
         return "its layers share keys and values"
     if getattr(config, "attention_chunk_size", None):
@@ -144,6 +152,10 @@ def _unsupported(model: Any) -> str | None:
     if "max_cache_length" not in inspect.signature(getattr(type(model), _PREPARE)).parameters:
         return "this version of transformers prepares caches in another way"
     return None
+
+
+def _caches_latents(model: Any) -> bool:
+    return bool(getattr(model.config.get_text_config(decoder=True), "kv_lora_rank", None))
 
 
 def _prepare(
@@ -173,14 +185,16 @@ class PackedCache(Cache):
     """A quantized cache for a whole model."""
 
     @classmethod
-    def like(cls, cache: Cache, kv: KV | str, keys: dict[int, Keys]) -> PackedCache:
-        """Layers of the same kinds and lengths. Raises UsageError for kinds that cannot be quantized."""
-        kv = KV.of(kv)
+    def like(
+        cls, cache: Cache, kv: KV | str, keys: dict[int, Keys] | None = None, make: Callable[..., Any] | None = None
+    ) -> PackedCache:
+        """Layers of the same kinds and lengths, by `make`(layer, kv, keys). Raises UsageError for other kinds."""
+        kv, keys, make = KV.of(kv), keys or {}, make or _like
         if getattr(cache, "offloading", False):
             raise UsageError("cache_implementation is an offloaded one: the quantized cache stays on its GPU")
         if not cache.layers:
             raise UsageError(f"{type(cache).__name__} names no layers; give it the model's config")
-        return cls(layers=[_like(layer, kv, keys.get(i)) for i, layer in enumerate(cache.layers)])
+        return cls(layers=[make(layer, kv, keys.get(i)) for i, layer in enumerate(cache.layers)])
 
 
 def _like(layer: Any, kv: KV, keys: Keys | None) -> Any:

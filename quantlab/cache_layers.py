@@ -94,6 +94,11 @@ class Handle:
             self.key, self.value = layer.dense(self.key, self.value, prompt)
             return None
         layer.append(self.key, self.value)
+        return self.over_packed(query, scaling, kwargs)
+
+    def over_packed(self, query: Tensor, scaling: float | None, kwargs: dict[str, Any]) -> Tensor:
+        """Attention over what the layer holds now: [B, Sq, Hq, D]."""
+        layer = self.layer
         out, _ = attention_decode(
             query, layer.cache, layer.length, start=layer.start, window=layer.window or kwargs.get("sliding_window"),
             scale=scaling, softcap=kwargs.get("softcap") or 0.0, sinks=kwargs.get("s_aux"), longest=layer.longest,
@@ -118,6 +123,11 @@ class PackedLayer(CacheLayerMixin):
     is_sliding = False
     is_croppable = False
     window: int | None = None
+    few = FEW
+    handle: type[Handle] = Handle
+    held: tuple[str, ...] = ("k", "v", "k_scale", "v_scale")  # tensors of the cache with a slot for every token
+    beside: tuple[str, ...] = ("k_near", "v_near")  # other tensors of sequences
+    slots_at = 2  # dimension of the slots
 
     def __init__(self, kv: KV, keys: Keys | None = None) -> None:
         super().__init__()
@@ -167,7 +177,7 @@ class PackedLayer(CacheLayerMixin):
         if key_states.shape[0] != self.batch_size:
             raise UsageError(f"a batch of {key_states.shape[0]} for a cache of {self.batch_size} sequences; reset it")
         self._reserve(key_states.shape[2])
-        handle = Handle(self, key_states, value_states)
+        handle = self.handle(self, key_states, value_states)
         return handle, handle
 
     def _reserve(self, tokens: int) -> None:
@@ -187,7 +197,7 @@ class PackedLayer(CacheLayerMixin):
 
     def reads_packed(self, queries: int, mask: Tensor | None) -> bool:
         """Whether attention of so many queries may go over the packed tokens."""
-        if self.irregular or queries > (1 if self.window is not None else FEW):
+        if self.irregular or queries > (1 if self.window is not None else self.few):
             return False
         return queries == 1 or masks.visible_of(mask) is not None
 
@@ -243,7 +253,7 @@ class PackedLayer(CacheLayerMixin):
         """Replace what belongs to sequences, all tensors of the layer, by a change of their first dimension."""
         if not self.is_initialized:
             return
-        names = ("k", "v", "k_scale", "v_scale", "k_near", "v_near")
+        names = (*self.held, *self.beside)
         changed: dict[str, Any] = {n: change(t) for n in names if (t := getattr(self.cache, n)) is not None}
         self.cache = replace(self.cache, **changed)
         self.length, self.start = change(self.length), change(self.start)
@@ -286,8 +296,8 @@ class DynamicPackedLayer(PackedLayer):
         self.tokens += tokens
         if self.tokens > self.cache.capacity:
             slots = self._slots(self.tokens)
-            names = ("k", "v", "k_scale", "v_scale")
-            grown: dict[str, Any] = {n: _resized(t, slots) for n in names if (t := getattr(self.cache, n)) is not None}
+            found = {n: t for n in self.held if (t := getattr(self.cache, n)) is not None}
+            grown: dict[str, Any] = {n: _resized(t, slots, self.slots_at) for n, t in found.items()}
             self.cache = replace(self.cache, **grown)
 
     def _past(self) -> tuple[Tensor, Tensor]:
@@ -321,7 +331,7 @@ class DynamicPackedLayer(PackedLayer):
         self._appended = self.tokens
         self.length.sub_(old - self.tokens)
         self.filled = self.tokens > 0
-        if self.cache.newest and self.filled:
+        if self._newest() and self.filled:
             self._refill_newest(old)
 
     def _refill_newest(self, old: int) -> None:
@@ -466,22 +476,21 @@ def _as_bytes(x: Tensor) -> Tensor:
     return x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x
 
 
-def _resized(x: Tensor, slots: int) -> Tensor:
-    grown = x.new_zeros((*x.shape[:2], slots, *x.shape[3:]))
-    _as_bytes(grown)[:, :, : x.shape[2]] = _as_bytes(x)
+def _resized(x: Tensor, slots: int, at: int) -> Tensor:
+    grown = x.new_zeros((*x.shape[:at], slots, *x.shape[at + 1 :]))
+    _as_bytes(grown).narrow(at, 0, x.shape[at]).copy_(_as_bytes(x))
     return grown
 
 
 def _all_tensors(layer: PackedLayer) -> list[Tensor]:
-    c = layer.cache
-    held = (c.k, c.v, c.k_scale, c.v_scale, c.k_near, c.v_near, layer.length, layer.start)
-    return [t for t in held if t is not None]
+    held = [getattr(layer.cache, name) for name in (*layer.held, *layer.beside)]
+    return [t for t in (*held, layer.length, layer.start) if t is not None]
 
 
 def _keep_addresses(layer: PackedLayer) -> None:
     """Tell the compiler that these tensors stay where they are: CUDA graphs need it."""
     if not torch.compiler.is_compiling():
-        numbers = (layer.cache.k_mean, layer.cache.k_channel)
+        numbers = [getattr(layer.cache, name, None) for name in ("k_mean", "k_channel")]
         for tensor in (*_all_tensors(layer), *(x for x in numbers if x is not None)):
             torch._dynamo.mark_static_address(tensor)
 

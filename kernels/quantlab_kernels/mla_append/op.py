@@ -127,7 +127,8 @@ def _cuda(
     _check(*arguments)
     if latent.numel() == 0:
         return
-    problem = Problem(*latent.shape, rope.shape[2], code_of(codes), latent.dtype, gpu_of(latent).sm)
+    batch, tokens, rank = latent.shape
+    problem = Problem(batch, tokens, rank, rope.shape[2], code_of(codes), latent.dtype, gpu_of(latent).sm)
     with device_of(latent):
         BACKENDS.select(problem).launch(problem, *arguments)
 

@@ -1,0 +1,273 @@
+"""Latent attention through transformers' `generate`: absorbed decoding says what expanded decoding says."""
+
+from __future__ import annotations
+
+import copy
+import types
+
+import pytest
+import torch
+import transformers
+from transformers import AutoModelForCausalLM
+
+import quantlab
+from quantlab import cache, latent
+from quantlab.cache import KV
+from quantlab.errors import UsageError
+from quantlab.latent import DynamicLatentLayer, StaticLatentLayer
+from quantlab_calib.rotate import hadamard
+from quantlab_kernels.common.latent import dequantize_latent, quantize_latent
+
+COMMON = {
+    "vocab_size": 64, "hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 32, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 256, "pad_token_id": 0,
+    "bos_token_id": 1, "eos_token_id": 63, "kv_lora_rank": 32, "q_lora_rank": 24, "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 16, "v_head_dim": 24, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1,
+    "topk_group": 1, "first_k_dense_replace": 1, "n_shared_experts": 1,
+}  # fmt: skip
+ARCHITECTURES = {
+    "DeepseekV2": {},
+    "DeepseekV3": {},  # interleaved pairs
+    "AXK1": {},
+    "Youtu": {},
+    "Glm4MoeLite": {},
+    "MiniCPM3": {},
+    "LongcatFlash": {  # latents times a constant
+        "head_dim": 16, "num_layers": 1, "ffn_hidden_size": 64, "expert_ffn_size": 32, "moe_topk": 2,
+        "zero_expert_num": 1,
+    },
+    "Mistral4": {"head_dim": 32},  # queries times a function of their position
+}  # fmt: skip
+SPARSE = ("AXK2", "HYV4", "DeepseekV32", "GlmMoeDsa")
+
+
+def tiny(name, **changes):
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**{**COMMON, **ARCHITECTURES.get(name, {}), **changes})
+    return getattr(transformers, f"{name}ForCausalLM")(config).eval()
+
+
+def prompts(rows=2, length=13, padded=4):
+    torch.manual_seed(1)
+    ids = torch.randint(3, 60, (rows, length))
+    mask = torch.ones_like(ids)
+    mask[0, :padded], ids[0, :padded] = 0, 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def generate(model, tokens=8, **options):
+    given = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True, "eos_token_id": None}
+    found = model.generate(**prompts(), max_new_tokens=tokens, **given, **options)
+    return found, torch.stack(found.logits, 1)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_absorbed_is_expanded(name):
+    """float32, left padding, several steps, growing and static."""
+    model = tiny(name)
+    expected, logits = generate(model)
+    cache.use(model, "16bit")
+    for implementation, kind in ((None, DynamicLatentLayer), ("static", StaticLatentLayer)):
+        found, ours = generate(model, cache_implementation=implementation)
+        assert all(type(layer) is kind for layer in found.past_key_values.layers)
+        assert not any(layer.irregular for layer in found.past_key_values.layers)
+        assert torch.equal(found.sequences, expected.sequences)
+        torch.testing.assert_close(ours, logits, atol=5e-6, rtol=1e-5)
+    cache.use(model, None)
+    assert torch.equal(generate(model)[0].sequences, expected.sequences)
+
+
+@pytest.mark.parametrize("chunk", [2, 5, 40])
+@pytest.mark.parametrize("turned", [False, True])
+def test_chunks_on_both_sides_of_the_crossover(chunk, turned):
+    """Absorbed up to it, expanded from it on, with latents that are turned as they come too."""
+    model = tiny("DeepseekV3")
+    attention = next(latent.modules(model))
+    ids = torch.randint(3, 60, (2, 60), generator=torch.Generator().manual_seed(2))
+    expected = model(ids).logits
+    cache.use(model, "16bit")
+    if turned:
+        for module in latent.modules(model):
+            module.quantlab_absorbed = latent.Absorbed(module, hadamard(32))
+    past = cache.new_cache(model)
+    begin = model(ids[:, :20], past_key_values=past).logits
+    rest = torch.cat([model(ids[:, i : i + chunk], past_key_values=past).logits for i in range(20, 60, chunk)], 1)
+    torch.testing.assert_close(torch.cat((begin, rest), 1), expected, atol=5e-6, rtol=1e-5)
+    assert 5 <= attention.quantlab_absorbed.crossover < 60
+
+
+def test_crossover_is_computed():
+    """DeepSeek-V3 and GLM: 170 and 398 queries; expanding never pays where latents are small."""
+    sizes = {(128, 128, 512): 170, (192, 256, 512): 398, (64, 64, 64): 1 << 30}
+    for (nope, v, rank), queries in sizes.items():
+        absorbed = types.SimpleNamespace(keys=torch.empty(1, nope, rank), values=torch.empty(1, rank, v))
+        assert latent.Absorbed.crossover.func(absorbed) == queries
+
+
+def relative(x, y):
+    x, y = x.detach().double(), y.detach().double()
+    return float((x - y).norm() / y.norm())
+
+
+def held(model):
+    """What the layers hold after a prompt: latents and position parts."""
+    found, _ = generate(model, tokens=2)
+    return [layer.dequantized(slice(4, layer.tokens)) for layer in found.past_key_values.layers]
+
+
+@pytest.mark.parametrize("name", ["DeepseekV2", "DeepseekV3"])
+def test_latents_of_formats(name):
+    """FP8 within 3 %; the position part stays as it is, bit for bit."""
+    model = tiny(name)
+    exact = held(cache.use(model, "16bit"))
+    for format, bound in (("fp8", 0.03), ("int8", 0.01)):
+        first = held(cache.use(model, format))[0]
+        assert relative(first[0], exact[0][0]) < bound
+        assert torch.equal(first[1], exact[0][1])
+
+
+def test_int4_turned_loses_no_more_than_groups_of_64():
+    """Latents with channels of outliers: turned with one scale, against a scale per 64 channels as they are."""
+    x = torch.randn(500, 512, generator=torch.Generator().manual_seed(0))
+    groups = x.unflatten(1, (-1, 64))
+    scale = groups.abs().amax(-1, keepdim=True) / 7
+    of_groups = relative((groups / scale).round() * scale, groups)
+    x[:, torch.arange(8) * 60] *= 20
+    turned = x @ hadamard(512).float()
+    back = dequantize_latent(*quantize_latent(turned, "int4", torch.float32), torch.float32)
+    assert relative(back, turned) < 1.1 * of_groups
+    assert relative(dequantize_latent(*quantize_latent(x, "int4", torch.float32), torch.float32), x) > 1.5 * of_groups
+
+
+@pytest.mark.parametrize("name", ["DeepseekV2", "DeepseekV3", "LongcatFlash"])
+def test_turning_is_folded(name):
+    """In float64 the product of the projections, with the norm's weights between them, is what it was."""
+    model = tiny(name, attention_bias=True)
+    for module in latent.modules(model):
+        torch.nn.init.normal_(module.kv_a_layernorm.weight, 1.0, 0.3)
+    ids = prompts()["input_ids"]
+    expected, module = model(ids).logits, next(latent.modules(model))
+    old = copy.deepcopy(module).double()
+    new = copy.deepcopy(old)
+    assert latent._fold(new)
+    x = torch.randn(5, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    before, after = (m.kv_a_proj_with_mqa(x)[:, :32] for m in (old, new))
+    torch.testing.assert_close(after.norm(dim=1), before.norm(dim=1), atol=0, rtol=1e-12)
+    expanded = old.kv_b_proj(before * old.kv_a_layernorm.weight)
+    torch.testing.assert_close(new.kv_b_proj(after), expanded, atol=1e-12, rtol=1e-10)
+    assert torch.equal(new.kv_a_proj_with_mqa(x)[:, 32:], old.kv_a_proj_with_mqa(x)[:, 32:])
+    for kv in ("int4", "int4", None):  # once is enough, and it stays
+        cache.use(model, kv)
+        assert not torch.equal(module.kv_b_proj.weight, old.kv_b_proj.weight.float())
+        torch.testing.assert_close(model(ids).logits, expected, atol=5e-6, rtol=1e-5)
+    cache.use(model, "int4")
+    assert module.quantlab_absorbed.turn is None
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A DeepSeek-V3 whose projections are FP8 in blocks."""
+    folder = tmp_path_factory.mktemp("latent")
+    sizes = {
+        "hidden_size": 128, "intermediate_size": 128, "moe_intermediate_size": 128, "kv_lora_rank": 128,
+        "q_lora_rank": 128, "qk_nope_head_dim": 64, "v_head_dim": 64, "qk_rope_head_dim": 32,
+    }  # fmt: skip
+    tiny("DeepseekV3", **sizes).save_pretrained(folder / "source")
+    quantlab.quantize(folder / "source", "fp8-block", folder / "fp8")
+    return folder / "fp8"
+
+
+@pytest.mark.parametrize(("format", "bound"), [("16bit", 0.05), ("fp8", 0.05), ("int4", 0.15)])
+def test_quantized_projections(checkpoint, format, bound):
+    """Absorbed from the dequantized weight; INT4 turns each latent as it comes."""
+    plain = quantlab.load(checkpoint, dtype=torch.float32)
+    ids = prompts(padded=0)["input_ids"]
+    expected = plain(ids).logits[:, -1:]
+    model = quantlab.load(checkpoint, dtype=torch.float32, kv=format)
+    module = next(latent.modules(model))
+    assert type(module.kv_b_proj).__name__ == "Fp8BlockLinear"
+    assert (module.quantlab_absorbed.turn is not None) == (format == "int4")
+    past = cache.new_cache(model)
+    model(ids[:, :-1], past_key_values=past)
+    assert relative(model(ids[:, -1:], past_key_values=past).logits, expected) < bound
+
+
+@pytest.mark.parametrize("name", SPARSE)
+def test_sparse_attention_is_refused(name):
+    with torch.device("meta"):
+        model = tiny(name)
+    with pytest.raises(UsageError, match="picks the tokens that it attends to"):
+        cache.use(model, "fp8")
+
+
+def test_what_latents_do_not_have_is_refused():
+    model = tiny("DeepseekV2")
+    with pytest.raises(UsageError, match="kv=k8v4: latents are keys and values at once; there are fp8, int8, int4"):
+        cache.use(model, "k8v4")
+    with pytest.raises(UsageError, match="all latents are kept alike"):
+        cache.use(model, KV("int4", first=4, newest=64))
+    cache.use(model, "fp8")
+    with pytest.raises(UsageError, match="offloaded"):
+        generate(model, cache_implementation="offloaded")
+    layer = DynamicLatentLayer(KV("fp8"))
+    with pytest.raises(UsageError, match="needs a latent and a part for the position, alike for all heads"):
+        layer.update(torch.zeros(1, 4, 3, 32), torch.zeros(1, 4, 3, 24))
+    handle, _ = DynamicLatentLayer(KV("fp8")).update(torch.zeros(1, 1, 3, 32), torch.zeros(1, 1, 3, 16))
+    with pytest.raises(UsageError, match="came to attention without `expand_kv`"):
+        handle.attend(torch.zeros(1, 4, 3, 32), None, None, {})
+    with pytest.raises(UsageError, match="attention is given s_aux, which attention over packed latents lacks"):
+        handle.attend(torch.zeros(1, 4, 3, 32), None, None, {"s_aux": torch.zeros(4)})
+
+
+def test_an_expansion_that_is_not_known_is_refused(monkeypatch):
+    """The check is of numbers: names and shapes are as always here."""
+    model = tiny("DeepseekV3")
+    kind = type(next(latent.modules(model)))
+    own = kind.expand_kv
+    monkeypatch.setattr(kind, "expand_kv", lambda self, a, b: own(self, a * a.abs(), b))
+    with pytest.raises(UsageError, match="expands latents in a way not known"):
+        cache.use(model, "fp8")
+    monkeypatch.setattr(kind, "expand_kv", lambda self, a, b: own(self, a, b.flip(-1)))
+    with pytest.raises(UsageError, match="expands latents in a way not known"):
+        cache.use(model, "fp8")
+
+
+def test_keys_that_are_expanded_before_they_are_cached_are_refused():
+    class Early(torch.nn.Module):
+        def forward(self, x, past_key_values):
+            keys, values = self.expand_kv(x, x)
+            return past_key_values.update(keys, values, 0)
+
+        def expand_kv(self, a, b):
+            return a, b
+
+    assert latent.unsupported(Early()) == (
+        "this version of transformers caches keys and values of every head, not latents"
+    )
+    assert latent.unsupported(torch.nn.Linear(1, 1)) == "this version of transformers does not cache its latents"
+
+
+def test_beams_and_crops():
+    model = cache.use(tiny("DeepseekV2"), "fp8")
+    found, _ = generate(model, tokens=2)
+    layer = found.past_key_values.layers[0]
+    rows = layer.dequantized(slice(4, 10))[0].clone()
+    layer.reorder_cache(torch.tensor([1, 0]))
+    assert torch.equal(layer.dequantized(slice(4, 10))[0], rows.flip(0))
+    layer.crop(-3)
+    assert layer.tokens == int(layer.length[0]) == 11
+    generate(model, num_beams=2)
+    ids = torch.randint(3, 60, (1, 300), generator=torch.Generator().manual_seed(2))
+    past = cache.new_cache(model)
+    model(ids[:, :250], past_key_values=past)
+    model(ids[:, 250:], past_key_values=past)
+    assert past.layers[0].cache.capacity == 512
+
+
+def test_models_without_latents_are_what_they_were():
+    config = transformers.LlamaConfig(
+        vocab_size=16, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1,
+    )  # fmt: skip
+    model = cache.use(AutoModelForCausalLM.from_config(config), "int8")
+    assert not cache.prepared(model).latent
