@@ -49,8 +49,10 @@ def kernel_room(room: str, dry_run: bool) -> Table:
     """Time a kernel room on the present GPU, or list its cases after one call of its reference."""
     from quantlab_kernels import bench
 
+    if room == "attention":
+        return _attention(dry_run)
     if room not in bench.ROOMS:
-        raise UsageError(f"unknown benchmark {room!r}; {did_you_mean(room, [*bench.ROOMS, *JOBS])}")
+        raise UsageError(f"unknown benchmark {room!r}; {did_you_mean(room, [*bench.ROOMS, 'attention', *JOBS])}")
     if dry_run:
         return f"{room}: inputs build, the reference runs", ("case",), [(name,) for name in bench.dry_run(room)]
     rows = []
@@ -64,6 +66,20 @@ def kernel_room(room: str, dry_run: bool) -> Table:
         raise UsageError(str(error)) from None
     header = ("case", "backend", "us", "TFLOP/s", "GB/s", "of the roofline", "time of others over ours")
     return room, header, rows
+
+
+def _attention(dry_run: bool) -> Table:
+    """The rooms of 8-bit attention beside their peers, then its error on the inputs by which kernels are compared."""
+    from quantlab_kernels.attention_prefill import errors
+
+    tables = [kernel_room(room, dry_run) for room in ("attention_quantize", "attention_prefill")]
+    rows = [row for _, _, table in tables for row in table]
+    if dry_run:
+        names = dict.fromkeys(error.inputs for error in errors.report("cpu", tokens=64, lengths=(128,)))
+        return "attention: inputs build, the references run", ("case",), rows + [(name,) for name in names]
+    for error in errors.report():
+        rows.append((error.inputs, error.operands, *4 * [""], f"RMSE {error.rms:.2e}, {error.relative:.2%}"))
+    return "attention", (*tables[0][1][:-1], "time of others over ours, or error"), rows
 
 
 def tune(room: str, shapes: list[tuple[int, int]]) -> Path:

@@ -49,7 +49,10 @@ def doctor(format: OutputFormat = Format.human) -> None:
 
 def bench(
     room: Annotated[
-        str, Argument(metavar="ROOM", help="A kernel room, 'conversion' or 'generation'.", show_default=False)
+        str,
+        Argument(
+            metavar="ROOM", help="A room of kernels, 'attention', 'conversion', 'generation'.", show_default=False
+        ),
     ],
     shape: Annotated[str, Option("--shape", help="Model shape of conversion and generation.")] = "llama-3.1-8b",
     scheme: Annotated[str, Option("--scheme", help="Scheme of conversion and generation.")] = "fp8-block",

@@ -47,6 +47,14 @@ def test_cases():
         benchmarks.generation("tiny", "fp8-block", None, cases=["fast"])
 
 
+def test_attention_lists_both_rooms_and_the_error_report():
+    _, header, rows = benchmarks.kernel_room("attention", dry_run=True)
+    assert header == ("case",)
+    assert {("4x4096 16/16x128",), ("4x4k causal",), ("outliers 64",), ("128 keys, values of mean 1",)} <= set(rows)
+    with pytest.raises(UsageError, match="did you mean 'attention'"):
+        benchmarks.kernel_room("atention", dry_run=True)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
 def test_generation_needs_a_gpu():
     with pytest.raises(UsageError, match="timed on a GPU, and there is none here"):

@@ -7,7 +7,8 @@ mean.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,28 +16,41 @@ from torch import Tensor
 
 from quantlab_kernels.attention_prefill.op import attention_8bit
 
+Inputs = tuple[Tensor, Tensor, Tensor]
+HEADS = 8  # of the short distributions
+QUERIES = 256  # of the long contexts
+LENGTHS = (4096, 32768, 131072)
 
-def _normal(*shape: int) -> Tensor:
-    return torch.randn(shape, device="cuda")
+
+class Error(NamedTuple):
+    """inputs: the distribution; operands: "bf16", or the codes of Q and K and those of V; relative: to the result."""
+
+    inputs: str
+    operands: str
+    rms: float
+    relative: float
 
 
-def outliers(heads: int, sq: int, skv: int) -> tuple[Tensor, Tensor, Tensor]:
+def _normal(heads: int, tokens: int, device: str) -> Tensor:
+    return torch.randn(1, heads, tokens, 128, device=device)
+
+
+def _outliers(tokens: int, device: str) -> Tensor:
     """FlashAttention-3, section 4.3."""
-
-    def draw(tokens: int) -> Tensor:
-        x = _normal(1, heads, tokens, 128)
-        return x + 10 * torch.randn_like(x) * (torch.rand_like(x) < 0.001)
-
-    return draw(sq), draw(skv), draw(skv)
+    x = _normal(HEADS, tokens, device)
+    return x + 10 * torch.randn_like(x) * (torch.rand_like(x) < 0.001)
 
 
-def normal(heads: int, sq: int, skv: int, mean: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
-    return _normal(1, heads, sq, 128), _normal(1, heads, skv, 128), _normal(1, heads, skv, 128) + mean
-
-
-def biased_keys(heads: int, sq: int, skv: int) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v = normal(heads, sq, skv)
-    return q, k + 8 * _normal(1, heads, 1, 128), v
+def distributions(tokens: int, lengths: Sequence[int], device: str) -> Iterator[tuple[str, Inputs]]:
+    """Name and float32 q, k, v."""
+    yield f"outliers {tokens}", (_outliers(tokens, device), _outliers(tokens, device), _outliers(tokens, device))
+    q, k, v = (_normal(HEADS, tokens, device) for _ in range(3))
+    yield f"normal {tokens}", (q, k, v)
+    yield f"keys with a bias {tokens}", (q, k + 8 * _normal(HEADS, 1, device), v)
+    for length in lengths:
+        q, k, v = _normal(1, QUERIES, device), _normal(1, length, device), _normal(1, length, device)
+        for mean in (0, 1):
+            yield f"{length} keys, values of mean {mean}", (q, k, v + mean)
 
 
 def _exact(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -45,35 +59,20 @@ def _exact(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.cat(pieces, 2)
 
 
-def _error(out: Tensor, exact: Tensor) -> tuple[float, float]:
-    """Root mean square, and relative to the result."""
-    error = (out.float() - exact).square().mean().sqrt()
-    return float(error), float(error / exact.square().mean().sqrt())
-
-
-def report() -> Iterator[str]:
-    """A line per distribution: RMSE / relative error of bf16, INT8 and E4M3."""
+def report(device: str = "cuda", tokens: int = 8192, lengths: Sequence[int] = LENGTHS) -> Iterator[Error]:
+    """bf16, INT8, INT8 with E4M3 values, and E4M3 on each distribution."""
     torch.manual_seed(0)
-    cases: list[tuple[str, tuple[Tensor, Tensor, Tensor]]] = [
-        ("outliers 8x8k", outliers(8, 8192, 8192)),
-        ("normal 8x8k", normal(8, 8192, 8192)),
-        ("biased keys 8x8k", biased_keys(8, 8192, 8192)),
-    ]
-    cases += [
-        (f"{length // 1024}k, mean of V {mean:g}", normal(1, 256, length, mean))
-        for length in (4096, 32768, 131072)
-        for mean in (0.0, 1.0)
-    ]
-    for name, inputs in cases:
+    for name, inputs in distributions(tokens, lengths, device):
         q, k, v = (x.to(torch.bfloat16) for x in inputs)
         exact = _exact(q.float(), k.float(), v.float())
         results = {"bf16": F.scaled_dot_product_attention(q, k, v)}
         for qk, pv in (("int8", "int8"), ("int8", "fp8"), ("fp8", "fp8")):
             results[f"{qk} {pv}"] = attention_8bit(q, k, v, qk=qk, pv=pv)[0].transpose(1, 2)  # type: ignore[arg-type]
-        errors = {label: _error(out, exact) for label, out in results.items()}
-        yield f"{name:20}" + "".join(f"  {label}: {rms:.2e} / {rel:.2%}" for label, (rms, rel) in errors.items())
+        for operands, out in results.items():
+            rms = (out.float() - exact).square().mean().sqrt()
+            yield Error(name, operands, float(rms), float(rms / exact.square().mean().sqrt()))
 
 
 if __name__ == "__main__":
-    for line in report():
-        print(line, flush=True)
+    for error in report():
+        print(f"{error.inputs:32} {error.operands:10} RMSE {error.rms:.2e}, relative {error.relative:.2%}", flush=True)
