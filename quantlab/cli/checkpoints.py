@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
@@ -136,7 +136,8 @@ def quantize(
             progress=callback,
             overwrite=overwrite,
         )
-    _show(summary, format)
+    found = {"mixture": mixture.to_dict()} if (target_bits, max_kl) != (None, None) else {}
+    _show(summary, format, found)
 
 
 def plan(
@@ -258,9 +259,10 @@ def _mixture(
     return found
 
 
-def _show(result: Plan | Summary, format: Format) -> None:
+def _show(result: Plan | Summary, format: Format, more: dict[str, Any] | None = None) -> None:
+    """Print a result; `more` goes into the JSON document beside it."""
     if format is Format.json:
-        print_json(result.to_dict())
+        print_json({**result.to_dict(), **(more or {})})
         return
     for title, header, rows in result.tables(size):
         print_table(title, header, rows)

@@ -16,6 +16,7 @@ from rich.table import Table
 
 STDERR = Console(stderr=True, highlight=False)
 Progress = Callable[[str, int, int], None]
+SCHEMA = 1  # of JSON documents; raised when a key changes its meaning or goes away
 
 
 class Format(StrEnum):
@@ -26,7 +27,8 @@ class Format(StrEnum):
 
 
 def print_json(data: Any) -> None:
-    """One JSON document on stdout."""
+    """One JSON document on stdout; README.md beside this file says what is in it."""
+    data = {"schema": SCHEMA, **data} if isinstance(data, dict) else data
     print(json.dumps(data, indent=2, ensure_ascii=False, default=str))
 
 
