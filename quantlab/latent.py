@@ -19,7 +19,6 @@ from __future__ import annotations
 import math
 import types
 from collections.abc import Iterator
-from functools import cached_property
 from inspect import unwrap
 from typing import Any
 
@@ -116,21 +115,22 @@ class Absorbed:
 
     module   has `expand_kv`: latents [B, 1, S, L] and position parts [B, 1, S, R] to keys [B, H, S, nope + R] and
              values [B, H, S, V]
-    turn     float64 [L, L], orthogonal: cached latents are turned by it; None where the module makes turned ones
+    turn     [L, L], orthogonal: cached latents are turned by it; None where the module makes turned ones
     keys     [H, nope, L], values [H, L, V], in the dtype in which the module computes
     """
 
     def __init__(self, module: Any, turn: Tensor | None = None) -> None:
-        self.module, self.turn = module, turn
-        self.rope = module.qk_rope_head_dim
+        self.module, self.rope = module, module.qk_rope_head_dim
         weight = next(module.kv_b_proj.parameters(), None)
         self.device = module.kv_b_proj.weight.device if weight is None else weight.device
         self.dtype = _computes_in(module)
+        self.turn = None if turn is None else turn.to(self.device, self.dtype)
         latent = module.kv_b_proj.in_features
         with torch.no_grad():
             key, value = self._expanded(torch.eye(latent, dtype=self.dtype, device=self.device))
             self.keys = self.turned(key[0, :, :, : -self.rope].transpose(1, 2)).contiguous()
             self.values = self.turned(value[0].transpose(1, 2)).transpose(1, 2).contiguous()
+        self.crossover = crossover(self.keys.shape[1], self.values.shape[2], latent)
 
     def _expanded(self, latent: Tensor, rope: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The module's own keys [1, H, S, nope + R] and values [1, H, S, V] of latents [S, L]."""
@@ -151,27 +151,11 @@ class Absorbed:
         theirs = torch.cat((key[0, ..., : -self.rope], value[0]), -1).float()
         return float((ours - theirs).norm() / theirs.norm()) if float(theirs.norm()) else 0.0
 
-    @cached_property
-    def crossover(self) -> int:
-        """Queries of a sequence from which expanding what is cached needs fewer operations than absorbing.
-
-        Per cached token and head, expanding takes L (nope + V) multiplications once and nope + R + V for each query,
-        absorbing 2 L + R for each query.
-        """
-        nope, latent, v = self.keys.shape[1], self.keys.shape[2], self.values.shape[2]
-        more = 2 * latent - nope - v
-        return latent * (nope + v) // more if more > 0 else 1 << 30
-
     def turned(self, latent: Tensor) -> Tensor:
-        return latent if self.turn is None else (latent @ self._turn).to(latent.dtype)
+        return latent if self.turn is None else latent @ self.turn
 
     def unturned(self, latent: Tensor) -> Tensor:
-        return latent if self.turn is None else (latent @ self._turn.T).to(latent.dtype)
-
-    @cached_property
-    def _turn(self) -> Tensor:
-        assert self.turn is not None
-        return self.turn.to(self.device, self.dtype)
+        return latent if self.turn is None else latent @ self.turn.T
 
     def queries(self, query: Tensor) -> tuple[Tensor, Tensor]:
         """[B, H, Sq, nope + R] to queries of latents [B, Sq, H, L] and of positions [B, Sq, H, R]."""
@@ -185,6 +169,16 @@ class Absorbed:
         batch, tokens, heads, latent = out.shape
         rows = out.permute(2, 0, 1, 3).reshape(heads, batch * tokens, latent) @ self.values
         return rows.unflatten(1, (batch, tokens)).permute(1, 2, 0, 3)
+
+
+def crossover(nope: int, v: int, latent: int) -> int:
+    """Queries of a sequence from which expanding what is cached needs fewer operations than absorbing.
+
+    Per cached token and head, expanding takes L (nope + V) multiplications once and nope + R + V for each query,
+    absorbing 2 L + R for each query.
+    """
+    more = 2 * latent - nope - v
+    return latent * (nope + v) // more if more > 0 else 1 << 30
 
 
 def _computes_in(module: Any) -> torch.dtype:
@@ -205,7 +199,8 @@ class LatentHandle(Handle):
             if kwargs.get(name) is not None:
                 raise UsageError(f"attention is given {name}, which attention over packed latents lacks; leave out kv")
         absorbed, layer = self._absorbed(), self.layer
-        layer.few = absorbed.crossover
+        if layer.few != absorbed.crossover:
+            layer.few = absorbed.crossover
         latent, self.own = absorbed.turned(self.key), self.key
         self.key = latent
         return super().attend(query, mask, scaling, kwargs)

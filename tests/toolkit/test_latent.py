@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import types
 
 import pytest
 import torch
@@ -55,7 +54,7 @@ def prompts(rows=2, length=13, padded=4):
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def generate(model, tokens=8, **options):
+def generate(model, tokens=6, **options):
     given = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True, "eos_token_id": None}
     found = model.generate(**prompts(), max_new_tokens=tokens, **given, **options)
     return found, torch.stack(found.logits, 1)
@@ -77,8 +76,7 @@ def test_absorbed_is_expanded(name):
     assert torch.equal(generate(model)[0].sequences, expected.sequences)
 
 
-@pytest.mark.parametrize("chunk", [2, 5, 40])
-@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize(("chunk", "turned"), [(5, False), (8, True), (40, False), (40, True)])
 def test_chunks_on_both_sides_of_the_crossover(chunk, turned):
     """Absorbed up to it, expanded from it on, with latents that are turned as they come too."""
     model = tiny("DeepseekV3")
@@ -98,10 +96,9 @@ def test_chunks_on_both_sides_of_the_crossover(chunk, turned):
 
 def test_crossover_is_computed():
     """DeepSeek-V3 and GLM: 170 and 398 queries; expanding never pays where latents are small."""
-    sizes = {(128, 128, 512): 170, (192, 256, 512): 398, (64, 64, 64): 1 << 30}
-    for (nope, v, rank), queries in sizes.items():
-        absorbed = types.SimpleNamespace(keys=torch.empty(1, nope, rank), values=torch.empty(1, rank, v))
-        assert latent.Absorbed.crossover.func(absorbed) == queries
+    assert latent.crossover(nope=128, v=128, latent=512) == 170
+    assert latent.crossover(nope=192, v=256, latent=512) == 398
+    assert latent.crossover(nope=64, v=64, latent=64) == 1 << 30
 
 
 def relative(x, y):
@@ -262,6 +259,40 @@ def test_beams_and_crops():
     model(ids[:, :250], past_key_values=past)
     model(ids[:, 250:], past_key_values=past)
     assert past.layers[0].cache.capacity == 512
+
+
+def test_a_decoding_step_compiles_whole():
+    model = cache.use(tiny("DeepseekV3"), "fp8")
+    ids = prompts(padded=0)["input_ids"]
+    with torch.no_grad():
+        static = transformers.StaticCache(config=model.config, max_cache_len=32)
+        past, compiled = (cache.prepared(model).like(static) for _ in range(2))
+        step = torch.compile(model, fullgraph=True, backend="aot_eager")
+        for cached in (past, compiled):
+            model(ids, past_key_values=cached)
+        position = torch.tensor([[13], [13]])
+        given = {"input_ids": ids[:, :1], "position_ids": position}
+        expected = model(**given, past_key_values=past).logits
+        found = step(**given, past_key_values=compiled).logits
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.gpu(sm=80)
+@pytest.mark.parametrize(("format", "bound"), [("16bit", 0.03), ("fp8", 0.06), ("int8", 0.04), ("int4", 0.2)])
+@pytest.mark.parametrize("implementation", [None, "static"])
+def test_on_the_gpu(format, bound, implementation):
+    """Kernels of real sizes in a model's hands: logits of all steps until texts part."""
+    sizes = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128}
+    model = tiny("DeepseekV2", n_routed_experts=None, first_k_dense_replace=2, **sizes).to("cuda", torch.bfloat16)
+    ids = torch.randint(3, 60, (2, 300), generator=torch.Generator().manual_seed(2)).cuda()
+    expected = model(ids).logits[:, -20:]
+    cache.use(model, format)
+    shape = transformers.StaticCache(config=model.config, max_cache_len=320)
+    past = cache.new_cache(model) if implementation is None else cache.prepared(model).like(shape)
+    begin = ids.shape[1] - 20
+    model(ids[:, :begin], past_key_values=past)
+    steps = [model(ids[:, begin + i : begin + i + 1], past_key_values=past).logits for i in range(20)]
+    assert relative(torch.cat(steps, 1), expected) < bound
 
 
 def test_models_without_latents_are_what_they_were():
