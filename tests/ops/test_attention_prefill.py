@@ -306,7 +306,7 @@ def test_random_problems_on_hopper(seed: int, monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.gpu(sm=80)
-@pytest.mark.parametrize("seed", (4, 5, 6, 18))  # variants take seconds each to compile
+@pytest.mark.parametrize("seed", [4, 5, 6, 18])  # variants take seconds each to compile
 def test_random_problems_in_triton(seed: int, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("QUANTLAB_ATTENTION_PREFILL_BACKEND", "triton")
     run("triton", *draw(seed))
