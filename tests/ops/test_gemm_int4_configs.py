@@ -33,6 +33,7 @@ def test_every_problem_has_legal_configurations(m: int, x: torch.dtype):
         (Config(3, 2), "math groups"),
         (Config(4, 1, 128, stages=3), "registers a thread"),
         (Config(1, 4, 16, stages=14), "14 stages for 4 groups"),
+        (Config(1, 2, 16, stages=8, split=2), "2 CTAs for each tile"),
     ],
 )
 def test_illegal_configurations_have_a_reason(config: Config, reason: str):

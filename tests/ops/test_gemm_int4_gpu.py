@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -100,10 +101,10 @@ def test_every_tuned_configuration_is_right(room):
     tuned = {Config(**found) for by_m in entries for found in by_m.values()}
     codes, words, b_scale = weight(1224, 1152)
     tiles = tiles_for(words, x)
-    for config in tuned:
+    for config, grouped in itertools.product(tuned, {False, x == E4M3}):
         m = config.by * 2 + 5
-        a, a_scale = activations("positive", m, 1152, x)
-        deep = sm90_configs.deepest(config, Int4Problem(m, 1224, 1152, x))
+        a, a_scale = activations("positive", m, 1152, x, grouped)
+        deep = sm90_configs.deepest(config, Int4Problem(m, 1224, 1152, x, grouped=grouped))
         check(run(deep, a, a_scale, tiles, b_scale), a, a_scale, codes, b_scale)
 
 
@@ -135,8 +136,8 @@ def test_integers_come_out_exactly(x):
         a, a_scale = values.to(x), torch.ones(m, 1, device="cuda") if x == E4M3 else None
         exact, _ = exact_and_magnitude(a, a_scale, codes, b_scale)
         problem = Int4Problem(m, n, k, x, FP32)
-        streamed = [config for config in sm90_configs.candidates(problem) if config.stream == 2]
-        for config in ready(streamed, problem):
+        cut = [c for c in sm90_configs.candidates(problem) if c.stream == 2 or c.split > 1 or c.expand]
+        for config in ready(cut, problem):
             for _ in range(3):
                 assert torch.equal(run(config, a, a_scale, tiles, b_scale, dtype=FP32).double(), exact), config
 

@@ -11,6 +11,9 @@
 // whose sums it hands over at once, and ends with the beginning of one, whose owner it is. What an owner waits for was
 // computed first, and it adds the parts in a fixed order. The tiles that follow are given out whole.
 //
+// With SPLIT the CTAs of a cluster share the K of one tile instead, and the first of them adds up what the others write
+// into its shared memory: sooner there than through global memory, for which few tokens would have to wait.
+//
 // Compiled once per configuration, with these macros:
 //   X           activations: 0 E4M3, 1 bfloat16, 2 float16
 //   GROUPED     1: activations have a scale for each 128 of K; 0: one for each token (E4M3), or none
@@ -22,6 +25,7 @@
 //   SCALE       of the weight: 0 float32, 1 bfloat16, 2 float16;  OUTPUT the same;  BIAS 0 none, else 1 + the same
 //   OUTPUT_TMA  1: 16-bit tiles leave through the copy engine; 0: from registers
 //   BAND        tiles of rows that are walked together for the sake of the L2 cache
+//   SPLIT       CTAs of a cluster, each with a part of the K of a tile; a CTA has one tile then
 //   EXPANDED    1: the weight comes as E4M3, in tiles that `expand.py` made of the codes, and stays in shared memory
 //   EXPERTS     1: rows of x are sorted by expert and the weight is one [N, K] for each; how many rows an expert has is
 //               read from device memory. Tiles are whole, and leave row by row: the next rows are another expert's
@@ -54,6 +58,7 @@ constexpr int TOKEN_SCALE_BYTES = GROUPED ? (BY + 4 * EXPERTS) * 4 : 0;
 constexpr int TOKENS_BYTES = PANELS * PANEL_BYTES + TOKEN_SCALE_BYTES;
 constexpr int OUTPUT_BYTES = OUTPUT_TMA ? ROW_GROUPS * PANEL_BYTES : 0;       // [tokens][64] of 16 bits for each group
 constexpr int REDUCED_BYTES = (K_GROUPS - 1) * BX * BY * 4;
+constexpr int RECEIVED_BYTES = (SPLIT - 1) * BX * BY * 4;
 
 constexpr int OFFSET_OUTPUT = STAGES * PANELS * PANEL_BYTES;
 constexpr int OFFSET_CODES = OFFSET_OUTPUT + OUTPUT_BYTES;
@@ -61,12 +66,14 @@ constexpr int OFFSET_ROW_SCALE = OFFSET_CODES + STAGES * ROW_GROUPS * TILE_BYTES
 constexpr int OFFSET_TOKEN_SCALE = OFFSET_ROW_SCALE + STAGES * ROW_SCALE_BYTES;
 constexpr int TOKEN_SCALE_STRIDE = round_up(TOKEN_SCALE_BYTES, 128);
 constexpr int OFFSET_REDUCED = OFFSET_TOKEN_SCALE + STAGES * TOKEN_SCALE_STRIDE;
-constexpr int OFFSET_BARRIERS = OFFSET_REDUCED + REDUCED_BYTES;
-constexpr int OFFSET_GROUPS = OFFSET_BARRIERS + 16 * STAGES;
+constexpr int OFFSET_RECEIVED = OFFSET_REDUCED + REDUCED_BYTES;
+constexpr int OFFSET_BARRIERS = OFFSET_RECEIVED + RECEIVED_BYTES;
+constexpr int OFFSET_GROUPS = OFFSET_BARRIERS + 16 * STAGES + 8;
 constexpr int SHARED_BYTES = OFFSET_GROUPS + EXPERTS * GROUPS_BYTES;
 static_assert(SHARED_BYTES == SHARED, "the host allocates what is laid out here");
 static_assert(BY % 16 == 0, "tiles leave in pairs of eight tokens");
 static_assert(!EXPANDED || X == 0, "only E4M3 weights are expanded");
+static_assert(SPLIT == 1 || !EXPERTS, "tiles of experts belong to single CTAs");
 // A group that waits for a stage must have waited for that stage's last contents too: copies may end out of order, and
 // the parity of a barrier does not tell a phase from the one before the last.
 static_assert(STAGES % K_GROUPS == 0, "groups that take K blocks in turns keep to their stages");
@@ -148,7 +155,7 @@ struct Schedule {
     left = begin_of(blockIdx.x + 1) - begin;
     part_tile = uniform(begin / blocks);
     part_first = begin - part_tile * blocks;
-    next = p.streamed + blockIdx.x;
+    next = p.streamed + blockIdx.x / SPLIT;
   }
 
   // Where a CTA's share of the streamed tiles begins, counted in K blocks.
@@ -158,10 +165,11 @@ struct Schedule {
     const bool part = left > 0;
     if (!part && next >= tiles) return false;
     tile = part ? part_tile : next;
-    first = part ? part_first : 0;
-    last = part ? min(blocks, first + left) : blocks;
+    const int rank = blockIdx.x % SPLIT;
+    first = part ? part_first : blocks * rank / SPLIT;
+    last = part ? min(blocks, first + left) : blocks * (rank + 1) / SPLIT;
     left -= part ? last - first : 0;
-    next += part ? 0 : gridDim.x;
+    next += part ? 0 : gridDim.x / SPLIT;
     ++part_tile;
     part_first = 0;
     // Bands of BAND tiles of rows; within a band along the rows first, so that CTAs that run at once share tokens.
@@ -205,6 +213,8 @@ struct Shared {
   DEVICE u32 reduced() const { return base + OFFSET_REDUCED; }
   DEVICE u32 full(int stage) const { return base + OFFSET_BARRIERS + 8 * stage; }
   DEVICE u32 empty(int stage) const { return base + OFFSET_BARRIERS + 8 * (STAGES + stage); }
+  DEVICE u32 received() const { return base + OFFSET_RECEIVED; }
+  DEVICE u32 sums_ready() const { return base + OFFSET_BARRIERS + 16 * STAGES; }
   DEVICE u32 groups() const { return base + OFFSET_GROUPS; }
 };
 
@@ -494,12 +504,40 @@ DEVICE void reduce_groups(const Shared& s, const Position& at, float (&sum)[ACCU
   }
 }
 
+#if SPLIT > 1
+// The place of four of a thread's sums among those that the first CTA of a cluster receives from part `part` of K.
+DEVICE u32 place_of(const Shared& s, const Position& at, int part, int i) {
+  return s.received() + (((part - 1) * ROW_GROUPS + at.row_group) * ACCUMULATORS + i) * 512 + at.thread() * 16;
+}
+
+DEVICE void hand_over(const Params&, const Shared& s, const Position& at, const float (&sum)[ACCUMULATORS]) {
+  const u32 barrier = cluster_address(s.sums_ready(), 0);
+#pragma unroll
+  for (int i = 0; i < ACCUMULATORS; i += 4) {
+    const u32 place = cluster_address(place_of(s, at, blockIdx.x % SPLIT, i), 0);
+    store_cluster_async(place, barrier, sum[i], sum[i + 1], sum[i + 2], sum[i + 3]);
+  }
+}
+
+DEVICE void collect(const Params&, const Shared& s, const Schedule&, const Position& at, float (&sum)[ACCUMULATORS]) {
+  barrier_wait(s.sums_ready(), 0);
+#pragma unroll
+  for (int part = 1; part < SPLIT; ++part) {
+#pragma unroll
+    for (int i = 0; i < ACCUMULATORS; i += 2) {
+      const float2 v = load_shared2(place_of(s, at, part, i / 4 * 4) + i % 4 * 4);
+      sum[i] += v.x;
+      sum[i + 1] += v.y;
+    }
+  }
+}
+#elif !EXPERTS
 DEVICE float4* partial_of(const Params& p, const Position& at, int cta) {
   return reinterpret_cast<float4*>(p.partials) + (cta * ROW_GROUPS + at.row_group) * (64 * BY / 4) + at.thread();
 }
 
 // The sums of the end of a tile that another CTA owns go to global memory, register by register.
-DEVICE void hand_over(const Params& p, const Position& at, const float (&sum)[ACCUMULATORS]) {
+DEVICE void hand_over(const Params& p, const Shared&, const Position& at, const float (&sum)[ACCUMULATORS]) {
   float4* place = partial_of(p, at, blockIdx.x);
 #pragma unroll
   for (int i = 0; i < ACCUMULATORS; i += 4) {
@@ -520,9 +558,9 @@ DEVICE void take_flag(u32* flag) {
   asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(flag), "r"(0) : "memory");
 }
 
-#if !EXPERTS
 // The owner of a tile adds the parts that the CTAs after it computed, in their order.
-DEVICE void collect(const Params& p, const Schedule& schedule, const Position& at, float (&sum)[ACCUMULATORS]) {
+DEVICE void collect(const Params& p, const Shared&, const Schedule& schedule, const Position& at,
+                    float (&sum)[ACCUMULATORS]) {
   const int end = (schedule.tile + 1) * schedule.blocks;
   for (int cta = blockIdx.x + 1; cta < gridDim.x && schedule.begin_of(cta) < end; ++cta) {
     if (at.warp == 0) take_flag(p.flags + cta * ROW_GROUPS + at.row_group);
@@ -654,10 +692,10 @@ DEVICE void compute(const Params& p, const Shared& s, Schedule schedule) {
     first = false;
 #if !EXPERTS
     if (schedule.first > 0) {
-      hand_over(p, at, sum);
+      hand_over(p, s, at, sum);
       continue;
     }
-    if (schedule.last < schedule.blocks) collect(p, schedule, at, sum);
+    if (schedule.last < schedule.blocks) collect(p, s, schedule, at, sum);
 #endif
     finish(p, schedule, at, sum);
     if constexpr (OUTPUT_TMA) {
@@ -685,9 +723,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) gemm_int4(const __grid_
       barrier_init(s.full(stage), ROW_GROUPS > 1 ? 4 : 3);
       barrier_init(s.empty(stage), 4 * ROW_GROUPS);
     }
+    if constexpr (SPLIT > 1) {
+      barrier_init(s.sums_ready(), 1);
+      barrier_arrive_expect(s.sums_ready(), RECEIVED_BYTES);
+    }
     barrier_init_fence();
   }
-  __syncthreads();
+  if constexpr (SPLIT > 1) {
+    cluster_sync_relaxed();  // the barriers exist before another CTA uses them
+  } else {
+    __syncthreads();
+  }
   let_next_kernel_start();
   if (!p.prefetch) wait_for_previous_kernel();
 #if EXPERTS

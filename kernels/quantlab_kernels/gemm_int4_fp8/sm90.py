@@ -62,7 +62,7 @@ def source(config: Config, problem: Int4Problem) -> nvrtc.Source:
         "OUTPUT_TMA": int(output_tma(problem)), "ROW_GROUPS": config.row_groups, "K_GROUPS": config.k_groups,
         "BY": config.by, "STAGES": config.stages, "PREFETCH": config.prefetch, "BAND": config.band,
         "SHARED": config.shared_bytes(problem), "EXPERTS": int(problem.experts > 0),
-        "EXPANDED": config.expand,
+        "EXPANDED": config.expand, "SPLIT": config.split,
     }  # fmt: skip
     headers = {name: (_FOLDER.parent / "common" / name).read_text() for name in ("sm90.cuh", "experts.cuh")}
     headers["wgmma.cuh"] = wgmma.wgmma_source(config.by) if config.expand else wgmma_source(config.by, problem.x)
@@ -162,7 +162,7 @@ def _prepared(
         "<QQQQqQQiiiiiii", b, token_scale, bias, *out, partials, flags, m, n, blocks, streamed, share, longer,
         int(prefetch),
     )  # fmt: skip
-    shape = driver.Launch(ctas, config.threads, 1, config.shared_bytes(problem), prefetch)
+    shape = driver.Launch(ctas, config.threads, config.split, config.shared_bytes(problem), prefetch)
     params = b"".join(maps) + scalars
     return kernel(config, kind(problem)), shape, params + bytes(-len(params) % 64)
 

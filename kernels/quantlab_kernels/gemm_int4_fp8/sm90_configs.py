@@ -23,6 +23,7 @@ class Config:
     stream  0: tiles are given out whole; 1: those of the last, incomplete wave and of the one before it are cut along
             K; 2: all are
     expand  1: the codes become E4M3 in memory first, which many tokens pay for
+    split   CTAs of a cluster that share the K of one tile; more than one without `stream`
     """
 
     row_groups: int = 2
@@ -33,6 +34,7 @@ class Config:
     band: int = 8
     stream: int = 2
     expand: int = 0
+    split: int = 1
 
     @property
     def bx(self) -> int:
@@ -54,8 +56,8 @@ class Config:
         token_scale = round_up(4 * (self.by + 4 * sorted_rows), 128) if problem.grouped else 0
         stage = tokens + self.bx * GROUP // (1 if self.expand else 2) + self.bx * problem.scale.itemsize + token_scale
         output = 128 * self.by * self.row_groups if output_tma(problem) else 0
-        reduced = (self.k_groups - 1) * self.bx * self.by * 4
-        return self.stages * (stage + 16) + output + reduced + sorted_rows * 8 * (MAX_EXPERTS + 1)
+        reduced = (self.k_groups - 1 + self.split - 1) * self.bx * self.by * 4
+        return self.stages * (stage + 16) + 8 + output + reduced + sorted_rows * 8 * (MAX_EXPERTS + 1)
 
     def tiles(self, problem: Int4Problem) -> int:
         return -(-problem.n // self.bx) * -(-problem.m // self.by)
@@ -64,6 +66,8 @@ class Config:
         """(CTAs, tiles that are cut along K). No CTA is given less than four blocks of K; where equal parts of a tile
         leave few CTAs idle they are equal, and an owner waits for as few others as can be."""
         tiles, blocks = self.tiles(problem), problem.k // GROUP
+        if self.split > 1:
+            return tiles * self.split, 0
         if self.stream == 0 or tiles * blocks * sms >= 1 << 32:
             return min(tiles, sms), 0
         ctas = min(sms, max(tiles, tiles * blocks // 4))
@@ -92,6 +96,8 @@ def reject(config: Config, problem: Int4Problem) -> str | None:
     needed = config.by + operands + {0: 16, 1: 24, 2: 24 + operands}[config.prefetch]
     if needed > _REGISTERS[config.math_groups]:
         return f"about {needed} registers a thread, {_REGISTERS[config.math_groups]} are there"
+    if config.split > 1 and (config.stream or problem.experts or problem.k // GROUP < config.split):
+        return f"{config.split} CTAs for each tile, whose K of {problem.k} is cut otherwise"
     if config.stages % config.k_groups or not config.stages:
         return f"{config.stages} stages for {config.k_groups} groups that take them in turns"
     return None
@@ -129,6 +135,8 @@ def _family(problem: Int4Problem) -> Iterator[Config]:
             shape = replace(shape, prefetch=shape.prefetch - 1)
         for stream in (0, 1, 2):
             yield replace(shape, stream=stream)
+    for k_groups, split in ((1, 2), (2, 2), (4, 2), (2, 4)) if by < 128 else ():
+        yield Config(1, k_groups, by, stream=0, split=split)
     for rows, width in ((3, 128), (2, 192), (2, 128)) if by == 128 else ():
         yield Config(rows, 1, width, prefetch=0, stream=1, expand=1)
 
