@@ -125,6 +125,7 @@ template <int PENDING>
 DEVICE void copies_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
+DEVICE void prefetch(const void* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
 DEVICE void prefetch_l2(const char* from, u32 bytes) {
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
 }
@@ -640,6 +641,13 @@ DEVICE void attend_near(Sums& sums, const Queries& q, const Params& p, const Pla
   int at[2];
 #pragma unroll
   for (int j = 0; j < 2; j++) at[j] = near_position(p, start, here.length, first + g + 8 * j);
+  bool valid[4];
+#pragma unroll
+  for (int j = 0; j < 4; j++) {
+    const i64 slot = first + 2 * t + j % 2 + j / 2 * 8;
+    valid[j] = near_position(p, start, here.length, slot) >= 0;
+    if (valid[j]) prefetch(p.v_near + 2 * (v_at + slot * p.vn_slot + value_channel(g, 0)));
+  }
   float scores[NT][4];
 #pragma unroll
   for (int i = 0; i < 4 * NT; i++) scores[i / 4][i % 4] = 0.0f;
@@ -666,10 +674,6 @@ DEVICE void attend_near(Sums& sums, const Queries& q, const Params& p, const Pla
     hide(x, p, here, nt, t, at, 0, here.length);
     weigh(weights[nt], sums, nt, x, scales);
   }
-  bool valid[4];
-#pragma unroll
-  for (int j = 0; j < 4; j++)
-    valid[j] = near_position(p, start, here.length, first + 2 * t + j % 2 + j / 2 * 8) >= 0;
   constexpr int PARTS = VALUE == 2 ? 2 : 1;  // runs of four channels that a word's codes make
 #pragma unroll
   for (int word = 0; word < V_WORDS; word++) {
@@ -770,6 +774,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) attention_decode(con
     for (int e = 0; e < 2; e++) sums.reference[nt][e] = LOWEST, sums.total[nt][e] = sums.zeros[nt][e] = 0.0f;
   }
   Queries q;
+  if (NEAR && here.split == 0) {  // while the first tiles are on their way
+    load_queries<false>(q, p, here, g, t);
+    const int start = p.start == nullptr ? 0 : max(p.start[here.batch], 0);
+    for (int slot = warp * TILE; slot < p.first + p.newest; slot += WARPS * TILE)
+      attend_near(sums, q, p, here, start, slot, g, t);
+  }
   load_queries<true>(q, p, here, g, t);
   u32 from = copies.ring, barrier = copies.full, parity = 0;
   int first = here.begin + warp * STEP;
@@ -789,12 +799,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) attention_decode(con
     from = last ? copies.ring : from + STAGE;
     barrier = last ? copies.full : barrier + 8;
     parity ^= last;
-  }
-  if (NEAR && here.split == 0) {
-    load_queries<false>(q, p, here, g, t);
-    const int start = p.start == nullptr ? 0 : max(p.start[here.batch], 0);
-    for (int slot = warp * TILE; slot < p.first + p.newest; slot += WARPS * TILE)
-      attend_near(sums, q, p, here, start, slot, g, t);
   }
   copies_wait<0>();
   __syncthreads();
