@@ -278,12 +278,12 @@ def test_a_decoding_step_compiles_whole():
 
 
 @pytest.mark.gpu(sm=80)
-@pytest.mark.parametrize(("format", "bound"), [("16bit", 0.03), ("fp8", 0.06), ("int8", 0.04), ("int4", 0.2)])
+@pytest.mark.parametrize(("format", "bound"), [("16bit", 0.02), ("fp8", 0.03), ("int8", 0.02), ("int4", 0.08)])
 @pytest.mark.parametrize("implementation", [None, "static"])
 def test_on_the_gpu(format, bound, implementation):
     """Kernels of real sizes in a model's hands: logits of all steps until texts part."""
     sizes = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128}
-    model = tiny("DeepseekV2", n_routed_experts=None, first_k_dense_replace=2, **sizes).to("cuda", torch.bfloat16)
+    model = tiny("DeepseekV2", first_k_dense_replace=2, **sizes).to("cuda", torch.bfloat16)
     ids = torch.randint(3, 60, (2, 300), generator=torch.Generator().manual_seed(2)).cuda()
     expected = model(ids).logits[:, -20:]
     cache.use(model, format)

@@ -95,8 +95,10 @@ def launch(
     )  # fmt: skip
     _ATTEND[c.stages]((tiles, count, p.batch), tensors, numbers, constants, c.warps)
     if count > 1:
-        wide = (p.rank, triton.next_power_of_2(count))
-        _MERGE((rows, p.batch), (part, sums, out, lse), (count, p.batch, p.heads, p.sq), wide, 4)
+        parts = triton.next_power_of_2(count)
+        columns = min(p.rank, max(64, 4096 // parts))  # so that a program holds no more than registers do
+        grid = rows, p.batch, p.rank // columns
+        _MERGE(grid, (part, sums, out, lse), (count, p.batch, p.heads, p.sq), (p.rank, parts, columns), 4)
 
 
 @triton.jit
@@ -301,20 +303,24 @@ def _attend(
 
 @triton.jit
 def _merge(
-    part_ptr, sums_ptr, out_ptr, lse_ptr, count, batches, heads, sq, L: tl.constexpr, COUNT: tl.constexpr
+    part_ptr, sums_ptr, out_ptr, lse_ptr, count, batches, heads, sq,
+    L: tl.constexpr, COUNT: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
+    """Some columns of a row: the sum of its parts, each by its share of all weights."""
     row, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
     rows = heads * sq
-    split, column = tl.arange(0, COUNT), tl.arange(0, L)
+    split, column = tl.arange(0, COUNT), tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
     at = (split * batches + batch) * rows + row
     lse = tl.load(sums_ptr + at, mask=split < count, other=float("-inf"))
     top = tl.max(lse, 0)
     share = tl.exp(lse - tl.where(top == float("-inf"), 0.0, top))
     whole = tl.sum(share, 0)
+    some = tl.where(whole > 0.0, whole, 1.0)
     part = tl.load(part_ptr + at[:, None] * L + column[None, :], mask=(share > 0.0)[:, None], other=0.0)
-    out = tl.sum(part * share[:, None], 0) / tl.where(whole > 0.0, whole, 1.0)
-    found = tl.where(whole > 0.0, top + tl.math.log(tl.where(whole > 0.0, whole, 1.0)), float("-inf"))
-    tl.store(lse_ptr + (batch * heads + row % heads) * sq + row // heads, found)
+    out = tl.sum(part * share[:, None], 0) / some
+    found = tl.where(whole > 0.0, top + tl.math.log(some), float("-inf"))
+    if tl.program_id(2) == 0:
+        tl.store(lse_ptr + (batch * heads + row % heads) * sq + row // heads, found)
     tl.store(out_ptr + (batch * rows + row) * L + column, out.to(out_ptr.dtype.element_ty))
 
 
