@@ -137,6 +137,8 @@ def _family(problem: Int4Problem) -> Iterator[Config]:
             yield replace(shape, stream=stream)
     for k_groups, split in ((1, 2), (2, 2), (4, 2), (2, 4)) if by < 128 else ():
         yield Config(1, k_groups, by, stream=0, split=split)
+    for width in (128, 64) if by == 128 else ():
+        yield Config(2, 1, width, stream=0, split=2)
     for rows, width in ((3, 128), (2, 192), (2, 128)) if by == 128 else ():
         yield Config(rows, 1, width, prefetch=0, stream=1, expand=1)
 
