@@ -335,6 +335,41 @@ def test_long_context_keeps_the_mean_of_the_values(backend: str):
         assert relative(out.transpose(1, 2), exact) < (limit if backend == "sm90" else 1.5 * limit)
 
 
+def short_sums(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """E4M3 as Hopper adds it: weights relative to the largest, a sum of 13 bits over all keys, 32 at a time."""
+    scores = q.float() @ k.float().T * q.shape[1] ** -0.5
+    weights = torch.exp(scores - scores.amax(1, keepdim=True))
+    codes, values = ((256 * weights).to(torch.float8_e4m3fn).float(), v.to(torch.float8_e4m3fn).float())
+    total = torch.zeros_like(q, dtype=torch.float32)
+    for i in range(0, k.shape[0], 32):
+        total += codes[:, i : i + 32] @ values[i : i + 32]
+        total = (total.view(torch.int32) & -1024).view(torch.float32)
+    return total / 256 / weights.sum(1, keepdim=True)
+
+
+@pytest.mark.gpu(sm=80)
+def test_needles_are_found_at_128k():
+    """Each query looks for one key among 131072, which has a tenth of its weight; values are words around a mean."""
+    generator = torch.Generator().manual_seed(0)
+    words = torch.randint(0, 2, (4096, 128), generator=generator) * 2.0 - 1
+    q, k = torch.randn(32, 128, generator=generator), torch.randn(131072, 128, generator=generator)
+    place, word = (
+        torch.randperm(131072, generator=generator)[:32],
+        torch.randint(0, 4096, (131072,), generator=generator),
+    )
+    k[place] = 0.94 * q
+    q, k, v = (x.to("cuda", torch.bfloat16)[None, None] for x in (q, k, 1 + words[word] / 4))
+
+    def found(out: Tensor) -> float:
+        said = ((out.float().cpu() - 1) @ words.T).argmax(1)
+        return float((said == word[place]).float().mean())
+
+    assert found(F.scaled_dot_product_attention(q, k, v)[0, 0]) == 1
+    assert found(short_sums(q[0, 0], k[0, 0], v[0, 0])) < 0.75
+    for fmt in ("int8", "fp8"):
+        assert found(attention_8bit(q, k, v, qk=fmt, pv=fmt)[0][0, :, 0]) == 1, fmt
+
+
 def test_keys_with_a_bias_cost_nothing(backend: str):
     q, k, v = (torch.randn(1, 2, s, 128, device="cuda", dtype=torch.bfloat16) for s in (512, 4096, 4096))
     biased = k + 8 * torch.randn(1, 2, 1, 128, device="cuda", dtype=torch.bfloat16)
