@@ -51,8 +51,11 @@ def kernel_room(room: str, dry_run: bool) -> Table:
 
     if room == "attention":
         return _attention(dry_run)
+    if room == "mla":
+        tables = [kernel_room(name, dry_run) for name in ("mla_append", "mla_decode")]
+        return "latent attention", tables[0][1], [row for _, _, rows in tables for row in rows]
     if room not in bench.ROOMS:
-        raise UsageError(f"unknown benchmark {room!r}; {did_you_mean(room, [*bench.ROOMS, 'attention', *JOBS])}")
+        raise UsageError(f"unknown benchmark {room!r}; {did_you_mean(room, [*bench.ROOMS, 'attention', 'mla', *JOBS])}")
     if dry_run:
         return f"{room}: inputs build, the reference runs", ("case",), [(name,) for name in bench.dry_run(room)]
     rows = []

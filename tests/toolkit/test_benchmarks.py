@@ -47,6 +47,12 @@ def test_cases():
         benchmarks.generation("tiny", "fp8-block", None, cases=["fast"])
 
 
+def test_latent_attention_is_two_rooms():
+    _, header, rows = benchmarks.kernel_room("mla", dry_run=True)
+    assert header == ("case",)
+    assert {"fp8 128x1", "int4 h16 128x4096"} <= {name for (name,) in rows}
+
+
 def test_attention_lists_both_rooms_and_the_error_report():
     _, header, rows = benchmarks.kernel_room("attention", dry_run=True)
     assert header == ("case",)
