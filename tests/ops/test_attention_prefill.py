@@ -349,7 +349,7 @@ def short_sums(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @pytest.mark.gpu(sm=80)
 def test_needles_are_found_at_128k():
-    """Each query looks for one key among 131072, which has a tenth of its weight; values are words around a mean."""
+    """Each query looks for one key among 131072, which has a sixth of its weight; values are words around a mean."""
     generator = torch.Generator().manual_seed(0)
     words = torch.randint(0, 2, (4096, 128), generator=generator) * 2.0 - 1
     q, k = torch.randn(32, 128, generator=generator), torch.randn(131072, 128, generator=generator)
