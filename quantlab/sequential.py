@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import statistics
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from quantlab.scheme import Calibration
     from quantlab_calib.blockwise import Steps
 
+SHOWN_NOTES = 3  # on layers that saw too little data
 FORMAT = 1  # raised whenever the same steps give other codes than before
 
 
@@ -103,7 +105,17 @@ class Rounded:
         if self.errors:
             before, after = (statistics.fmean(column) for column in zip(*self.errors.values(), strict=True))
             found["tuning"] = f"error of a block's output {before:.3g}, then {after:.3g}"
-        return found | {f"note {number}": note for number, note in enumerate(self.notes, start=1)}
+        return found | {f"note {number}": note for number, note in enumerate(gathered(self.notes), start=1)}
+
+
+def gathered(notes: list[str]) -> list[str]:
+    """Notes, those on layers that saw too little as one where they are many: experts come in thousands."""
+    few = {note: int(found[1]) for note in notes if (found := re.search(r": saw (\d+) tokens, rounded without", note))}
+    if len(few) <= SHOWN_NOTES:
+        return notes
+    first = next(iter(few)).partition(":")[0]
+    together = f"{first} and {len(few) - 1} others: saw {min(few.values())} to {max(few.values())} tokens, "
+    return [*(note for note in notes if note not in few), together + "rounded without data"]
 
 
 def run(

@@ -298,7 +298,7 @@ class Blockwise:
             observer = observers[group[0]]
             block.tokens |= dict.fromkeys(group, observer.tokens)
             if observer.tokens < FEWEST_TOKENS:
-                block.notes.append(f"{group[0]}: saw {observer.tokens} tokens, rounded without data")
+                block.notes.append(f"{_named(group)}: saw {observer.tokens} tokens, rounded without data")
                 self._plainly(block, group)
             elif self.steps.gptq is None:
                 self._plainly(block, group, None if observer.moments is None else observer.moments.diagonal())
@@ -324,7 +324,7 @@ class Blockwise:
                 for names in groups:
                     self._round(block, [names], observers)
                 return
-            block.notes.append(f"{groups[0][0]}: {error}, rounded without data")
+            block.notes.append(f"{_named(groups[0])}: {error}, rounded without data")
             self._plainly(block, groups[0])
             return
         layers = self.quantized.layers
@@ -471,6 +471,11 @@ def _runs(items: list[U], size: Callable[[U], int]) -> Iterator[list[U]]:
             run = []
         run.append(item)
     yield run
+
+
+def _named(names: list[str]) -> str:
+    """Layers that read one input, for a note."""
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} that read the same"
 
 
 def _is_expert(name: str) -> bool:

@@ -149,6 +149,9 @@ def test_a_layer_with_damaged_inputs_is_named_and_rounded_without_data(tokens):
     model.layers[0].mlp.up.weight.data[0, 0] = 1e30
     (block,) = run(model, tokens, Steps(None, Gptq(), original=False))
     assert any("layers.0.mlp.down.weight: its inputs are not finite" in note for note in block.notes)
+    model.layers[0].norm.weight.data[0] = torch.nan
+    (broken,) = run(model, tokens, Steps(None, Gptq(), original=False))
+    assert broken.notes[0].startswith("layers.0.mlp.gate.weight and 1 that read the same: its inputs are not finite")
     assert set(block.rounded) == set(linear_weights(model.layers, "layers"))
 
 

@@ -13,7 +13,7 @@ from quantlab.convert import convert
 from quantlab.errors import PreflightError
 from quantlab.pipeline import quantize
 from quantlab.scheme import Calibration, Recipe, Rule
-from quantlab.sequential import Store, first_row
+from quantlab.sequential import Store, first_row, gathered
 from quantlab.verify import verify
 from quantlab_calib import data
 from quantlab_calib.blockwise import Block, Steps
@@ -110,6 +110,14 @@ def test_efforts_and_steps_are_reported(with_tokenizer, tmp_path, calibration):
     tuned = summary("llama", replace(few, tune_steps=4).only(["tune"]), "tuned")
     assert "error of a block's output" in tuned["tuning"]
     assert summary("llama", replace(few, effort="fast"), "fast")["layers"] == "14 of 14 rounded for their output"
+
+
+def test_many_experts_without_data_are_one_note():
+    few = [f"layers.{i}.down[0]: saw {i} tokens, rounded without data" for i in range(3)]
+    assert gathered(["not rotated", *few]) == ["not rotated", *few]
+    together = "layers.0.down[0] and 3 others: saw 0 to 9 tokens, rounded without data"
+    more = "layers.3.down[0] and 1 that read the same: saw 9 tokens, rounded without data"
+    assert gathered([*few, "not rotated", more]) == ["not rotated", together]
 
 
 def test_blocks_that_were_made_otherwise_do_not_count(tmp_path):
