@@ -289,6 +289,34 @@ def test_splits_fill_the_gpu():
     assert 28 <= splits(8, 131072, 264) <= 33
 
 
+def problem(format: str, d: int = 128, **more) -> Problem:
+    return Problem(1, 8, 2, 1, d, 1024, *FORMATS[format], **more)
+
+
+@pytest.mark.parametrize(
+    ("asked", "chosen", "reason"),
+    [
+        (problem("int4"), "sm90", None),
+        (problem("int4", near=68), "sm90", None),
+        (problem("int8", page=16), "sm90", None),
+        (problem("k8v4", 256, page=48, ring=True, window=48), "sm90", None),
+        (problem("fp8"), "triton", "Triton reads E4M3 faster"),
+        (problem("int4", 80), "triton", "head dim 80, needs 64, 128 or 256"),
+        (problem("int8", page=24), "triton", "pages and rings need a multiple of 16 slots"),
+        (problem("16bit"), "triton", "reads codes of 8 and 4 bits only"),
+        (problem("int4", sm=80), "triton", "compiled for sm_90 only, the GPU is sm_80"),
+        (problem("int8", 512), "eager", "head dim 512, needs 64, 128 or 256"),
+    ],
+    ids=str,
+)
+def test_who_runs_what(asked: Problem, chosen: str, reason: str | None, monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr("quantlab_kernels.common.nvrtc.library", lambda: None)
+    verdicts = importlib.import_module("quantlab_kernels.attention_decode.op").BACKENDS.explain(asked)
+    assert [v.backend for v in verdicts if v.chosen] == [chosen]
+    assert verdicts[0].reason is None if reason is None else str(verdicts[0].reason).startswith(reason)
+
+
 INTERPRETED = """
 import importlib, sys, types, torch
 sys.path[:0] = {paths!r}
