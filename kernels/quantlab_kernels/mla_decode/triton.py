@@ -91,7 +91,8 @@ def launch(
         0 if cache.scale is None else cache.scale.stride(0),
     )  # fmt: skip
     constants = (
-        p.rank, p.rope, c.rows, c.tokens, KINDS[p.code], start is not None, table is not None, count == 1, native
+        p.rank, p.rope, c.rows, c.tokens, KINDS[p.code], start is not None, table is not None, p.sq > 1, count == 1,
+        native,
     )  # fmt: skip
     _ATTEND[c.stages]((tiles, count, p.batch), tensors, numbers, constants, c.warps)
     if count > 1:
@@ -206,7 +207,7 @@ def _attend(
     heads, sq, capacity, table_row, scale, ql_batch, ql_token, ql_head, ql_column, qr_batch, qr_token, qr_head,
     qr_column, l_row, r_row, s_row,
     L: tl.constexpr, R: tl.constexpr, BH: tl.constexpr, BN: tl.constexpr, KIND: tl.constexpr, START: tl.constexpr,
-    PAGED: tl.constexpr, WHOLE: tl.constexpr, NATIVE: tl.constexpr,
+    PAGED: tl.constexpr, CAUSAL: tl.constexpr, WHOLE: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     HALF: tl.constexpr = L // 2
     split, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -267,18 +268,18 @@ def _attend(
         x = tl.dot(low, tl.trans(q_low))
         x = tl.dot(high, tl.trans(q_high), x)
         if KIND == 3:
-            x = tl.dot(rope, tl.trans(q_rope), x) * factor[None, :]
-            log_scale = tl.zeros((BN,), tl.float32)
+            x = tl.dot(rope, tl.trans(q_rope), x)
         else:
-            x = (x * scales[:, None] + tl.dot(rope, tl.trans(q_rope))) * factor[None, :]
-            log_scale = tl.math.log2(scales)
-        x = tl.where(valid[:, None] & (position[:, None] <= place[None, :]), x, float("-inf"))
-        y = x + log_scale[:, None]
-        grown = tl.maximum(largest, tl.max(y, 0))
+            x = x * scales[:, None] + tl.dot(rope, tl.trans(q_rope))
+        x = x * factor[None, :] + tl.where(valid, tl.math.log2(scales), float("-inf"))[:, None]
+        if CAUSAL:
+            x = tl.where(position[:, None] <= place[None, :], x, float("-inf"))
+        grown = tl.maximum(largest, tl.max(x, 0))
         reference = tl.where(grown == float("-inf"), 0.0, grown)
         rescale = tl.math.exp2(largest - reference)
-        total = total * rescale + tl.sum(tl.math.exp2(x - reference[None, :]), 0)
-        weight = tl.math.exp2(y - reference[None, :] + 8.0).to(low.dtype)
+        weight = tl.math.exp2(x - (reference - 8.0)[None, :])  # times the scale, and 256
+        total = total * rescale + tl.sum(weight * (0.00390625 / scales)[:, None], 0)
+        weight = weight.to(low.dtype)
         low_out = tl.dot(tl.trans(low), weight, low_out * rescale[None, :])
         high_out = tl.dot(tl.trans(high), weight, high_out * rescale[None, :])
         largest = grown
