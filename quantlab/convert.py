@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from quantlab import checkpoint, stream
-from quantlab.checkpoint import ACTIVATION_SCALES, SHAPE, SUMMARY, Source, Stored, module_of
+from quantlab.checkpoint import ACTIVATION_SCALES, RECIPE, SHAPE, SUMMARY, Source, Stored, module_of
 from quantlab.errors import UsageError, VerificationError
 from quantlab.jobs import Copy, Dequantize, Job, Widen
 from quantlab.loaders import View
 from quantlab.output import Output, check_outside, check_space, check_writable, fingerprint, output_folder
-from quantlab.scheme import SCHEMES, did_you_mean
+from quantlab.scheme import SCHEMES, Recipe, did_you_mean
 from quantlab.summary import Summary
 from quantlab.verify import verify_weights
 from quantlab_kernels.formats import INT4
@@ -69,6 +69,8 @@ def convert(
         checkpoint.write_side_files(out, source, target)
         if target and (source.folder / ACTIVATION_SCALES).is_file():
             out.copy_file(source.folder / ACTIVATION_SCALES, ACTIVATION_SCALES)
+        if target and (source.folder / RECIPE).is_file():
+            out.write_text(RECIPE, _recipe(Recipe.from_toml(source.folder / RECIPE), to).to_toml())
         problems = verify_weights(out.partial) if target else []
         if problems:
             raise VerificationError(f"{destination}: what was written is wrong, nothing is kept: {problems[0]}")
@@ -87,6 +89,16 @@ def convert(
         out.write_text(SUMMARY, checkpoint.to_json(summary.to_dict()))
         out.publish()
     return summary
+
+
+def _recipe(recipe: Recipe, to: str) -> Recipe:
+    """The recipe of the same weights after a conversion: its KV cache stays, INT4 schemes are what they are now."""
+
+    def name(scheme: str) -> str:
+        return to if scheme in FLIPS and to in FLIPS else scheme
+
+    rules = tuple(replace(rule, scheme=name(rule.scheme)) for rule in recipe.rules)
+    return replace(recipe, scheme=name(recipe.scheme), rules=rules)
 
 
 def _target(source: Source, stored: Stored, to: str) -> Stored | None:

@@ -209,3 +209,14 @@ def test_kinds_may_mix(tiny: Callable[[str], Any], tmp_path: Path) -> None:
     hf.load(tmp_path / "int4").save_pretrained(tmp_path / "saved")
     before, after = tensors_of(tmp_path / "int4"), tensors_of(tmp_path / "saved")
     assert all(torch.equal(before[name].view(torch.uint8), after[name].view(torch.uint8)) for name in before)
+
+
+def test_the_recipe_comes_along(tiny: Callable[[str], Any], tmp_path: Path) -> None:
+    recipe = Recipe("int4", (Rule("*.down_proj", "fp8-dynamic"), Rule("*.0.*.o_proj", "int4")), kv="int8")
+    quantize(tiny("llama").folder, recipe, tmp_path / "int4", device="cpu")
+    convert(tmp_path / "int4", "int4-fp8", tmp_path / "flipped")
+    flipped = Recipe.from_toml(tmp_path / "flipped" / "quantlab" / "recipe.toml")
+    assert flipped == Recipe("int4-fp8", (recipe.rules[0], Rule("*.0.*.o_proj", "int4-fp8")), kv="int8")
+    assert hf.load(tmp_path / "flipped").quantlab_kv.kv.format == "int8"
+    convert(tmp_path / "flipped", "bf16", tmp_path / "bf16")
+    assert not (tmp_path / "bf16" / "quantlab" / "recipe.toml").exists()
