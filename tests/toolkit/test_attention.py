@@ -133,6 +133,21 @@ def test_a_second_piece_of_the_prompt(calls):
     close(second.hidden_states[-1], exact[:, 10:], LEFT[:, 10:])
 
 
+@pytest.mark.gpu(sm=80)
+@pytest.mark.parametrize("codes", ["int8", "fp8"])
+def test_on_the_gpu(codes: str, calls):
+    """16-bit models, padded and not, a prompt and a few tokens after it."""
+    model = causal_model("llama", head_dim=128).to("cuda", torch.bfloat16)
+    tokens, mask = TOKENS.cuda(), LEFT.cuda()
+    for given in (None, mask):
+        exact = hidden(model, "eager", tokens, attention_mask=given)
+        close(hidden(model, f"quantlab_{codes}", tokens, attention_mask=given), exact, given)
+    assert calls == [24] * 4
+    out = model.generate(tokens, attention_mask=mask, min_new_tokens=4, max_new_tokens=4, do_sample=False)
+    assert out.shape == (2, 28)
+    assert calls == [24] * 6
+
+
 def test_packed_sequences(calls):
     model = causal_model("llama")
     tokens, lengths = TOKENS[:1], (5, 12, 7)
