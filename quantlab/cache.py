@@ -128,10 +128,12 @@ def channel_scale(spread: Tensor) -> Tensor:
     return torch.where(largest > 0, spread.maximum(FLOOR * largest), 1.0)
 
 
-def require_support(folder: Path, trust_remote_code: bool = False) -> None:
+def require_support(folder: Path, kv: str, trust_remote_code: bool = False) -> None:
     """Raise PreflightError for a model that `use` would refuse; looks at its config alone."""
     model = meta_model(folder, trust_remote_code)
     reason = "transformers does not know it" if model is None else _unsupported(model)
+    if model is not None and reason is None and _caches_latents(model):
+        latent.require_format(kv)
     if reason is not None:
         raise PreflightError(f"{folder}: the model cannot have a quantized KV cache: {reason}; leave out kv")
 

@@ -62,14 +62,19 @@ def unsupported(model: Any) -> str | None:
     return None
 
 
+def require_format(name: str) -> None:
+    """Raise UsageError for a format of keys and values that latents do not have."""
+    if name not in FORMATS:
+        raise UsageError(f"kv={name}: latents are keys and values at once; there are {', '.join(FORMATS)}")
+
+
 def use(model: Any, kv: KV | str) -> KV:
     """Prepare the attention modules of a model for packed latents; returns the setting of the cache.
 
     Raises UsageError for settings that latents do not have, and for modules that expand latents in a way not known.
     """
     name = kv.format if isinstance(kv, KV) else kv
-    if name not in FORMATS:
-        raise UsageError(f"kv={name}: latents are keys and values at once; there are {', '.join(FORMATS)}")
+    require_format(name)
     kv = kv if isinstance(kv, KV) else KV(name)  # type: ignore[arg-type]
     if kv.first or kv.newest:
         raise UsageError(f"first = {kv.first}, newest = {kv.newest}: all latents are kept alike; leave both out")

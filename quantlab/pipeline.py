@@ -33,7 +33,7 @@ def plan(
     if recipe.kv != "none":
         from quantlab import cache
 
-        cache.require_support(source.folder, trust_remote_code)
+        cache.require_support(source.folder, recipe.kv, trust_remote_code)
     return preflight.plan(source, recipe, trust_remote_code=trust_remote_code)
 
 

@@ -14,6 +14,7 @@ from quantlab import cache, latent
 from quantlab.cache import KV
 from quantlab.errors import UsageError
 from quantlab.latent import DynamicLatentLayer, StaticLatentLayer
+from quantlab.scheme import Recipe
 from quantlab_calib.rotate import hadamard
 from quantlab_kernels.common.latent import dequantize_latent, quantize_latent
 
@@ -187,6 +188,15 @@ def test_quantized_projections(checkpoint, format, bound):
     past = cache.new_cache(model)
     model(ids[:, :-1], past_key_values=past)
     assert relative(model(ids[:, -1:], past_key_values=past).logits, expected) < bound
+
+
+def test_a_recipe_keeps_the_format_and_preflight_knows_it(checkpoint, tmp_path):
+    source = checkpoint.parent / "source"
+    with pytest.raises(UsageError, match="kv=k8v4: latents are keys and values at once"):
+        quantlab.quantize(source, Recipe(kv="k8v4"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    quantlab.quantize(source, Recipe(kv="fp8"), tmp_path / "out")
+    assert cache.prepared(quantlab.load(tmp_path / "out")).latent
 
 
 @pytest.mark.parametrize("name", SPARSE)
