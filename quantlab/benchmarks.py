@@ -54,8 +54,11 @@ def kernel_room(room: str, dry_run: bool) -> Table:
     if room == "mla":
         tables = [kernel_room(name, dry_run) for name in ("mla_append", "mla_decode")]
         return "latent attention", tables[0][1], [row for _, _, rows in tables for row in rows]
+    if room == "moe":
+        return _experts(dry_run)
     if room not in bench.ROOMS:
-        raise UsageError(f"unknown benchmark {room!r}; {did_you_mean(room, [*bench.ROOMS, 'attention', 'mla', *JOBS])}")
+        known = [*bench.ROOMS, "attention", "mla", "moe", *JOBS]
+        raise UsageError(f"unknown benchmark {room!r}; {did_you_mean(room, known)}")
     if dry_run:
         return f"{room}: inputs build, the reference runs", ("case",), [(name,) for name in bench.dry_run(room)]
     rows = []
@@ -83,6 +86,17 @@ def _attention(dry_run: bool) -> Table:
     for error in errors.report():
         rows.append((error.inputs, error.operands, *4 * [""], f"RMSE {error.rms:.2e}, {error.relative:.2%}"))
     return "attention", (*tables[0][1][:-1], "time of others over ours, or error"), rows
+
+
+def _experts(dry_run: bool) -> Table:
+    """Both grouped products beside their peers, then the experts of whole layers in every format."""
+    from quantlab import moe_benchmark
+
+    tables = [kernel_room(room, dry_run) for room in ("gemm_fp8_grouped", "gemm_int4_grouped")]
+    rows = [row for _, _, table in tables for row in table]
+    if dry_run:
+        return "experts: inputs build, they run", ("case",), rows + [(name,) for name in moe_benchmark.dry_run()]
+    return "experts", tables[0][1], rows + list(moe_benchmark.run())
 
 
 def tune(room: str, shapes: list[tuple[int, int]]) -> Path:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import quantlab
-from quantlab import benchmarks
+from quantlab import benchmarks, moe_benchmark
 from quantlab.errors import UsageError
 
 
@@ -51,6 +51,21 @@ def test_latent_attention_is_two_rooms():
     _, header, rows = benchmarks.kernel_room("mla", dry_run=True)
     assert header == ("case",)
     assert {"fp8 128x1", "int4 h16 128x4096"} <= {name for (name,) in rows}
+
+
+def test_experts_are_two_rooms_and_whole_layers():
+    _, header, rows = benchmarks.kernel_room("moe", dry_run=True)
+    assert header == ("case",)
+    assert {"8x64 deepseek-v3.gate_up", "deepseek-v3 experts int4-fp8 M=128"} <= {name for (name,) in rows}
+
+
+@pytest.mark.gpu(sm=80)
+def test_experts_of_a_layer_are_timed(monkeypatch):
+    monkeypatch.setattr(moe_benchmark, "LAYERS", {"tiny": moe_benchmark.TINY})
+    monkeypatch.setattr(moe_benchmark, "TOKENS", (2,))
+    rows = list(moe_benchmark.run())
+    assert [row[0] for row in rows] == [f"tiny experts {name} M=2" for name in moe_benchmark.FORMATS]
+    assert all(float(row[2]) > 0 and "grouped_mm" in row[-1] for row in rows)
 
 
 def test_attention_lists_both_rooms_and_the_error_report():
