@@ -129,6 +129,6 @@ def _figures(flops: int, traffic: float, us: float, *, narrow: bool) -> tuple[st
 
     rates, share = gpu().rates, ""
     if rates is not None:
-        floor_us = max(traffic / rates.hbm, flops / (narrow and rates.fp8 or rates.bf16)) * 1e6
+        floor_us = max(traffic / rates.hbm, flops / ((narrow and rates.fp8) or rates.bf16)) * 1e6
         share = f"{floor_us / us:.0%}"
     return f"{us:.1f}", f"{flops / us / 1e6:.0f}", f"{traffic / us / 1e3:.0f}", share
