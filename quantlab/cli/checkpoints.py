@@ -64,7 +64,7 @@ MaxKl = Annotated[
 Mix = Annotated[str, Option("--mix", help="Schemes that --target-bits and --max-kl choose from; none leaves layers.")]
 KVFormat = Annotated[
     str | None,
-    Option("--kv", help="KV cache that loading gives the model: fp8, int8, int4, k8v4.", show_default=False),
+    Option("--kv", help="KV cache that loading gives the model: fp8, int8, int4, k8v4, or 16bit.", show_default=False),
 ]
 Output = Annotated[
     Path | None, Option("-o", "--output", help="Folder to make [MODEL's name plus the scheme].", show_default=False)

@@ -38,7 +38,7 @@ def eval(
     dtype: Annotated[str, Option("--dtype", help="Of unquantized weights: auto, float32, bfloat16, float16.")] = "auto",
     kv: Annotated[
         str | None,
-        Option("--kv", help="KV cache: fp8, int8, int4, k8v4 or none [the checkpoint's].", show_default=False),
+        Option("--kv", help="KV cache: fp8, int8, int4, k8v4, 16bit or none [the checkpoint's].", show_default=False),
     ] = None,
     attention: Annotated[
         str | None, Option("--attention", help="Attention of the model in 8 bits: int8 or fp8.", show_default=False)
