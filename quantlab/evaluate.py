@@ -30,7 +30,17 @@ from quantlab.checkpoint import OURS, Source, config_of_quantization
 from quantlab.errors import UsageError, VerificationError
 from quantlab.kinds import context_length
 from quantlab.scheme import did_you_mean
-from quantlab.scoring import Estimate, Logits, Scores, estimate, exponential, head_of, hidden_states, score_window
+from quantlab.scoring import (
+    Estimate,
+    Logits,
+    Scores,
+    estimate,
+    exponential,
+    head_of,
+    hidden_states,
+    interval,
+    score_window,
+)
 from quantlab.summary import peak_bytes
 from quantlab_calib import data
 
@@ -88,12 +98,11 @@ class Evaluation:
             "KL to the baseline (nats)": self.kl,
             "top-1 agreement": self.top1,
         }
-        rows: list[tuple[Any, ...]] = [
-            (name, f"{e.value:.5g}", "" if e.error is None else f"{e.error:.2g}") for name, e in named.items() if e
-        ]
+        rows: list[tuple[Any, ...]] = [(name, *_cells(e, self.settings["windows"])) for name, e in named.items() if e]
         if self.recovery is not None:
-            rows.append(("recovery", f"{self.recovery:.4f}", ""))
-        tables: list[Table] = [(f"{self.model}: {self._what()}", ("measure", "value", "standard error"), rows)]
+            rows.append(("recovery", f"{self.recovery:.4f}", "", ""))
+        header: tuple[str, ...] = ("measure", "value", "standard error", "95 % interval")
+        tables: list[Table] = [(f"{self.model}: {self._what()}", header, rows)]
         if self.texts:
             header = ("text", *next(iter(self.texts.values())))
             tables.append(("each text", header, [(text, *map(str, es.values())) for text, es in self.texts.items()]))
@@ -109,6 +118,12 @@ class Evaluation:
         context = f", {s['context']} of them context" if s.get("context") else ""
         ways = "".join(f", {name} {s[name]}" for name in ("kv", "attention") if s.get(name, "none") != "none")
         return f"{s['windows']} windows of {s['length']} tokens{context}, {s['dtype']}{ways} on {s['device']}"
+
+
+def _cells(e: Estimate, windows: int) -> tuple[str, str, str]:
+    within = interval(e, windows)
+    between = "" if within is None else f"{within[0]:.5g} to {within[1]:.5g}"
+    return f"{e.value:.5g}", "" if e.error is None else f"{e.error:.2g}", between
 
 
 def _task_row(name: str, task: dict[str, Any]) -> tuple[Any, ...]:

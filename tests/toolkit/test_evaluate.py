@@ -101,7 +101,7 @@ def test_quantization_costs_a_little_and_the_result_is_saved(llama, made, text):
     assert len(saved["windows"]["kl"]) == 6
     ((title, header, rows),) = found.tables()
     assert "6 windows of 32 tokens, bfloat16 on cpu" in title
-    assert header == ("measure", "value", "standard error")
+    assert header == ("measure", "value", "standard error", "95 % interval")
     assert [row[0] for row in rows][-1] == "recovery"
 
 

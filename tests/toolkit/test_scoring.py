@@ -9,7 +9,7 @@ import torch
 
 from quantlab import scoring
 from quantlab.errors import VerificationError
-from quantlab.scoring import Estimate, estimate, exponential, head_of, hidden_states, score_window
+from quantlab.scoring import Estimate, estimate, exponential, head_of, hidden_states, interval, score_window
 
 
 def drawn(generator: torch.Generator, windows: int, tokens: int) -> torch.Tensor:
@@ -45,6 +45,17 @@ def test_one_window_has_no_error_and_says_so():
     assert exponential(Estimate(0.0, None)) == Estimate(1.0, None)
     assert exponential(Estimate(1.0, 0.1)).error == pytest.approx(0.1 * math.e)
     assert str(Estimate(0.01234567, 0.00056)) == "0.012346 ± 0.00056"
+
+
+@pytest.mark.parametrize("windows", [4, 12])
+def test_the_interval_holds_the_truth_95_times_in_100(windows):
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.randn(2000, windows, 1, generator=generator, dtype=torch.float64) + 0.3
+    bounds = [interval(estimate(draw), windows) for draw in draws]
+    held = sum(low < 0.3 < high for low, high in bounds) / len(bounds)
+    assert 0.935 < held < 0.965  # three standard deviations of a binomial are 0.015
+    assert interval(Estimate(1.0, 0.1), 3) is None
+    assert interval(Estimate(1.0, None), 9) is None
 
 
 def test_slices_give_what_all_logits_at_once_give(monkeypatch):
