@@ -10,8 +10,8 @@ No model is known by name. Attention modules that take part cache what they hand
 replaced by one that lets our handle pass; what the module expands is found by expanding the unit vectors, which works
 for quantized projections too, and is then held against the module on random latents. Whatever does not fit is refused.
 
-INT4 wants latents turned by an orthogonal matrix. It is folded into the projections around them; where those are
-quantized, each new latent is turned as it comes.
+Codes in equal steps, INT8 and INT4, want latents turned by an orthogonal matrix, which spreads outliers. It is folded
+into the projections around them; where those are quantized, each new latent is turned as it comes.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from quantlab_kernels.common.latent import FORMATS, PackedLatent, dequantize_lat
 
 _ABSORBED = "quantlab_absorbed"  # of an attention module: `Absorbed`
 _TURNED = "quantlab_turned"  # of an attention module: its weights make latents that are turned
+_EQUAL_STEPS = ("int8", "int4")  # formats whose rows should have no outliers
 _ALIKE = 0.1  # how far expansion may be from our reading of it: quantized projections round what they multiply
 _OTHERWISE = {  # attributes of attention modules that do more than attend to all that is cached
     "indexer": "it picks the tokens that it attends to (sparse attention)",
@@ -80,7 +81,7 @@ def use(model: Any, kv: KV | str) -> KV:
         raise UsageError(f"first = {kv.first}, newest = {kv.newest}: all latents are kept alike; leave both out")
     for path, module in model.named_modules():
         if callable(getattr(module, "expand_kv", None)):
-            prepare(path, module, turn=name == "int4")
+            prepare(path, module, turn=name in _EQUAL_STEPS)
     return kv
 
 
