@@ -19,6 +19,7 @@ import torch
 from quantlab.checkpoint import OURS
 from quantlab.errors import UsageError
 from quantlab.scoring import Estimate, estimate, exponential
+from quantlab.summary import Shown, Table
 
 MEASURES = {"nll": "perplexity", "kl": "KL to the baseline (nats)", "top1": "top-1 agreement"}
 AGAINST_BASELINE = ("kl", "top1")
@@ -42,7 +43,7 @@ class Difference:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(Shown):
     """Result of `compare`. notes: what differs between the runs and may explain a part of it."""
 
     a: str
@@ -52,6 +53,10 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    def tables(self) -> list[Table]:
+        header = ("measure", "A", "B", "change", "standard error", "in standard errors")
+        return [(f"A: {self.a}\nB: {self.b}", header, self.rows())]
 
     def rows(self) -> list[tuple[Any, ...]]:
         """(measure, A, B, change, standard error, sigmas) for people."""

@@ -41,7 +41,7 @@ from quantlab.scoring import (
     interval,
     score_window,
 )
-from quantlab.summary import peak_bytes
+from quantlab.summary import Shown, Table, peak_bytes
 from quantlab_calib import data
 
 MOST_WINDOWS = 256
@@ -50,11 +50,10 @@ BATCH_TOKENS = 4096
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 Progress = Callable[[str, int, int], None]
-Table = tuple[str, tuple[str, ...], list[tuple[Any, ...]]]
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class Evaluation(Shown):
     """Result of `evaluate`. Estimates carry standard errors; those against a baseline are None without one.
 
     perplexity        exp of the mean negative log-likelihood per token
@@ -90,7 +89,6 @@ class Evaluation:
         return asdict(self)
 
     def tables(self) -> list[Table]:
-        """(title, header, rows) for people."""
         named = {
             "perplexity": self.perplexity,
             "perplexity of the baseline": self.baseline_perplexity,

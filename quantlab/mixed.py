@@ -23,6 +23,7 @@ from quantlab.scheme import Recipe, Rule
 from quantlab.scoring import Estimate
 from quantlab.sensitivity import Run, open_model, schemes_named, tokens_of
 from quantlab.simulate import units_of
+from quantlab.summary import Shown, Table
 
 GRID = 1 << 16  # sizes between the least and the most are told apart in so many steps
 ATTEMPTS = 5  # at meeting a limit of the measured KL
@@ -41,7 +42,7 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Mixture:
+class Mixture(Shown):
     """Result of `mix`.
 
     recipe     what `quantize` takes
@@ -60,6 +61,9 @@ class Mixture:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"recipe": self.recipe.to_dict()}
+
+    def tables(self) -> list[Table]:
+        return [("schemes of the groups of layers", ("", ""), [*self.rows()])]
 
     def rows(self) -> list[tuple[str, str]]:
         """(what, value) for people."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -34,7 +34,7 @@ from quantlab.loaders import SkipList, View, broken_rules
 from quantlab.parallel import largest_tensor_parallel
 from quantlab.scheme import Recipe, Rule, Scheme, scheme_named
 from quantlab.shards import TensorInfo
-from quantlab.summary import sizes
+from quantlab.summary import Shown, Table, size, sizes
 
 if TYPE_CHECKING:
     from quantlab.architecture import Architecture
@@ -75,7 +75,7 @@ class Decision:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Shown):
     """All decisions, and what follows from them.
 
     skip_modules     fully qualified names of unquantized linear layers, in the checkpoint's and in transformers' names
@@ -129,11 +129,10 @@ class Plan:
             "warnings": list(self.warnings),
         }
 
-    def tables(self, size: Callable[[float], str]) -> list[tuple[str, tuple[str, ...], list[tuple[Any, ...]]]]:
-        """(title, header, rows) for people; `size` prints bytes."""
+    def tables(self) -> list[Table]:
         rows = [(what, n, size(nbytes)) for what, (n, nbytes) in self.by_reason().items()]
         facts: list[tuple[Any, ...]] = [
-            ("weights", sizes(self.bytes_before, self.bytes_after, size)),
+            ("weights", sizes(self.bytes_before, self.bytes_after)),
             ("largest tensor-parallel size", self.tensor_parallel),
             *(("warning", text) for text in self.warnings),
         ]

@@ -34,6 +34,7 @@ from quantlab.preflight import Plan
 from quantlab.scheme import SCHEMES, Recipe, did_you_mean
 from quantlab.scoring import Estimate, estimate, head_of, hidden_states, score_window
 from quantlab.simulate import Unit, addresses, perturbing, quantizing, units_of
+from quantlab.summary import Shown, Table
 from quantlab_calib import data
 
 BATCH_TOKENS = 2048
@@ -53,7 +54,7 @@ class Effect:
 
 
 @dataclass(frozen=True)
-class Sensitivity:
+class Sensitivity(Shown):
     """Result of `sensitivity`: effects, the largest first. `method` is "exact" or "fast"."""
 
     model: str
@@ -63,6 +64,10 @@ class Sensitivity:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    def tables(self) -> list[Table]:
+        header = ("rank", "layers", "scheme", "KL (nats)", "standard error", "share")
+        return [(f"{self.model}: each group alone, {self.method}", header, self.rows())]
 
     def rows(self) -> list[tuple[Any, ...]]:
         """(rank, unit, scheme, KL, standard error, share of the scheme's sum) for people."""

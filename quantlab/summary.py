@@ -4,21 +4,52 @@ from __future__ import annotations
 
 import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from html import escape
 from typing import Any
 
 Table = tuple[str, tuple[str, ...], list[tuple[Any, ...]]]
 
 
-def sizes(before: int, after: int, size: Callable[[float], str]) -> str:
+class Shown:
+    """A result that is shown as its tables: by commands, and by notebooks, which look for `_repr_html_`."""
+
+    def tables(self) -> list[Table]:
+        """(title, header, rows) for people."""
+        raise NotImplementedError
+
+    def _repr_html_(self) -> str:
+        return "".join(map(_html, self.tables()))
+
+
+def _html(table: Table) -> str:
+    title, header, rows = table
+
+    def line(cells: Iterable[Any], tag: str) -> str:
+        return f"<tr>{''.join(f'<{tag}>{escape(str(cell))}</{tag}>' for cell in cells)}</tr>"
+
+    head = line(header, "th") if any(header) else ""
+    return f"<table><caption>{escape(title)}</caption>{head}{''.join(line(row, 'td') for row in rows)}</table>"
+
+
+def size(n_bytes: float) -> str:
+    """Bytes in decimal units, as disks and model hubs count them."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(n_bytes) < 1000:
+            return f"{n_bytes:.0f} {unit}" if unit == "B" else f"{n_bytes:.1f} {unit}"
+        n_bytes /= 1000
+    return f"{n_bytes:.2f} TB"
+
+
+def sizes(before: int, after: int) -> str:
     """Both sizes and their ratio, for people."""
     ratio = before / max(after, 1)
     return f"{size(before)} -> {size(after)} ({f'{ratio:.2f}x smaller' if ratio > 1 else f'{1 / ratio:.2f}x as large'})"
 
 
 @dataclass(frozen=True)
-class Summary:
+class Summary(Shown):
     """Result of quantize and convert.
 
     bytes_before, bytes_after  of all weights
@@ -59,12 +90,11 @@ class Summary:
         shares = {stage: round(share, 3) for stage, share in self.shares().items()}
         return asdict(self) | {"groups": groups, "compression": round(self.compression, 3), "shares": shares}
 
-    def tables(self, size: Callable[[float], str]) -> list[Table]:
-        """(title, header, rows) for people; `size` prints bytes."""
+    def tables(self) -> list[Table]:
         groups = [(what, n, size(nbytes)) for what, (n, nbytes) in self.groups.items()]
         rate = self.bytes_before / max(self.seconds, 1e-9)
         facts: list[tuple[Any, ...]] = [
-            ("weights", sizes(self.bytes_before, self.bytes_after, size)),
+            ("weights", sizes(self.bytes_before, self.bytes_after)),
             ("time", f"{self.seconds:.1f} s on {self.device}, {size(rate)}/s"),
             ("of that", ", ".join(f"{stage} {100 * share:.0f} %" for stage, share in self.shares().items())),
         ]

@@ -20,6 +20,7 @@ from quantlab.errors import PreflightError, VerificationError
 from quantlab.loaders import RULES, View
 from quantlab.output import hash_file
 from quantlab.preflight import known_architecture
+from quantlab.summary import Shown, Table
 
 NAN_CODE = 0x7F  # the one magnitude of E4M3 that is no number
 SHOWN = 20
@@ -34,7 +35,7 @@ class Check:
 
 
 @dataclass(frozen=True)
-class Verification:
+class Verification(Shown):
     """problems: one line each. notes: what does no harm but may surprise."""
 
     folder: str
@@ -44,6 +45,9 @@ class Verification:
     @property
     def problems(self) -> tuple[str, ...]:
         return tuple(problem for check in self.checks for problem in check.problems)
+
+    def tables(self) -> list[Table]:
+        return [(self.folder, ("check", "result"), [*self.rows()])]
 
     def rows(self) -> list[tuple[str, str]]:
         """(check, result) for people."""

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from quantlab.cli.output import Format, print_json, print_table, progress
+from quantlab.cli.output import Format, print_json, print_tables, progress
 
 TRUST = Annotated[bool, Option("--trust-remote-code", help="Run the Python files that come with the model.")]
 FORMAT = Annotated[Format, Option("--format", help="human or json.")]
@@ -69,8 +69,7 @@ def compare(
     if format is Format.json:
         print_json(result.to_dict())
         return
-    header = ("measure", "A", "B", "change", "standard error", "in standard errors")
-    print_table(f"A: {result.a}\nB: {result.b}", header, result.rows())
+    print_tables(result)
     for note in result.notes:
         print(f"note: {note}")
 
@@ -117,8 +116,7 @@ def sensitivity(
     if format is Format.json:
         print_json(result.to_dict())
         return
-    header = ("rank", "layers", "scheme", "KL (nats)", "standard error", "share")
-    print_table(f"{result.model}: each group alone, {result.method}", header, result.rows())
+    print_tables(result)
     for path in (target, *images):
         print(path)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
-from quantlab.cli.output import Format, print_json, print_table, progress, size
+from quantlab.cli.output import Format, print_json, print_tables, progress
 from quantlab.errors import UsageError, VerificationError
 
 if TYPE_CHECKING:
@@ -167,7 +167,7 @@ def verify(
     if format is Format.json:
         print_json(result.to_dict())
     else:
-        print_table(str(folder), ("check", "result"), result.rows())
+        print_tables(result)
     if result.problems:
         raise VerificationError(f"{folder}: {len(result.problems)} problems, the first: {result.problems[0]}")
 
@@ -254,8 +254,7 @@ def _mixture(
             progress=callback,
         )
     if format is Format.human:
-        print_table(f"{model}: schemes of its groups of layers", ("", ""), found.rows())
-        print()
+        print_tables(found)
     return found
 
 
@@ -264,6 +263,4 @@ def _show(result: Plan | Summary, format: Format, more: dict[str, Any] | None = 
     if format is Format.json:
         print_json({**result.to_dict(), **(more or {})})
         return
-    for title, header, rows in result.tables(size):
-        print_table(title, header, rows)
-        print()
+    print_tables(result)

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from quantlab.cli.output import print_table, progress, size
+from quantlab.cli.output import print_tables, progress
 from quantlab.errors import UsageError
 
 WINDOWS = 48  # of 256 tokens: enough for a standard error that means something, on two cores in half a minute
@@ -19,7 +19,7 @@ def demo(
     model: Annotated[
         str | None, Argument(metavar="[MODEL]", help="Another model than the embedded one.", show_default=False)
     ] = None,
-    scheme: Annotated[str, Option("--scheme", help="fp8-block or fp8-dynamic.")] = "fp8-block",
+    scheme: Annotated[str, Option("--scheme", help="fp8-block, fp8-dynamic, int4 or int4-fp8.")] = "fp8-block",
     prompt: Annotated[str, Option("--prompt", help="What the model continues.")] = "The river is",
 ) -> None:
     """Quantize, verify, evaluate and generate: the main job on the embedded model, in a temporary folder."""
@@ -38,14 +38,10 @@ def _run(source: str, scheme: str, prompt: str, output: Path) -> None:
 
     with progress() as callback:
         summary = quantize(source, Recipe(scheme), output, progress=callback)
-    for title, header, rows in summary.tables(size):
-        print_table(title, header, rows)
-        print()
+    print_tables(summary)
     with progress() as callback:
         evaluation = evaluate(str(output), baseline=source, windows=WINDOWS, length=256, progress=callback)
-    for title, header, rows in evaluation.tables():
-        print_table(title, header, rows)
-        print()
+    print_tables(evaluation)
     generate = hf.pipeline("text-generation", str(output))
     for answer in generate(prompt, max_new_tokens=40, do_sample=False, repetition_penalty=1.3):
         print(f"{source} as {scheme} continues:\n  {answer['generated_text']}")

@@ -9,10 +9,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from quantlab.summary import Shown
 
 STDERR = Console(stderr=True, highlight=False)
 Progress = Callable[[str, int, int], None]
@@ -32,6 +35,13 @@ def print_json(data: Any) -> None:
     print(json.dumps(data, indent=2, ensure_ascii=False, default=str))
 
 
+def print_tables(result: Shown) -> None:
+    """The tables of a result on stdout, a blank line after each."""
+    for title, header, rows in result.tables():
+        print_table(title, header, rows)
+        print()
+
+
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """A table on stdout, columns of numbers aligned right. Lines are not broken when piped."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=any(header))
@@ -46,15 +56,6 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]
         console = Console(highlight=False, width=1000)
     console.print(title, style="bold", markup=False)
     console.print(table)
-
-
-def size(n_bytes: float) -> str:
-    """Bytes in decimal units, as disks and model hubs count them."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(n_bytes) < 1000:
-            return f"{n_bytes:.0f} {unit}" if unit == "B" else f"{n_bytes:.1f} {unit}"
-        n_bytes /= 1000
-    return f"{n_bytes:.2f} TB"
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from quantlab.cli.output import Format, print_json, print_table, progress
+from quantlab.cli.output import Format, print_json, print_tables, progress
 
 
 def eval(
@@ -85,9 +85,7 @@ def eval(
     if format is Format.json:
         print_json(result.to_dict())
         return
-    for title, header, rows in result.tables():
-        print_table(title, header, rows)
-        print()
+    print_tables(result)
 
 
 COMMANDS = (eval,)

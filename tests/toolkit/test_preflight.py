@@ -360,5 +360,9 @@ def test_plan_prints_and_serializes(raw_checkpoint: Make) -> None:
     data = made.to_dict()
     assert data["bytes_before"] == made.bytes_before > data["bytes_after"]
     assert {d["scheme"] for d in data["decisions"]} == {"fp8-block", None}
-    titles = [title for title, _, _ in made.tables(str)]
+    titles = [title for title, _, _ in made.tables()]
+    page = made._repr_html_()  # what a notebook shows
+    assert page.count("<table>") == page.count("</table>") == len(titles)
+    assert "<td>quantized: fp8-block</td>" in page
+    assert "-&gt;" in page, "text is escaped"
     assert titles[0].endswith("what happens to its tensors")

@@ -204,7 +204,7 @@ def test_progress_and_summary(raw_checkpoint: Make, tmp_path: Path) -> None:
     assert summary.stages.keys() == {"read", "quantize", "write"}
     assert sum(summary.shares().values()) == pytest.approx(1)
     assert summary.groups["quantized: fp8-block"][0] == 14
-    titles = [title for title, _, _ in summary.tables(str)]
+    titles = [title for title, _, _ in summary.tables()]
     assert titles == ["what happened to the tensors", str(tmp_path / "out")]
 
 

@@ -105,8 +105,8 @@ def test_a_bare_parameter_does_not_skip_the_block_it_is_in(model: Path, tmp_path
 
 
 def test_sizes_say_which_way():
-    assert sizes(1000, 500, str) == "1000 -> 500 (2.00x smaller)"
-    assert sizes(500, 1000, str) == "500 -> 1000 (2.00x as large)"
+    assert sizes(1000, 500) == "1.0 kB -> 500 B (2.00x smaller)"
+    assert sizes(500, 1000) == "500 B -> 1.0 kB (2.00x as large)"
 
 
 @pytest.mark.parametrize(
