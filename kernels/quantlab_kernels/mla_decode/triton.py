@@ -201,7 +201,7 @@ def _operands(first, second, KIND: tl.constexpr, NATIVE: tl.constexpr):
     return low, high
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batches", "heads", "sq", "capacity", "table_row"])
 def _attend(
     ql_ptr, qr_ptr, latent_ptr, rope_ptr, scale_ptr, length_ptr, start_ptr, table_ptr, out_ptr, lse_ptr, batches,
     heads, sq, capacity, table_row, scale, ql_batch, ql_token, ql_head, ql_column, qr_batch, qr_token, qr_head,
