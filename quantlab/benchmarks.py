@@ -318,6 +318,7 @@ def _decode_ms(model: Any, tokens: Any, steps: int = 64, pairs: int = 3) -> floa
     """
     import torch
 
+    torch._dynamo.reset()  # a graph for this case alone: after others it would be one for any shape
     short, long = 8, 8 + steps
     past = _static_cache(model, tokens.shape[1] + 2 * long + pairs * (long + short))
 
