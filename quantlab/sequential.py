@@ -59,6 +59,7 @@ class Rounded:
     tokens   layer -> how many tokens it saw
     replacements  tensor of the checkpoint that scales were folded into -> its value
     scaled   producer of an input -> exponents of the scales folded into it
+    resumed  blocks that an earlier run had finished
     errors   block -> error of its output before and after tuning, relative, on held-out rows
     """
 
@@ -72,6 +73,7 @@ class Rounded:
     scaled: dict[str, tuple[float, float]] = field(default_factory=dict)
     errors: dict[str, tuple[float, float]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    resumed: int = 0
 
     def rounded(self, module: str, weight: Tensor, begin: int) -> QuantizedTensor | None:
         """Rows `begin` and following of a weight, quantized; None for a module that no block holds."""
@@ -99,6 +101,8 @@ class Rounded:
         experts = [count for layer, count in self.tokens.items() if layer.endswith("]") or ".experts." in layer]
         if experts:
             found["tokens per expert"] = f"{min(experts)} to {max(experts)}, median {statistics.median_low(experts)}"
+        if self.resumed:
+            found["continued"] = f"{self.resumed} blocks were finished by an earlier run"
         if self.scaled:
             chosen = Counter(self.scaled.values()).most_common(1)[0]
             found["scales"] = f"folded into {len(self.scaled)} layers and norms, exponents mostly {chosen[0]}"
@@ -209,7 +213,7 @@ def _run(
         stored=lambda name: dtypes.get(targets.get(name, "")),
     )
     for number, block in enumerate(blocks.run(), start=1):
-        store.write(block)
+        result.resumed += not store.write(block)
         result.tokens |= block.tokens
         result.notes += block.notes
         result.scaled |= block.scaled
@@ -250,9 +254,10 @@ class Store:
     def file(self, path: str) -> Path:
         return self.folder / f"{path}.safetensors"
 
-    def write(self, block: Block) -> None:
+    def write(self, block: Block) -> bool:
+        """Keep a block; False where an earlier run had done so."""
         if self.read(block.path) is not None:
-            return
+            return False
         tensors: dict[str, Tensor] = {}
         for name, (codes, scale) in block.rounded.items():
             tensors |= {f"{name}.words": pack_int4(codes), f"{name}.scale": scale.contiguous()}
@@ -261,6 +266,7 @@ class Store:
         temporary = self.file(block.path).with_suffix(".part")
         save_file(tensors, temporary, {"key": self.key, "about": json.dumps(about)})
         temporary.replace(self.file(block.path))
+        return True
 
     def read(self, path: str) -> Block | None:
         """What an earlier run with the same data and steps made of a block."""

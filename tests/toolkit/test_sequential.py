@@ -71,8 +71,9 @@ def test_an_interrupted_run_goes_on_behind_the_blocks_that_are_done(with_tokeniz
     rounded = []
     prepare = Gptq.prepare
     monkeypatch.setattr(Gptq, "prepare", lambda self, *given: rounded.append(1) or prepare(self, *given))
-    quantize(model.folder, recipe, tmp_path / "out", **options)
+    summary = quantize(model.folder, recipe, tmp_path / "out", **options)
     assert len(rounded) == 4  # the stages of the second block
+    assert summary.calibration["continued"] == "1 blocks were finished by an earlier run"
     whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out"))
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     assert not (tmp_path / "out" / "quantlab" / "kept").exists()
