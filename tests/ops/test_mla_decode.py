@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from quantlab_kernels import PackedLatent, mla_decode
-from quantlab_kernels.common.latent import FORMATS, dequantize_latent, quantize_latent
+from quantlab_kernels.common.latent import FORMATS, dequantize_latent, from_exchange, quantize_latent, to_exchange
 from quantlab_kernels.mla_decode import reference
 from quantlab_kernels.mla_decode.bounds import decode_bound
 
@@ -202,6 +202,30 @@ def test_rows_of_any_magnitude(name: str):
 def test_memory_is_what_the_format_says():
     sizes = {name: PackedLatent.empty(name, 1, 64, 512, 64).bytes_per_token for name in FORMATS}  # type: ignore[arg-type]
     assert sizes == {"fp8": 644, "int8": 644, "int4": 388, "16bit": 1152}
+
+
+def test_exchange_layout():
+    """656 bytes a token, there and back bit for bit; scales that differ are made one."""
+    cache = PackedLatent.empty("fp8", 2, 5, 512, 64)
+    latent = torch.randn(2, 5, 512, generator=torch.Generator().manual_seed(3))
+    codes, scale = quantize_latent(latent, "e4m3", torch.float32)
+    cache = replace(cache, latent=codes, scale=scale, rope=torch.randn(2, 5, 64).to(torch.bfloat16))
+    rows = to_exchange(cache)
+    assert rows.shape == (2, 5, 656)
+    back = from_exchange(rows, 512)
+    assert torch.equal(bytes_of(back.latent), bytes_of(cache.latent))
+    assert torch.equal(back.rope, cache.rope)
+    assert back.scale is not None
+    assert torch.equal(back.scale, scale)
+    tiles = rows[..., 512:528].contiguous().view(torch.float32)
+    tiles[..., 1] *= 0.5
+    rows[..., 512:528] = tiles.view(torch.uint8)
+    halved = latent.clone()
+    halved[..., 128:256] *= 0.5
+    again = from_exchange(rows, 512)
+    assert float((dequantize_latent(again.latent, again.scale) - halved).norm() / halved.norm()) < 0.03
+    with pytest.raises(ValueError, match="the exchange layout is of fp8"):
+        to_exchange(PackedLatent.empty("int4", 1, 1, 512, 64))
 
 
 def test_refusals():

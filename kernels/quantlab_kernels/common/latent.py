@@ -120,3 +120,30 @@ def dequantize_latent(codes: Tensor, scale: Tensor | None, dtype: torch.dtype = 
         wide = 2 * torch.cat((codes & 15, codes >> 4), -1).to(dtype) - LIMIT
         return wide * scale[..., None].to(dtype)
     return codes.to(dtype) * scale.to(dtype)[..., None]
+
+
+TILE = 128  # channels of a scale in the exchange layout
+
+
+def to_exchange(cache: PackedLatent) -> Tensor:
+    """Rows of an `fp8` cache as FlashMLA keeps them: uint8 [N, S, L + 4 L / 128 + 2 R], lossless.
+
+    E4M3 codes, a float32 scale for each 128 channels (here the token's, repeated), bfloat16 position part; 656 bytes
+    for 512 + 64 channels. Raises ValueError for other formats.
+    """
+    if cache.format != "fp8" or cache.scale is None or cache.rank % TILE:
+        raise ValueError(f"{cache.format} latents of {cache.rank} channels; the exchange layout is of fp8, {TILE} each")
+    scales = cache.scale[..., None].repeat(1, 1, cache.rank // TILE)
+    parts = cache.latent, scales, cache.rope.to(torch.bfloat16)
+    return torch.cat([part.contiguous().view(torch.uint8) for part in parts], -1)
+
+
+def from_exchange(rows: Tensor, rank: int) -> PackedLatent:
+    """Inverse of `to_exchange`. Rows whose scales differ are quantized again, with the largest of them as the one."""
+    codes, scales, rope = rows.split([rank, 4 * rank // TILE, rows.shape[-1] - rank - 4 * rank // TILE], -1)
+    tiles = scales.contiguous().view(torch.float32)
+    scale = tiles.amax(-1)
+    latent = codes.contiguous().view(torch.float8_e4m3fn)
+    ratio = (tiles / scale[..., None]).repeat_interleave(TILE, -1)
+    latent = E4M3.cast(latent.to(torch.float32) * ratio)
+    return PackedLatent("fp8", latent, rope.contiguous().view(torch.bfloat16), scale)
