@@ -317,11 +317,13 @@ struct Copies {
     if (!BULK) k += lane * 16, v += lane * 16;
     if (!PAGED && !RING) move(p, k, v, scale, here.batch, next);
     pin(k), pin(v), pin(scale);
-    if (BULK && lane == 0) {
-      for (int i = 0; i < STAGES; i++) barrier_init(full + 8 * i, 1);
-      barrier_init_fence();
+    if (BULK) {
+      if (lane == 0) {
+        for (int i = 0; i < STAGES; i++) barrier_init(full + 8 * i, 1);
+        barrier_init_fence();
+      }
+      __syncwarp();
     }
-    __syncwarp();
   }
 
   DEVICE void move(const Params& p, const char*& k_, const char*& v_, const char*& scale_, i64 row, i64 slot) const {
