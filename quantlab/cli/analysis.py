@@ -16,7 +16,7 @@ FORMAT = Annotated[Format, Option("--format", help="human or json.")]
 def report(
     folder: Annotated[str, Argument(metavar="DIR", help="A quantized checkpoint.", show_default=False)],
     output: Annotated[
-        Path | None, Option("--output", "-o", help="HTML file [DIR/quantlab/report.html].", show_default=False)
+        Path | None, Option("--output", "-o", help="HTML file.", show_default="DIR/quantlab/report.html")
     ] = None,
     baseline: Annotated[
         str | None, Option("--baseline", help="The model it was made from: errors of weights.", show_default=False)
@@ -81,7 +81,7 @@ def sensitivity(
     samples: Annotated[int, Option("--samples", min=1, help="Windows of text.")] = 8,
     length: Annotated[int, Option("--length", min=2, help="Tokens per window.")] = 256,
     output: Annotated[
-        Path | None, Option("--output", "-o", help="JSON file [./MODEL-sensitivity.json].", show_default=False)
+        Path | None, Option("--output", "-o", help="JSON file.", show_default="./MODEL-sensitivity.json")
     ] = None,
     fast: Annotated[bool, Option("--fast", help="Estimate all layers in one pass forward and back.")] = False,
     png: Annotated[bool, Option("--png", help="A map of the layers as PNG, beside the JSON file.")] = False,

@@ -67,12 +67,10 @@ KVFormat = Annotated[
     Option("--kv", help="KV cache that loading gives the model: fp8, int8, int4, k8v4, or 16bit.", show_default=False),
 ]
 Output = Annotated[
-    Path | None, Option("-o", "--output", help="Folder to make [MODEL's name plus the scheme].", show_default=False)
+    Path | None, Option("-o", "--output", help="Folder to make.", show_default="MODEL's name plus the scheme")
 ]
 Device = Annotated[str, Option("--device", help="auto, cpu, cuda or cuda:N.")]
-Workers = Annotated[
-    int | None, Option("--workers", min=1, help="Tensors in flight at once [by cores].", show_default=False)
-]
+Workers = Annotated[int | None, Option("--workers", min=1, help="Tensors in flight at once.", show_default="by cores")]
 Revision = Annotated[str | None, Option("--revision", help="Branch, tag or commit on the hub.", show_default=False)]
 RemoteCode = Annotated[bool, Option("--trust-remote-code", help="Run the Python files that come with the model.")]
 Overwrite = Annotated[bool, Option("--overwrite", help="Replace an output that exists.")]

@@ -19,7 +19,7 @@ def explain(
     k: Annotated[int, Argument(metavar="K", min=1, help="Input features.", show_default=False)],
     scheme: Annotated[str, Option("--scheme", help="fp8-block, fp8-dynamic, int4 or int4-fp8.")] = "fp8-block",
     sm: Annotated[
-        int | None, Option("--sm", help="Compute capability, 90 for 9.0 [of this GPU].", show_default=False)
+        int | None, Option("--sm", help="Compute capability, 90 for 9.0.", show_default="of this GPU")
     ] = None,
     format: OutputFormat = Format.human,
 ) -> None:
@@ -58,7 +58,7 @@ def bench(
     scheme: Annotated[str, Option("--scheme", help="Scheme of conversion and generation.")] = "fp8-block",
     workdir: Annotated[
         Path | None,
-        Option("--workdir", help="Where the random checkpoint goes [a temporary folder].", show_default=False),
+        Option("--workdir", help="Where the random checkpoint goes.", show_default="a temporary folder"),
     ] = None,
     case: Annotated[
         list[str],
@@ -89,7 +89,7 @@ def bench(
 def tune(
     room: Annotated[str, Argument(metavar="ROOM", help="A kernel room with a tuning table.", show_default=False)],
     shape: Annotated[
-        list[str], Option("--shape", help="NxK of one layer [the room's list]. Repeatable.", show_default=False)
+        list[str], Option("--shape", help="NxK of one layer. Repeatable.", show_default="the room's list")
     ] = [],  # noqa: B006
 ) -> None:
     """Search the fastest configuration of each shape on this GPU and write it into the room's table."""

@@ -16,7 +16,7 @@ def eval(
         str | None, Option("--baseline", help="The model it was made from: gives KL and agreement.", show_default=False)
     ] = None,
     text: Annotated[
-        list[Path], Option("--text", help="Text or JSONL file [the bundled text]. Repeatable.", show_default=False)
+        list[Path], Option("--text", help="Text or JSONL file. Repeatable.", show_default="the bundled text")
     ] = [],  # noqa: B006
     dataset: Annotated[
         list[str], Option("--dataset", help="A datasets name, NAME[:CONFIG[:SPLIT]]. Repeatable.", show_default=False)
@@ -25,11 +25,11 @@ def eval(
         list[str], Option("--tasks", help="lm-eval tasks (extra 'eval'). Repeatable.", show_default=False)
     ] = [],  # noqa: B006
     windows: Annotated[
-        int | None, Option("--windows", min=1, help="At most this many windows [all].", show_default=False)
+        int | None, Option("--windows", min=1, help="At most this many windows.", show_default="all")
     ] = None,
     length: Annotated[
         int | None,
-        Option("--length", min=2, help="Tokens per window [1024, or the context].", show_default=False),
+        Option("--length", min=2, help="Tokens per window.", show_default="1024, or the context"),
     ] = None,
     context: Annotated[
         int, Option("--context", min=0, help="Tokens at the start of each window that are not scored.")
@@ -38,7 +38,7 @@ def eval(
     dtype: Annotated[str, Option("--dtype", help="Of unquantized weights: auto, float32, bfloat16, float16.")] = "auto",
     kv: Annotated[
         str | None,
-        Option("--kv", help="KV cache: fp8, int8, int4, k8v4, 16bit or none [the checkpoint's].", show_default=False),
+        Option("--kv", help="KV cache: fp8, int8, int4, k8v4, 16bit or none.", show_default="the checkpoint's"),
     ] = None,
     attention: Annotated[
         str | None, Option("--attention", help="Attention of the model in 8 bits: int8 or fp8.", show_default=False)

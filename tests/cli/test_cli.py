@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from quantlab.cli import app, main
@@ -48,6 +49,17 @@ def test_surface_is_frozen():
 def test_help_names_every_scheme():
     text = CliRunner().invoke(app, ["quantize", "--help"]).output
     assert all(name in text for name in SCHEMES)
+
+
+@pytest.mark.parametrize("command", typer.main.get_command(app).commands)
+def test_help_swallows_nothing(command: str):
+    """Brackets are markup to what prints it."""
+    text = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "400", "TERMINAL_WIDTH": "400"}).output
+    for option in typer.main.get_command(app).commands[command].params:
+        said = option.help or ""
+        default = getattr(option, "show_default", "")
+        assert said in text
+        assert not isinstance(default, str) or default in text
 
 
 def test_help_is_instant():
