@@ -7,8 +7,8 @@ themselves, and multiplies the result by the values' half: the same sums in anot
 computed (`crossover`).
 
 No model is known by name. Attention modules that take part cache what they hand to their `expand_kv`, which is
-replaced by one that lets our handle pass; what the module expands is found by expanding the unit vectors, which works
-for quantized projections too, and is then held against the module on random latents. Whatever does not fit is refused.
+replaced by one that lets our handle pass; what the module expands is found by expanding the unit vectors (a quantized
+projection is dequantized for it) and then held against the module on random latents. Whatever does not fit is refused.
 
 Codes in equal steps, INT8 and INT4, want latents turned by an orthogonal matrix, which spreads outliers. It is folded
 into the projections around them; where those are quantized, each new latent is turned as it comes.
@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 import types
 from collections.abc import Iterator
+from contextlib import contextmanager
 from inspect import unwrap
 from typing import Any
 
@@ -28,6 +29,7 @@ from transformers.cache_utils import Cache
 
 from quantlab.cache_layers import KV, DynamicPackedLayer, Handle, PackedLayer, StaticPackedLayer
 from quantlab.errors import UsageError
+from quantlab.linear import QuantizedLinear
 from quantlab_calib.rotate import hadamard
 from quantlab_kernels import mla_append, mla_decode
 from quantlab_kernels.common.latent import FORMATS, PackedLatent, dequantize_latent, quantize_latent
@@ -122,17 +124,17 @@ class Absorbed:
     module   has `expand_kv`: latents [B, 1, S, L] and position parts [B, 1, S, R] to keys [B, H, S, nope + R] and
              values [B, H, S, V]
     turn     [L, L], orthogonal: cached latents are turned by it; None where the module makes turned ones
-    keys     [H, nope, L], values [H, L, V], in the dtype in which the module computes
+    keys     [H, nope, L], values [H, L, V], in the dtype in which the module computes; as large as a 16-bit projection,
+             which stays for prompts
     """
 
     def __init__(self, module: Any, turn: Tensor | None = None) -> None:
         self.module, self.rope = module, module.qk_rope_head_dim
-        weight = next(module.kv_b_proj.parameters(), None)
-        self.device = module.kv_b_proj.weight.device if weight is None else weight.device
-        self.dtype = _computes_in(module)
+        weight = next(module.kv_a_layernorm.parameters())  # a projection may hold codes
+        self.device, self.dtype = weight.device, weight.dtype
         self.turn = None if turn is None else turn.to(self.device, self.dtype)
         latent = module.kv_b_proj.in_features
-        with torch.no_grad():
+        with torch.no_grad(), _dequantized(module):
             key, value = self._expanded(torch.eye(latent, dtype=self.dtype, device=self.device))
             self.keys = self.turned(key[0, :, :, : -self.rope].transpose(1, 2)).contiguous()
             self.values = self.turned(value[0].transpose(1, 2)).transpose(1, 2).contiguous()
@@ -187,9 +189,18 @@ def crossover(nope: int, v: int, latent: int) -> int:
     return latent * (nope + v) // more if more > 0 else 1 << 30
 
 
-def _computes_in(module: Any) -> torch.dtype:
-    """The dtype of a module's latents: that of its norm's weights."""
-    return next(module.kv_a_layernorm.parameters()).dtype
+@contextmanager
+def _dequantized(module: Any) -> Iterator[None]:
+    """A quantized projection in 16 bits meanwhile, so that what it multiplies is not rounded."""
+    projection = module.kv_b_proj
+    if isinstance(projection, QuantizedLinear):
+        weight = projection.dequantize(next(module.kv_a_layernorm.parameters()).dtype)
+        module.kv_b_proj = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        module.kv_b_proj.weight, module.kv_b_proj.bias = nn.Parameter(weight, False), projection.bias
+    try:
+        yield
+    finally:
+        module.kv_b_proj = projection
 
 
 class LatentHandle(Handle):

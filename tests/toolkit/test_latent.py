@@ -185,6 +185,9 @@ def test_quantized_projections(checkpoint, format, bound):
     module = next(latent.modules(model))
     assert type(module.kv_b_proj).__name__ == "Fp8BlockLinear"
     assert (module.quantlab_absorbed.turn is not None) == (format == "int4")
+    weight = module.kv_b_proj.dequantize().unflatten(0, (4, -1))
+    if format != "int4":
+        assert torch.equal(module.quantlab_absorbed.keys, weight[:, :64])
     past = cache.new_cache(model)
     model(ids[:, :-1], past_key_values=past)
     assert relative(model(ids[:, -1:], past_key_values=past).logits, expected) < bound
