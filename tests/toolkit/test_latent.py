@@ -137,6 +137,40 @@ def test_int4_turned_loses_no_more_than_groups_of_64():
     assert relative(dequantize_latent(*quantize_latent(x, "int4", torch.float32), torch.float32), x) > 1.5 * of_groups
 
 
+@torch.no_grad()
+def read(model, ids, step=16):
+    """Log-probabilities of a text read in steps, all of it out of the cache."""
+    past = cache.new_cache(model)
+    steps = [model(part, past_key_values=past).logits for part in ids.split(step, 1)]
+    return torch.cat(steps, 1).log_softmax(-1)
+
+
+def test_logits_of_formats(monkeypatch):
+    """KL in nats of random weights with eight latent channels of 20 times the size; see the README of mla_decode."""
+    sizes = {
+        "hidden_size": 256, "kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128,
+        "vocab_size": 256, "first_k_dense_replace": 2, "initializer_range": 0.07, "q_lora_rank": None,
+    }  # fmt: skip
+    model = tiny("DeepseekV2", **sizes)
+    for module in latent.modules(model):
+        module.kv_a_layernorm.weight.data[::64] *= 20
+        module.kv_b_proj.weight.data *= 0.5
+    ids = torch.randint(256, (1, 160), generator=torch.Generator().manual_seed(4))
+    exact = read(cache.use(model, "16bit"), ids)
+
+    def kl(format):
+        found = read(cache.use(model, KV(format, prefill="packed")), ids)
+        return float((exact.exp() * (exact - found)).sum(-1).mean())
+
+    with monkeypatch.context() as context:  # as they are
+        context.setattr(latent, "_fold", lambda module: True)
+        plain = {format: kl(format) for format in ("fp8", "int8", "int4")}
+    turned = {format: kl(format) for format in ("int8", "int4")}
+    assert plain["fp8"] < 0.002
+    assert turned["int8"] < 0.0003 < plain["int8"]
+    assert turned["int4"] < 0.04 < plain["int4"] / 5
+
+
 @pytest.mark.parametrize("name", ["DeepseekV2", "DeepseekV3", "LongcatFlash"])
 def test_turning_is_folded(name):
     """In float64 the product of the projections, with the norm's weights between them, is what it was."""
