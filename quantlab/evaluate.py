@@ -170,7 +170,7 @@ def evaluate(
     Raises UsageError for models, texts and tokenizers that do not fit, VerificationError for logits that are not
     finite.
     """
-    _check_arguments(baseline, text, device_map, dtype, length, min_recovery)
+    _check_arguments(baseline, text, device_map, dtype, windows, length, min_recovery)
     if output is not None and (Path(output).is_dir() or not Path(output).absolute().parent.is_dir()):
         raise UsageError(f"{output}: cannot take the result; give the name of a file in a folder that exists")
     if attention not in (None, "none"):
@@ -376,7 +376,13 @@ def _kv_of(model: Any) -> str:
 
 
 def _check_arguments(
-    baseline: Any, text: Any, device_map: str, dtype: str, length: int | None, min_recovery: float | None
+    baseline: Any,
+    text: Any,
+    device_map: str,
+    dtype: str,
+    windows: int | None,
+    length: int | None,
+    min_recovery: float | None,
 ) -> None:
     """Raise UsageError for what can be seen without opening a model."""
     for path in _listed(text):
@@ -388,6 +394,8 @@ def _check_arguments(
         raise UsageError(f"device map {device_map!r}; known: auto, balanced, sequential, cpu, cuda, cuda:N.")
     if length is not None and length < 2:
         raise UsageError(f"windows of {length} tokens: needs 2 at least, the first is context only")
+    if windows is not None and windows < 1:
+        raise UsageError(f"{windows} windows: needs one at least, or None for all")
     if min_recovery is not None and not 0 < min_recovery <= 1:
         raise UsageError(f"min_recovery = {min_recovery}: needs a part between 0 and 1, such as 0.99")
     if min_recovery is not None and baseline is None:

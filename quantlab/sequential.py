@@ -138,11 +138,7 @@ def run(
     wanted  name of a linear layer of the model -> modules of the quantized checkpoint that it is made of
     A rotation that the model does not bear is left out with a note, unless the recipe asks for it by name.
     """
-    int4 = {
-        name: modules
-        for name, modules in wanted.items()
-        if all(plan.stored.kind(module).weight.format is INT4 for module in modules)
-    }
+    int4 = {name: modules for name, modules in wanted.items() if all(_is_int4(plan, module) for module in modules)}
     model = lazy.source.model
     for rotate in dict.fromkeys((steps.rotate, False)):
         try:
@@ -170,8 +166,17 @@ def _check_places(result: Rounded) -> None:
             f"{missing[0]}: was not seen by calibration, which changed weights around it; "
             "leave rotate and smooth out of the steps"
         )
-    if missing:
-        result.notes.append(f"{len(missing)} layers are in no block and are rounded without data: {missing[0]}, ...")
+    groups = {
+        "of other schemes": [module for module in missing if not _is_int4(result.plan, module)],
+        "in no block": [module for module in missing if _is_int4(result.plan, module)],
+    }
+    for what, modules in groups.items():
+        if modules:
+            result.notes.append(f"{len(modules)} layers {what} are rounded without data: {modules[0]}, ...")
+
+
+def _is_int4(plan: Plan, module: str) -> bool:
+    return plan.stored.kind(module).weight.format is INT4
 
 
 def _run(

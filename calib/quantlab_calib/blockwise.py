@@ -196,7 +196,7 @@ class Blockwise:
 
     def _copy(self, name: str) -> Tensor:
         if self.stored(name) is None:
-            raise RotationError(f"the checkpoint has no {name} of its own")
+            raise RotationError(f"the checkpoint keeps no {name} in 16 bits")
         return self.model.get_parameter(name).data.to("cpu", copy=True)
 
     def _is_wanted(self, name: str) -> bool:
@@ -234,7 +234,7 @@ class Blockwise:
             stuck = next((name for name in sorted(changed) if self.stored(name) is None), None)
             if stuck is not None or not readers:
                 block.notes += (
-                    [f"{fold.producer}: not scaled, the checkpoint has no {stuck} of its own"] if stuck else []
+                    [f"{fold.producer}: not scaled, the checkpoint keeps no {stuck} in 16 bits"] if stuck else []
                 )
                 continue
             scale, exponents = search(fold, readers, layers, inputs, self.quantized.input, self.steps.smooth)

@@ -246,6 +246,7 @@ def test_tokenizers_and_vocabularies_must_agree(llama, copy, text, character_tok
         ({"text": "absent.txt"}, "no such file: absent.txt; give a text or JSONL file"),
         ({"dtype": "float23"}, "dtype 'float23'; known: auto, bfloat16, float16, float32; did you mean 'float32'?"),
         ({"length": 1}, "windows of 1 tokens: needs 2 at least"),
+        ({"windows": 0}, "0 windows: needs one at least"),
         ({"windows": 5000}, "155000 needed for 5000 x 32; give more text, or fewer or shorter windows"),
         ({"min_recovery": 0.9}, "min_recovery needs a baseline"),
         ({"min_recovery": 99.0, "baseline": "x"}, "min_recovery = 99.0: needs a part between 0 and 1"),

@@ -113,6 +113,14 @@ def test_efforts_and_steps_are_reported(with_tokenizer, tmp_path, calibration):
     assert summary("llama", replace(few, effort="fast"), "fast")["layers"] == "14 of 14 rounded for their output"
 
 
+def test_layers_of_other_schemes_are_named_as_such(with_tokenizer, tmp_path, calibration):
+    recipe = Recipe("int4-fp8", (Rule("*.down_proj", "fp8-dynamic"),), replace(calibration, samples=8))
+    summary = quantize(with_tokenizer("llama").folder, recipe, tmp_path / "out", device="cpu", workers=1)
+    assert summary.calibration["layers"] == "12 of 14 rounded block by block"
+    note = "2 layers of other schemes are rounded without data: model.layers.0.mlp.down_proj, ..."
+    assert summary.calibration["note 1"] == note
+
+
 def test_many_experts_without_data_are_one_note():
     few = [f"layers.{i}.down[0]: saw {i} tokens, rounded without data" for i in range(3)]
     assert gathered(["not rotated", *few]) == ["not rotated", *few]
