@@ -25,6 +25,7 @@ from quantlab.generation import agreement, write
 from quantlab.layer_errors import Observed, Pair, observe, position, weight_errors
 from quantlab.plots import Plot
 from quantlab.scheme import Recipe
+from quantlab.sequential import CHANGED
 
 Progress = Callable[[str, int, int], None]
 EVALUATION = f"{OURS}/eval.json"
@@ -149,9 +150,10 @@ def collect(
         Recipe.from_toml(folder / RECIPE)  # refuses what is damaged
     seen = Observed(0)
     weights: dict[str, float | None] = {}
+    changed = (summary or {}).get("calibration", {}).get(CHANGED)
     if baseline is not None:
         pair = Pair(source, Source.open(baseline))
-        weights = weight_errors(pair, progress)
+        weights = weight_errors(pair, progress) if changed is None else {}
         if calibration is not None:
             seen = observe(pair, calibration, progress=progress, trust_remote_code=trust_remote_code)
     rows: list[dict[str, Any]] = []
@@ -163,7 +165,7 @@ def collect(
     return Report(
         model=str(folder),
         scheme=stored.scheme or stored.layout,
-        missing=list(_missing(summary, evaluation, baseline, calibration, folder, model)),
+        missing=list(_missing(summary, evaluation, baseline, calibration, folder, model, changed)),
         notes=[*(summary or {}).get("warnings", ()), *seen.notes],
         recipe=recipe,
         summary=summary,
@@ -208,7 +210,13 @@ def _json(path: Path, needed: tuple[str, ...]) -> dict[str, Any] | None:
 
 
 def _missing(
-    summary: Any, evaluation: Any, baseline: Any, calibration: str | None, folder: Path, model: str
+    summary: Any,
+    evaluation: Any,
+    baseline: Any,
+    calibration: str | None,
+    folder: Path,
+    model: str,
+    changed: str | None,
 ) -> Iterable[str]:
     where = shlex.quote(str(folder))
     if summary is None:
@@ -217,10 +225,13 @@ def _missing(
         yield f"quality: not measured yet; quantlab eval {where} --baseline {model}"
     elif evaluation.get("baseline") is None:
         yield f"loss against the original: quantlab eval {where} --baseline {model}"
-    if baseline is None:
+    if changed is not None:
+        yield f"errors of weights and outputs, layer by layer: {changed}; the evaluation compares the whole models"
+    elif baseline is None:
         yield f"error of each layer's weight: quantlab report {where} --baseline {model}"
     if calibration is None:
-        yield f"error of each layer's output, outliers: quantlab report {where} --baseline {model} --calib bundled"
+        shown = "outliers" if changed else "error of each layer's output, outliers"
+        yield f"{shown}: quantlab report {where} --baseline {model} --calib bundled"
 
 
 def _commands(

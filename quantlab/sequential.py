@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from quantlab.scheme import Calibration
     from quantlab_calib.blockwise import Steps
 
+CHANGED = "changed"  # key of the summary: weights are not those of the original, rounded
 SHOWN_NOTES = 3  # on layers that saw too little data
 FORMAT = 1  # raised whenever the same steps give other codes than before
 
@@ -106,6 +107,8 @@ class Rounded:
         if self.scaled:
             chosen = Counter(self.scaled.values()).most_common(1)[0]
             found["scales"] = f"folded into {len(self.scaled)} layers and norms, exponents mostly {chosen[0]}"
+        if self.scaled or self.replacements:
+            found[CHANGED] = "weights were turned or scaled before rounding, and what is around them the other way"
         if self.errors:
             before, after = (statistics.fmean(column) for column in zip(*self.errors.values(), strict=True))
             found["tuning"] = f"error of a block's output {before:.3g}, then {after:.3g}"

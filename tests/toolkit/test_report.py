@@ -21,7 +21,7 @@ from quantlab.generation import agreement
 from quantlab.layer_errors import Pair, observe, position, weight_errors
 from quantlab.pipeline import quantize
 from quantlab.report import report
-from quantlab.scheme import SCHEMES
+from quantlab.scheme import SCHEMES, Calibration, Recipe
 from quantlab_kernels.qtensor import quantize as quantize_tensor
 
 pytest.importorskip("matplotlib")
@@ -314,3 +314,14 @@ def test_plots_of_one_value_and_of_equal_values():
     for cells in ({(0, "a"): 30.0}, {(0, "a"): 30.0, (1, "a"): 30.0}):
         assert "<svg" in plots.heat_map("h", "t", "c", cells, "dB").svg()
         assert "<svg" in plots.heat_map("h", "t", "c", cells, "x", log=True).svg()
+
+
+def test_layers_that_were_turned_before_rounding_are_not_compared(with_tokenizer, text, tmp_path):
+    model = with_tokenizer("llama").folder
+    turned = Calibration(text, samples=8, length=32).only(["rotate"])
+    quantize(model, Recipe("int4", calibration=turned), tmp_path / "turned", device="cpu", workers=1)
+    written = report(tmp_path / "turned", baseline=model, calibration=text)
+    found = json.loads(written.json.read_text())
+    assert found["layers"] == []
+    assert found["outliers"]
+    assert any("turned or scaled before rounding" in line for line in written.missing)
