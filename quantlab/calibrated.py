@@ -150,6 +150,9 @@ def run(
         return sequential.run(lazy, plan, calibration, windows, listed, wanted, steps, folder, progress)
     batches = windows.split(max(1, BATCH_TOKENS // calibration.length))
     reasons = [] if listed else ["the model ran as a whole (it has no one list of repeated blocks)"]
+    asked = calibration.effort == "best" or any(getattr(calibration, step) for step in STEPS)
+    if asked and plan.stored.weight.format is not INT4:
+        reasons.append(f"effort and steps are of INT4, {plan.recipe.scheme} takes one pass over the original model")
     for blocks in dict.fromkeys((listed, None)):
         statistics = Statistics(plan, calibration, windows.numel(), notes=list(reasons))
         try:

@@ -85,6 +85,13 @@ def test_layers_that_saw_too_little_keep_plain_rounding_and_are_named(with_token
     assert found.rounded(made.quantized[0].module, torch.zeros(made.quantized[0].info.shape)) is None
 
 
+def test_steps_that_the_scheme_does_not_have_are_noted(with_tokenizer, data):
+    for asked in (replace(data, effort="best"), data.only(["gptq"])):
+        _, found = calibrate(with_tokenizer("llama"), asked)
+        assert found.notes == ["effort and steps are of INT4, fp8-block takes one pass over the original model"]
+    assert calibrate(with_tokenizer("llama"), data)[1].notes == []
+
+
 def test_one_block_is_in_memory_at_a_time(with_tokenizer):
     model = with_tokenizer("llama")
     lazy = LazyModel(Source.open(model.folder), CPU)
