@@ -16,6 +16,7 @@ from quantlab_kernels.common.gemm import as_group_scale
 from quantlab_kernels.common.int4 import Int4Problem, repack_int4, unrepack_int4
 from quantlab_kernels.common.operands import KINDS, operand
 from quantlab_kernels.common.tuning import table
+from quantlab_kernels.gemm_fp8_block import sm90 as block_sm90
 from quantlab_kernels.gemm_int4 import op as wide_op
 from quantlab_kernels.gemm_int4_fp8 import op as fp8_op
 from quantlab_kernels.gemm_int4_fp8 import sm90, sm90_configs
@@ -251,3 +252,22 @@ def test_empty_batches_and_layouts_that_are_copied():
     assert torch.equal(gemm_int4_fp8(a, a_scale.contiguous(), words, b_scale.contiguous()), expected)
     assert gemm_int4_fp8(a[:0], a_scale[:0], words, b_scale).shape == (0, 72)
     assert gemm_int4(a[:0].to(BF16), words, b_scale).shape == (0, 72)
+
+
+@hopper
+def test_flags_that_a_graph_is_warmed_up_with_are_not_of_its_memory(monkeypatch):
+    """As in `generate` with a static cache: inductor refuses a graph whose pool still holds something afterwards."""
+    monkeypatch.setattr(block_sm90, "_STREAM_FLAGS", {})
+    codes, words, b_scale = weight(256, 16384)
+    a, a_scale = activations("normal", 1, 16384, E4M3, grouped=True)
+    tiles = tiles_for(words, a)
+    monkeypatch.setattr(sm90, "config", lambda problem: sm90_configs.deepest(Config(1, 2, 16, stream=2), problem))
+
+    @torch.compile(mode="reduce-overhead", fullgraph=True)
+    def call(a, a_scale):
+        return gemm_int4_fp8(a, a_scale, tiles, b_scale) * 2
+
+    for _ in range(4):
+        torch.compiler.cudagraph_mark_step_begin()
+        check(call(a, a_scale) / 2, a, a_scale, codes, b_scale)
+    assert block_sm90._STREAM_FLAGS

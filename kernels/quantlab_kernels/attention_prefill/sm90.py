@@ -16,6 +16,7 @@ from quantlab_kernels.attention_quantize.op import Quantized
 from quantlab_kernels.attention_quantize.reference import hadamard
 from quantlab_kernels.common import driver, nvrtc
 from quantlab_kernels.common.backends import Mendable
+from quantlab_kernels.common.lasting import lasting, lasting_zeros
 from quantlab_kernels.common.wgmma import wgmma_variant
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ def kernel(*key: object) -> driver.Kernel:
 @functools.cache
 def _turn(d: int, device: int) -> Tensor:
     """`hadamard` on the GPU, exact in 16 bits."""
-    return hadamard(d).to(f"cuda:{device}", torch.float16)
+    return lasting(lambda: hadamard(d).to(f"cuda:{device}", torch.float16))
 
 
 @functools.cache
@@ -162,7 +163,7 @@ def _counters(device: int) -> Tensor:
         return torch.zeros(2, dtype=torch.int32, device=f"cuda:{device}")
     key = device, torch._C._cuda_getCurrentRawStream(device)
     if key not in _STREAM_COUNTERS:
-        _STREAM_COUNTERS[key] = torch.zeros(2, dtype=torch.int32, device=f"cuda:{device}")
+        _STREAM_COUNTERS[key] = lasting_zeros(2, device)
     return _STREAM_COUNTERS[key]
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from quantlab_kernels.attention_prefill.reference import Attributes
 from quantlab_kernels.attention_quantize.op import Quantized
 from quantlab_kernels.attention_quantize.reference import BLOCK, hadamard
+from quantlab_kernels.common.lasting import lasting
 from quantlab_kernels.common.triton_fp8 import decode_e4m3
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def config(problem: Problem) -> Config:
 
 @functools.cache
 def _matrix(d: int, device: torch.device) -> Tensor:
-    return hadamard(d).to(device, torch.float16)
+    return lasting(lambda: hadamard(d).to(device, torch.float16))
 
 
 def launch(

@@ -13,6 +13,7 @@ from torch import Tensor
 from quantlab_kernels.attention_quantize.reference import BLOCK, hadamard, signs
 from quantlab_kernels.common import driver, nvrtc
 from quantlab_kernels.common.backends import Mendable
+from quantlab_kernels.common.lasting import lasting
 
 if TYPE_CHECKING:
     from quantlab_kernels.attention_quantize.op import Problem
@@ -72,7 +73,7 @@ def fragments(d: int) -> Tensor:
 
 @functools.cache
 def _rotation(d: int, dtype: torch.dtype, device: int) -> Tensor:
-    return fragments(d).to(f"cuda:{device}", dtype)
+    return lasting(lambda: fragments(d).to(f"cuda:{device}", dtype))
 
 
 def _input(x: Tensor) -> tuple[Tensor, bytes]:

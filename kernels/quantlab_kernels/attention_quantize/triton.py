@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quantlab_kernels.attention_quantize.reference import BLOCK, SAMPLES, hadamard
+from quantlab_kernels.common.lasting import lasting
 from quantlab_kernels.common.triton_fp8 import encode_e4m3
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def supports(problem: Problem) -> str | None:
 
 @functools.cache
 def _matrix(d: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return hadamard(d).to(device, dtype)
+    return lasting(lambda: hadamard(d).to(device, dtype))
 
 
 def launch(q: Tensor, k: Tensor, v: Tensor, key_range: Tensor | None, out: tuple[Tensor, ...]) -> None:

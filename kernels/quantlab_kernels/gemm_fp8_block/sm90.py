@@ -19,6 +19,7 @@ from torch import Tensor
 from quantlab_kernels.common import driver, nvrtc, tuning
 from quantlab_kernels.common.backends import Mendable
 from quantlab_kernels.common.gemm import GemmProblem, round_up
+from quantlab_kernels.common.lasting import lasting_zeros
 from quantlab_kernels.common.wgmma import wgmma_source
 from quantlab_kernels.gemm_fp8_block import sm90_configs
 from quantlab_kernels.gemm_fp8_block.sm90_configs import Config
@@ -207,9 +208,9 @@ def _flags(device: int, count: int) -> Tensor:
         _CAPTURE_FLAGS[device] = pool[count:]
         return pool[:count]
     if device not in _CAPTURE_FLAGS:
-        _CAPTURE_FLAGS[device] = torch.zeros(_POOL, dtype=torch.int32, device=f"cuda:{device}")
+        _CAPTURE_FLAGS[device] = lasting_zeros(_POOL, device)
     key = device, torch._C._cuda_getCurrentRawStream(device)
     flags = _STREAM_FLAGS.get(key)
     if flags is None or flags.numel() < count:
-        flags = _STREAM_FLAGS[key] = torch.zeros(max(count, 1024), dtype=torch.int32, device=f"cuda:{device}")
+        flags = _STREAM_FLAGS[key] = lasting_zeros(max(count, 1024), device)
     return flags
