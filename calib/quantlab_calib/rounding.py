@@ -22,6 +22,7 @@ CODE_MAX = 7  # -8 is left unused: symmetric, and sign-magnitude in the kernels
 SMALLEST = 0.125  # of the E4M3 numbers: an eighth of it is still normal, which is how vLLM stores them
 FLOOR = 1 / (448 * 512)  # vLLM takes no smaller factor for a row
 CLIPS = tuple(2 ** (-i / 8) for i in range(-1, 10))  # tried on the scale that just fits: 1.09 to 0.46
+FREE_CLIPS = CLIPS[:4]  # with FREE_POWER no group of weights wants less than 0.92
 CHUNK = {"cpu": 1 << 20, "cuda": 1 << 26}  # weights at a time: one pass stays in the cache, or fills the GPU
 
 
@@ -70,7 +71,7 @@ def search_scales(weight: Tensor, *, group: int = GROUP, importance: Tensor | No
     amax = groups.abs().amax(dim=2)
     fits = amax / CODE_MAX
     best, least = fits, torch.full_like(fits, torch.inf)
-    for clip in CLIPS:
+    for clip in FREE_CLIPS if weights is None else CLIPS:
         best, least = _better(groups, weights, fits * clip, best, least)
     factor = row_factor(best.amax(dim=1, keepdim=True))
     base = _codes_of(best, factor)

@@ -7,7 +7,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantlab_calib.rounding import FLOOR, GROUP, decode_int4, nearest_codes, on_grid, round_int4, search_scales
+from quantlab_calib.rounding import (
+    CLIPS,
+    FLOOR,
+    GROUP,
+    decode_int4,
+    nearest_codes,
+    on_grid,
+    round_int4,
+    search_scales,
+)
 
 seeds = st.integers(0, 2**31)
 
@@ -57,6 +66,15 @@ def test_the_search_beats_scales_that_fit(importance: torch.Tensor | None, power
     assert (found - weight).square().sum() < 0.95 * (plain - weight).square().sum()
     assert codes.dtype == torch.int8
     assert int(codes.abs().max()) == 7
+
+
+def test_without_data_no_group_wants_a_smaller_clip(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One weight far above the others is what asks for the smallest: its own error rises with the fourth power."""
+    weight = torch.randn(64, 512, generator=torch.Generator().manual_seed(0)).pow(3)
+    weight[:, ::128] = weight.abs().amax(dim=1, keepdim=True) * torch.linspace(1, 30, 64)[:, None]
+    few = search_scales(weight)
+    monkeypatch.setattr("quantlab_calib.rounding.FREE_CLIPS", CLIPS)
+    assert torch.equal(few, search_scales(weight))
 
 
 def test_important_channels_get_smaller_errors() -> None:
