@@ -185,7 +185,7 @@ def evaluate(
     source = run.open(model)
     length = _fitting_length(source, length)
     reference = run.open(baseline) if baseline is not None else None
-    texts = [*_listed(text), *_listed(dataset)] or ["bundled"]
+    texts = list(dict.fromkeys([*_listed(text), *_listed(dataset)])) or ["bundled"]  # twice would count twice
     parts = run.tokens(source, reference, texts, windows, length, context)
     tokens = torch.cat(parts)
 

@@ -183,6 +183,14 @@ def test_each_text_has_its_own_numbers(llama, made, text, tmp_path):
     assert found.tables()[1][0] == "each text"
 
 
+def test_a_text_that_is_given_twice_counts_once(llama, text, tmp_path):
+    other = tmp_path / "other.txt"
+    other.write_text("what else there is to say " * 100)
+    once, twice = (measure(llama, texts, windows=12) for texts in ([text, other], [text, other, text]))
+    assert once.settings["texts"] == twice.settings["texts"]
+    assert once.texts == twice.texts
+
+
 def test_context_is_read_and_not_scored(llama, text):
     whole, late = (measure(llama, text, baseline=llama, context=context) for context in (0, 24))
     assert late.settings["tokens_scored"] == 6 * 8
