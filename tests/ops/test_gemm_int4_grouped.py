@@ -94,7 +94,7 @@ def problem(rows, experts=8, **changes):
 
 
 def test_tiles_follow_the_rows_of_an_expert():
-    assert [sm90.config(problem(8 * mean)).by for mean in (1, 12, 16, 50, 64, 100)] == [16, 16, 32, 64, 64, 128]
+    assert [sm90.config(problem(8 * mean)).by for mean in (1, 12, 16, 32, 50, 64, 100)] == [16, 16, 32, 32, 64, 64, 128]
     for dtype in (E4M3, BF16, torch.float16):
         for mean in (1, 20, 60, 500):
             for out in (BF16, torch.float32):

@@ -31,8 +31,8 @@ COUNTS = {
 QUANTIZERS = {"group": quantize_fp8_group, "token": quantize_fp8_token}
 CONFIGS = (
     Config(2, 2, 16), Config(1, 2, 16), Config(1, 4, 16), Config(4, 1, 16), Config(2, 2, 32), Config(2, 1, 64),
-    Config(4, 1, 64, prefetch=0), Config(2, 2, 64, prefetch=0), Config(2, 1, 64, prefetch=2), Config(2, 1, 128),
-    Config(3, 1, 128, prefetch=0), Config(2, 1, 128, prefetch=0), Config(2, 1, 128, prefetch=2),
+    Config(4, 1, 64, prefetch=0), Config(4, 1, 32), Config(2, 2, 64, prefetch=0), Config(2, 1, 128),
+    Config(3, 1, 128, prefetch=0), Config(2, 1, 128, prefetch=0),
 )  # fmt: skip
 
 

@@ -21,12 +21,11 @@
 //   K_GROUPS    math warpgroups that share the same rows and take K blocks in turns
 //   BY          tokens in a tile, a multiple of 16
 //   STAGES      length of the ring;   SHARED  bytes of dynamic shared memory that the launch provides
-//   PREFETCH    1: the next block's codes are read while the MMA of this one runs; 2: and decoded
+//   PREFETCH    1: the next block's codes are read while the MMA of this one runs
 //   SCALE       of the weight: 0 float32, 1 bfloat16, 2 float16;  OUTPUT the same;  BIAS 0 none, else 1 + the same
 //   OUTPUT_TMA  1: 16-bit tiles leave through the copy engine; 0: from registers
 //   BAND        tiles of rows that are walked together for the sake of the L2 cache
 //   SPLIT       CTAs of a cluster, each with a part of the K of a tile; a CTA has one tile then
-//   EXPANDED    1: the weight comes as E4M3, in tiles that `expand.py` made of the codes, and stays in shared memory
 //   EXPERTS     1: rows of x are sorted by expert and the weight is one [N, K] for each; how many rows an expert has is
 //               read from device memory. Tiles are whole, and leave row by row: the next rows are another expert's
 #include "experts.cuh"
@@ -40,7 +39,7 @@ constexpr int MATH_THREADS = 128 * MATH_GROUPS;
 constexpr int THREADS = MATH_THREADS + 128;
 // Where an even share of the registers is too little, the producers give some of theirs to the math groups.
 constexpr int EVEN_REGISTERS = MATH_GROUPS == 1 ? 255 : MATH_GROUPS == 2 ? 168 : MATH_GROUPS == 3 ? 128 : 96;
-constexpr bool MOVE_REGISTERS = BY + (X == 0 ? 16 : 32) * (PREFETCH == 2 ? 2 : 1) + 8 * PREFETCH + 32 > EVEN_REGISTERS;
+constexpr bool MOVE_REGISTERS = BY + (X == 0 ? 16 : 32) + 8 * PREFETCH + 32 > EVEN_REGISTERS;
 constexpr int PRODUCER_REGISTERS = MATH_GROUPS == 2 ? 40 : 32;
 constexpr int MATH_REGISTERS = MATH_GROUPS == 2 ? 232 : MATH_GROUPS == 3 ? 160 : 112;
 constexpr int PANELS = X == 0 ? 1 : 2;      // a stage's activations lie in panels of 128 bytes along K
@@ -50,7 +49,7 @@ constexpr int ACCUMULATORS = BY / 2;        // registers of one thread
 constexpr int SCALE_SIZE = SCALE == 0 ? 4 : 2;
 
 DEVICE constexpr int round_up(int a, int b) { return (a + b - 1) / b * b; }
-constexpr int TILE_BYTES = EXPANDED ? 64 * BK : 64 * BK / 2;  // of the weight
+constexpr int TILE_BYTES = 64 * BK / 2;  // of codes
 constexpr int PANEL_BYTES = BY * 128;
 constexpr int ROW_SCALE_BYTES = BX * SCALE_SIZE;
 // The copy engine starts a row of scales at a multiple of 16 bytes, the rows of an expert at any token: up to 3 too many.
@@ -72,7 +71,6 @@ constexpr int OFFSET_GROUPS = OFFSET_BARRIERS + 16 * STAGES + 8;
 constexpr int SHARED_BYTES = OFFSET_GROUPS + EXPERTS * GROUPS_BYTES;
 static_assert(SHARED_BYTES == SHARED, "the host allocates what is laid out here");
 static_assert(BY % 16 == 0, "tiles leave in pairs of eight tokens");
-static_assert(!EXPANDED || X == 0, "only E4M3 weights are expanded");
 static_assert(SPLIT == 1 || !EXPERTS, "tiles of experts belong to single CTAs");
 // A group that waits for a stage must have waited for that stage's last contents too: copies may end out of order, and
 // the parity of a barrier does not tell a phase from the one before the last.
@@ -336,11 +334,9 @@ struct Block {
   float scale[2];
   DEVICE void load(const Position& at, int stage) {
     const u32 address = at.codes + stage * (ROW_GROUPS * TILE_BYTES), scales = at.scales + stage * ROW_SCALE_BYTES;
-    if constexpr (!EXPANDED) {
-      const uint4 a = load_shared_u4(address), b = load_shared_u4(address + TILE_BYTES / 2);
-      words[0] = a.x, words[1] = a.y, words[2] = a.z, words[3] = a.w;
-      words[4] = b.x, words[5] = b.y, words[6] = b.z, words[7] = b.w;
-    }
+    const uint4 a = load_shared_u4(address), b = load_shared_u4(address + TILE_BYTES / 2);
+    words[0] = a.x, words[1] = a.y, words[2] = a.z, words[3] = a.w;
+    words[4] = b.x, words[5] = b.y, words[6] = b.z, words[7] = b.w;
     scale[0] = load_shared_scale(scales);
     scale[1] = load_shared_scale(scales + 8 * SCALE_SIZE);
   }
@@ -388,21 +384,15 @@ DEVICE void pin_operands(u32 (&a)[STEPS][4]) {
   for (int i = 0; i < STEPS * 4; ++i) asm volatile("" : "+r"(a[i / 4][i % 4])::"memory");
 }
 
-DEVICE void multiply(float (&part)[ACCUMULATORS], u32 (&a)[STEPS][4], const Shared& s, const Position& at, int stage) {
+DEVICE void multiply(float (&part)[ACCUMULATORS], u32 (&a)[STEPS][4], const Shared& s, int stage) {
   const u32 x = descriptor_low(s.x(0)) + stage * (PANELS * PANEL_BYTES / 16);
-#if EXPANDED
-  const u32 tile = descriptor_low(s.codes(0) + at.row_group * TILE_BYTES) + stage * (ROW_GROUPS * TILE_BYTES / 16);
-  auto weight = [&](int step) { return descriptor(tile + 2 * step); };
-#else
-  auto weight = [&](int step) -> const u32(&)[4] { return a[step]; };
-  pin_operands(a);
-#endif
   pin(part);
+  pin_operands(a);
   wgmma_fence();
 #pragma unroll
   for (int step = 0; step < STEPS; ++step) {
     constexpr int in_panel = STEPS / PANELS;
-    wgmma(part, weight(step), descriptor(x + step / in_panel * (PANEL_BYTES / 16) + 2 * (step % in_panel)), step > 0);
+    wgmma(part, a[step], descriptor(x + step / in_panel * (PANEL_BYTES / 16) + 2 * (step % in_panel)), step > 0);
   }
   wgmma_commit();
   pin(part);
@@ -431,51 +421,40 @@ DEVICE void promote_grouped(float (&sum)[ACCUMULATORS], const float (&part)[ACCU
   }
 }
 
-DEVICE void decode_all(const Block& block, u32 (&a)[STEPS][4]) {
-  if (EXPANDED) return;
-#pragma unroll
-  for (int step = 0; step < STEPS; ++step) decode(block.words, step, a[step]);
-}
-
 // The sums of `blocks` blocks of K, of which this group takes every K_GROUPS-th. EXPERTS: the scales of the tile's tokens
 // begin `skew` bytes behind where the copy engine began.
 DEVICE void accumulate(float (&sum)[ACCUMULATORS], const Shared& s, const Position& at, Ring ring, int blocks,
                        u32 skew) {
   float part[ACCUMULATORS];
   Block block;
-  u32 a[STEPS][4], next[STEPS][4];
   if (K_GROUPS > 1) ring.skip(at.k_group);
   if (PREFETCH && at.k_group < blocks) {
     barrier_wait(s.full(ring.stage), ring.phase);
     block.load(at, ring.stage);
-    if (PREFETCH == 2) decode_all(block, a);
   }
   for (int i = at.k_group; i < blocks; i += K_GROUPS) {
     if constexpr (!PREFETCH) {
       barrier_wait(s.full(ring.stage), ring.phase);
       block.load(at, ring.stage);
     }
-    if (PREFETCH < 2) decode_all(block, a);
+    u32 a[STEPS][4];
+#pragma unroll
+    for (int step = 0; step < STEPS; ++step) decode(block.words, step, a[step]);
     const float scale[2] = {block.scale[0], block.scale[1]};
-    multiply(part, a, s, at, ring.stage);
+    multiply(part, a, s, ring.stage);
     const int stage = ring.stage;
     ring.skip(K_GROUPS);
     if (PREFETCH && i + K_GROUPS < blocks) {
       barrier_wait(s.full(ring.stage), ring.phase);
       block.load(at, ring.stage);
-      if (PREFETCH == 2) decode_all(block, next);
     }
     wgmma_wait<0>();
     pin(part);
-    if constexpr (!EXPANDED) pin_operands(a);
+    pin_operands(a);
     if constexpr (GROUPED) promote_grouped(sum, part, scale, s.token_scale(stage) + skew, at);
     if (GROUPED) __syncwarp();
     if (at.lane == 0) barrier_arrive(s.empty(stage));
     if constexpr (!GROUPED) promote(sum, part, scale);
-    if constexpr (PREFETCH == 2) {
-#pragma unroll
-      for (int j = 0; j < STEPS * 4; ++j) a[j / 4][j % 4] = next[j / 4][j % 4];
-    }
   }
 }
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from quantlab_kernels.common import driver, nvrtc, tuning, wgmma
+from quantlab_kernels.common import driver, nvrtc, tuning
 from quantlab_kernels.common.backends import Mendable
 from quantlab_kernels.common.gemm import padded_rows
 from quantlab_kernels.common.int4 import GROUP, Int4Problem
@@ -62,10 +62,10 @@ def source(config: Config, problem: Int4Problem) -> nvrtc.Source:
         "OUTPUT_TMA": int(output_tma(problem)), "ROW_GROUPS": config.row_groups, "K_GROUPS": config.k_groups,
         "BY": config.by, "STAGES": config.stages, "PREFETCH": config.prefetch, "BAND": config.band,
         "SHARED": config.shared_bytes(problem), "EXPERTS": int(problem.experts > 0),
-        "EXPANDED": config.expand, "SPLIT": config.split,
+        "SPLIT": config.split,
     }  # fmt: skip
     headers = {name: (_FOLDER.parent / "common" / name).read_text() for name in ("sm90.cuh", "experts.cuh")}
-    headers["wgmma.cuh"] = wgmma.wgmma_source(config.by) if config.expand else wgmma_source(config.by, problem.x)
+    headers["wgmma.cuh"] = wgmma_source(config.by, problem.x)
     return nvrtc.Source("gemm_int4", (_FOLDER / "sm90.cu").read_text(), headers, macros)
 
 
@@ -113,10 +113,6 @@ def launch(
 
     Rows of x and out may be strided, by multiples of 16 bytes, and out starts at a multiple of 16 bytes.
     """
-    if config.expand:
-        from quantlab_kernels.gemm_int4_fp8.expand import expand
-
-        b = expand(b)
     x_at, b_at, scale_at, token_at = x.data_ptr(), b.data_ptr(), b_scale.data_ptr(), _address(token_scale)
     if (x_at | b_at | scale_at) % 16 or (token_at % 16 and token_scale is not None and token_scale.shape[1] > 1):
         token_scale = None if token_scale is None else aligned(token_scale)

@@ -19,10 +19,9 @@ class Config:
     """How the kernel is built and launched.
 
     row_groups, k_groups, by, stages, band  the macros of `sm90.cu` in lower case
-    prefetch  1: the next block's codes are read while the MMA of this one runs; 2: and decoded
+    prefetch  1: the next block's codes are read while the MMA of this one runs
     stream  0: tiles are given out whole; 1: those of the last, incomplete wave and of the one before it are cut along
             K; 2: all are
-    expand  1: the codes become E4M3 in memory first, which many tokens pay for
     split   CTAs of a cluster that share the K of one tile; more than one without `stream`
     """
 
@@ -33,7 +32,6 @@ class Config:
     prefetch: int = 1
     band: int = 8
     stream: int = 2
-    expand: int = 0
     split: int = 1
 
     @property
@@ -54,7 +52,7 @@ class Config:
         tokens = self.by * GROUP * problem.x.itemsize
         sorted_rows = problem.experts > 0
         token_scale = round_up(4 * (self.by + 4 * sorted_rows), 128) if problem.grouped else 0
-        stage = tokens + self.bx * GROUP // (1 if self.expand else 2) + self.bx * problem.scale.itemsize + token_scale
+        stage = tokens + self.bx * GROUP // 2 + self.bx * problem.scale.itemsize + token_scale
         output = 128 * self.by * self.row_groups if output_tma(problem) else 0
         reduced = (self.k_groups - 1 + self.split - 1) * self.bx * self.by * 4
         return self.stages * (stage + 16) + 8 + output + reduced + sorted_rows * 8 * (MAX_EXPERTS + 1)
@@ -90,10 +88,8 @@ def reject(config: Config, problem: Int4Problem) -> str | None:
         return f"{shared} bytes of shared memory, {SHARED_LIMIT} are there"
     if config.math_groups not in _REGISTERS:
         return f"{config.math_groups} math groups, 1 to 4 fit on a multiprocessor"
-    if config.expand and problem.x.itemsize > 1:
-        return "weights are expanded for E4M3 activations only"
-    operands = 0 if config.expand else 16 if problem.x.itemsize == 1 else 32
-    needed = config.by + operands + {0: 16, 1: 24, 2: 24 + operands}[config.prefetch]
+    operands = 16 if problem.x.itemsize == 1 else 32
+    needed = config.by + operands + 8 * config.prefetch + 16
     if needed > _REGISTERS[config.math_groups]:
         return f"about {needed} registers a thread, {_REGISTERS[config.math_groups]} are there"
     if config.split > 1 and (config.stream or problem.experts or problem.k // GROUP < config.split):
@@ -119,50 +115,46 @@ def candidates(problem: Int4Problem) -> list[Config]:
 
 def _family(problem: Int4Problem) -> Iterator[Config]:
     by = next((b for b in (16, 32, 64) if problem.m <= b), 128)
-    few = ((1, 2, by, 1), (1, 4, by, 1), (2, 1, by, 1), (2, 2, by, 1), (2, 2, by, 2), (3, 1, by, 1), (4, 1, by, 1))
-    many = (
-        (2, 1, 64, 1),
-        (2, 1, 96, 2),
-        (2, 1, 128, 2),
-        (2, 1, 160, 2),
-        (2, 1, 192, 1),
-        (3, 1, 112, 1),
-        (3, 1, 128, 0),
-    )
+    few = ((1, 2, by, 1), (1, 4, by, 1), (2, 1, by, 1), (2, 2, by, 1), (3, 1, by, 1), (4, 1, by, 1))
+    many = ((2, 1, 64, 1), (2, 1, 128, 1), (2, 1, 192, 1), (3, 1, 96, 0), (3, 1, 112, 1), (3, 1, 128, 0))
     for rows, k_groups, width, prefetch in few if by < 128 else many:
         shape = Config(rows, k_groups, width, prefetch=prefetch)
-        while shape.prefetch and reject(deepest(shape, problem), problem):
-            shape = replace(shape, prefetch=shape.prefetch - 1)
+        if reject(deepest(shape, problem), problem):
+            shape = replace(shape, prefetch=0)
         for stream in (0, 1, 2):
             yield replace(shape, stream=stream)
-    for k_groups, split in ((1, 2), (2, 2), (4, 2), (2, 4)) if by < 128 else ():
-        yield Config(1, k_groups, by, stream=0, split=split)
-    for width in (128, 64) if by == 128 else ():
-        yield Config(2, 1, width, stream=0, split=2)
-    for rows, width in ((3, 128), (2, 192), (2, 128)) if by == 128 else ():
-        yield Config(rows, 1, width, prefetch=0, stream=1, expand=1)
+    for rows, k_groups in ((1, 1), (1, 2), (1, 4)) if by < 128 else ((2, 1),):
+        yield Config(rows, k_groups, by, stream=0, split=2)
 
 
 def default(problem: Int4Problem) -> Config:
     """The configuration when nothing was tuned.
 
-    For few tokens math groups stand side by side where there are rows enough, else they share out K. K is cut among
-    CTAs where it is long; where it is short the hand-over would cost more than the processors that stay idle."""
+    For few tokens math groups stand side by side where there are rows enough, else they share out K. A long K is cut:
+    between the two CTAs of a cluster where such clusters fill the GPU, else evenly among all CTAs. A short one is not,
+    the hand-over would cost more than the processors that stay idle."""
     by = next((b for b in (16, 32, 64) if problem.m <= b), 128)
-    short, wide, fp8 = problem.k <= 4096, problem.n >= 16384, problem.x.itemsize == 1
     if by == 128:
-        chosen = _many(problem.m <= 512, wide, fp8)
-    elif wide:
+        return deepest(_many(problem), problem)
+    if problem.n >= 16384:
         chosen = Config(4, 1, by, prefetch=0, stream=0) if by == 64 else Config(2, 2, by, stream=0)
-    elif by == 64 and not fp8:
-        chosen = Config(2, 2, by, prefetch=0, stream=0 if short else 2)
     else:
-        chosen = Config(1, 2, by, stream=0 if short else 2)
+        chosen = Config(1, 2, by, stream=0 if problem.k <= 4096 else 2)
+        if chosen.stream and _pairs_fill(chosen, problem):
+            chosen = replace(chosen, stream=0, split=2)
     return deepest(chosen, problem)
 
 
-def _many(few_tiles: bool, wide: bool, fp8: bool) -> Config:
+def _many(problem: Int4Problem) -> Config:
     """For more than 64 tokens: the widest tile that the registers hold, and ends of waves cut along K."""
-    if not fp8:
-        return Config(2, 1, 128, prefetch=0, stream=2 if few_tiles else 1)
-    return Config(2, 1, 128, stream=2) if few_tiles and not wide else Config(3, 1, 128, prefetch=0, stream=1)
+    if problem.x.itemsize > 1:
+        return Config(2, 1, 128, prefetch=0, stream=2 if problem.m <= 512 else 1)
+    if problem.m > 512 or problem.n >= 16384:
+        return Config(3, 1, 128, prefetch=0, stream=1)
+    chosen = Config(2, 1, 128)
+    return replace(chosen, stream=0, split=2) if _pairs_fill(chosen, problem) else chosen
+
+
+def _pairs_fill(config: Config, problem: Int4Problem) -> bool:
+    """Whether two CTAs for each tile are about as many as Hopper's 132 processors."""
+    return 48 <= config.tiles(problem) <= 66

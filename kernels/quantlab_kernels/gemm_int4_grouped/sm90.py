@@ -29,8 +29,8 @@ def config(problem: Int4Problem) -> Config:
     if mean > 64:
         wide = Config(3, 1, 128, prefetch=0, stream=0)
         return deepest(wide if reject(deepest(wide, problem), problem) is None else Config(2, 1, 128, 8, 0), problem)
-    by = next((b for b in (16, 32) if 1.25 * mean <= b), 64)
-    return deepest(Config(4, 1, by, prefetch=0, stream=0) if by == 64 else Config(2, 2, by, stream=0), problem)
+    by = 16 if mean <= 12 else 32 if mean <= 32 else 64
+    return deepest(Config(4, 1, by, prefetch=int(by < 64), stream=0), problem)
 
 
 def warmup(problems: Iterable[Int4Problem]) -> int:
