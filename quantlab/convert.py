@@ -56,6 +56,8 @@ def convert(
         raise UsageError(f"{folder}: is not quantized; `quantlab quantize` makes quantized checkpoints")
     target = _target(source, stored, to)
     jobs = list(_jobs(source, stored, target))
+    kept = source.folder / RECIPE
+    recipe = _recipe(Recipe.from_toml(kept), to) if target and kept.is_file() else None
     destination = output_folder(folder, to, output)
     where = stream.pick_device(device)
     bytes_after = sum(slot.nbytes for job in jobs for slot in job.slots)
@@ -69,8 +71,8 @@ def convert(
         checkpoint.write_side_files(out, source, target)
         if target and (source.folder / ACTIVATION_SCALES).is_file():
             out.copy_file(source.folder / ACTIVATION_SCALES, ACTIVATION_SCALES)
-        if target and (source.folder / RECIPE).is_file():
-            out.write_text(RECIPE, _recipe(Recipe.from_toml(source.folder / RECIPE), to).to_toml())
+        if recipe is not None:
+            out.write_text(RECIPE, recipe.to_toml())
         problems = verify_weights(out.partial) if target else []
         if problems:
             raise VerificationError(f"{destination}: what was written is wrong, nothing is kept: {problems[0]}")

@@ -103,7 +103,8 @@ def load(
     import transformers
 
     enable()
-    kwargs = _with_attention(attention, kwargs)
+    # mismatched sizes are refused below, by name; transformers would raise without one
+    kwargs = {"ignore_mismatched_sizes": True, **_with_attention(attention, kwargs)}
     if not (Path(path) / "config.json").is_file():
         raise UsageError(f"{path}: no config.json there; give the folder of a checkpoint")
     config = transformers.AutoConfig.from_pretrained(
@@ -211,10 +212,11 @@ def _require_ours(path: str | Path, model: Any) -> None:
 
 
 def _require_complete(path: str | Path, info: dict[str, Any]) -> None:
+    shapes = [f"{name} {list(has)}, by config.json {list(wanted)}" for name, has, wanted in info["mismatched_keys"]]
     scales = {key for key in info.get("unexpected_keys", ()) if "_scale" in key.rpartition(".")[2]}
     for names, problem in (
         (info["missing_keys"], "parameters are not in the checkpoint and would start from random numbers"),
-        (info["mismatched_keys"], "parameters have another shape in the checkpoint"),
+        (shapes, "parameters have another shape in the checkpoint"),
         (info["error_msgs"], "errors of the loader"),
         (scales, "scales have no quantized layer"),
     ):

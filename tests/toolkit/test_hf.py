@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -133,6 +134,18 @@ def test_load_refuses_a_missing_parameter(quantized, edited, tmp_path: Path):
         VerificationError, match=r"1 parameters are not in the checkpoint.*: model\.norm\.weight; check"
     ):
         quantlab.load(folder)
+
+
+def test_load_refuses_another_models_config(tiny, tmp_path: Path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny("llama").folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 256}))
+    message = (
+        r"2 parameters have another shape in the checkpoint: lm_head.weight \[128, 128\], by config.json \[256, 128\]"
+    )
+    with pytest.raises(VerificationError, match=message):
+        hf.load(folder)
 
 
 def test_load_refuses_a_scale_without_its_weight(quantized, edited, tmp_path: Path):
