@@ -1,9 +1,9 @@
 // out = softmax(q k^T) v for Hopper, with 8-bit operands as `attention_quantize` writes them.
 //
-// One producer thread brings tiles through the copy engine; two consumer warpgroups of 64 queries each multiply Q K^T into
+// One producer thread brings tiles through the copy engine; consumer warpgroups of 64 queries each multiply Q K^T into
 // integers (or floats, for E4M3), take exponentials, and multiply the probabilities, in 8 bits and straight from their
-// registers, with V. The warpgroups take turns at the tensor cores, and each has the scores of the next block multiplied
-// while the product of the last one runs (FlashAttention-3, sections 3.1 and 3.2). What is particular:
+// registers, with V. Each has the scores of the next block multiplied while the product of the last one runs
+// (FlashAttention-3, section 3.2). What is particular:
 //
 //   - The probabilities of 128 keys are scaled by the largest of their own row and block, not by the largest so far: 8
 //     uniform bits then serve every block alike, and a sink at the start makes nothing after it underflow.
@@ -17,8 +17,6 @@
 //   D          head dimension, a multiple of 16 up to 128
 //   CONSUMERS  warpgroups of 64 queries
 //   STAGES     tiles of K, and tiles of V, in flight
-//   PINGPONG   1: warpgroups take turns at the tensor cores
-//   EARLY      fragments, of 16, whose exponentials do not wait for the product before
 //   QK_FP8, PV_FP8   1: E4M3 operands, 0: INT8
 //   SOFTCAP, SINKS   whether scores are capped, whether heads have a sink
 //   OUTPUT     1 bfloat16, 2 float16
@@ -246,10 +244,6 @@ DEVICE u32 permute(u32 a, u32 b, u32 selector) {
   return r;
 }
 
-DEVICE void named_barrier_arrive(u32 id, u32 threads) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-
 #define kHidden __int_as_float(0xff800000)  // minus infinity, the score of a key that is not seen
 
 // Where this thread stands. Its two rows are row and row + 8 of its warpgroup.
@@ -272,13 +266,6 @@ struct Rows {
   float shift[2];   // of the scores, for a soft cap
   float largest[2], total[2];
 };
-
-DEVICE void take_turn(const Position& at) {
-  if constexpr (PINGPONG) named_barrier_sync(2 + at.group, 256);
-}
-DEVICE void pass_turn(const Position& at) {
-  if constexpr (PINGPONG) named_barrier_arrive(2 + (at.group + 1) % CONSUMERS, 256);
-}
 
 DEVICE void multiply_scores(Score (&scores)[SCORES], const Shared& s, const Position& at, int buffer, int stage) {
   const u32 q = descriptor_low(s.q(0)) + (buffer * Q_BYTES + at.group * 64 * 128) / 16;
@@ -456,19 +443,17 @@ DEVICE void start_powers(Powers& powers, const Value (&scores)[SCORES], const Bl
 }
 
 // Scores -> operand of the next product and the sums of its rows, and the product before is added. The exponentials keep
-// their unit busy for longer than all the rest takes. The first ones need not wait for the product before; that is
-// added under the others.
+// their unit busy for longer than all the rest takes, and need not wait for the product before.
 template <bool masked, class Wait>
 DEVICE void make_probabilities(u32 (&p)[4][4], RowSum (&sum)[2], float (&out)[SUMS], const Value (&scores)[SCORES],
                                const Block& block, const Sum (&sums)[SUMS], const Pending& pending, Wait&& wait) {
   Powers powers[16];
 #pragma unroll
-  for (int i = 0; i < EARLY; ++i) start_powers<masked>(powers[i], scores, block, i);
+  for (int i = 0; i < 16; ++i) start_powers<masked>(powers[i], scores, block, i);
   wait();
   sum[0] = sum[1] = 0;
 #pragma unroll
   for (int i = 0; i < 16; ++i) {
-    if (i >= EARLY) start_powers<masked>(powers[i], scores, block, i);
     powers[i].finish(p[i / 4][i % 4], sum[i % 2]);
     pending.add(out, sums, i * SUMS / 16, (i + 1) * SUMS / 16);
   }
@@ -524,7 +509,6 @@ DEVICE void attend(float (&out)[SUMS], Rows& rows, const Params& p, const Shared
   auto start_scores = [&](int n) {
     k_scale = __ldg(p.k_scale + 4 * (scales + n) + at.quad);
     barrier_wait(s.full_k(stage_of(count)), phase_of(count));
-    take_turn(at);
     multiply_scores(scores, s, at, tiles % 2, stage_of(count));
   };
   auto masked = [&](int n) { return n < full_low || n >= full_high; };
@@ -552,7 +536,6 @@ DEVICE void attend(float (&out)[SUMS], Rows& rows, const Params& p, const Shared
   int n = uniform(tile.high_block) - 1;
   barrier_wait(s.full_q(tiles % 2), tiles / 2 % 2);
   start_scores(n);
-  pass_turn(at);
   wgmma_wait<0>();
   finish_scores(n);
   sum[0] = sum[1] = 0;
@@ -566,7 +549,6 @@ DEVICE void attend(float (&out)[SUMS], Rows& rows, const Params& p, const Shared
     v_scale = __ldg(p.v_scale + scales + n + 1);
     start_scores(n);
     start_values();
-    pass_turn(at);
     pending.start(out, rows, block, sum, v_scale);
     wgmma_wait<1>();
     finish_scores(n);
@@ -674,7 +656,6 @@ DEVICE void store(const float (&out)[SUMS], const Params& p, const Shared& s, co
 DEVICE void consume(const Params& p, const Shared& s) {
   const Position at;
   u32 count = 0, tiles = 0;
-  if (PINGPONG && at.group == CONSUMERS - 1) named_barrier_arrive(2, 256);
   bool turn_here = false;
   for (u32 taken = 0;; ++taken) {
     const int slot = taken % 2;

@@ -30,12 +30,10 @@ HEAD_DIMS = (64, 80, 96, 128)
 
 @dataclass(frozen=True)
 class Config:
-    """consumers: warpgroups of 64 queries; stages of the ring; the rest: see `sm90.cu`."""
+    """consumers: warpgroups of 64 queries; stages of the ring."""
 
     consumers: int = 2
     stages: int = 4
-    pingpong: int = 1
-    early: int = 4
 
     def shared_bytes(self, d: int) -> int:
         """What `sm90.cu` lays out."""
@@ -44,6 +42,9 @@ class Config:
         ring = self.stages * 128 * (128 + d)
         barriers, tiles = 8 * (4 * self.stages + 9), 2 * (44 + 8 * self.consumers)
         return 2 * rows * 128 + ring + turn + rows * (2 * d + 16) + barriers + tiles
+
+
+BEST = Config()  # of what was measured on an H200: README
 
 
 def supports(problem: Problem) -> str | None:
@@ -60,11 +61,6 @@ def supports(problem: Problem) -> str | None:
     except nvrtc.CompilerMissingError as error:
         return Mendable(str(error))
     return None
-
-
-def config(problem: Problem) -> Config:
-    """What measured best on an H200: warpgroups that do not convert integers need not take turns."""
-    return Config(pingpong=0, early=16) if problem.qk == torch.float8_e4m3fn else Config()
 
 
 def source(
@@ -107,10 +103,9 @@ def _sms(device: int) -> int:
 
 def launch(
     problem: Problem, operands: Quantized, attributes: Attributes, sinks: Tensor | None, key_range: Tensor | None,
-    cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, out: Tensor, lse: Tensor, config: Config | None = None,
+    cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, out: Tensor, lse: Tensor, config: Config = BEST,
 ) -> None:  # fmt: skip
     """Fill out [B, Sq, Hq, D] and lse [B, Hq, Sq]."""
-    config = config or globals()["config"](problem)
     device = out.get_device()
     sinks = None if sinks is None else sinks.to(torch.float32)
     sequences = 0 if cu_seqlens_q is None else cu_seqlens_q.numel() - 1
