@@ -190,6 +190,7 @@ ON_A_GPU = [
     Case("fp8", (300, 2), group=8, d=128, first=4, newest=200, sq=2, softcap=20.0, sinks=True),
     Case("k8v4", (3000, 10), heads=1, d=256, first=9, newest=70, window=1000),
     Case("int4", (200, 20), d=128, first=4, newest=20, ring=True, capacity=48, window=48),
+    *(Case(name, tuple(range(3, 125, 2)), d=128) for name in ("fp8", "int4")),  # as many heads as multiprocessors
     *(Case(name, (131072,), heads=1, group=8, d=128, even=True) for name in ("fp8", "int8", "int4")),
 ]
 
@@ -300,7 +301,7 @@ def problem(format: str, d: int = 128, **more) -> Problem:
         (problem("int4", near=68), "sm90", None),
         (problem("int8", page=16), "sm90", None),
         (problem("k8v4", 256, page=48, ring=True, window=48), "sm90", None),
-        (problem("fp8"), "triton", "Triton reads E4M3 faster"),
+        (problem("fp8"), "sm90", None),
         (problem("int4", 80), "triton", "head dim 80, needs 64, 128 or 256"),
         (problem("int8", page=24), "triton", "pages and rings need a multiple of 16 slots"),
         (problem("16bit"), "triton", "reads codes of 8 and 4 bits only"),

@@ -4,8 +4,8 @@
 // of the second (out^T = V^T p^T), 8 query rows are the N side of both, which is what a group of 4 to 8 heads fills.
 //
 // Each warp walks over tiles of 16 tokens with a ring of its own in shared memory: a tile's keys are one piece of
-// memory and so are its values, so the bulk copy engine fetches them whole (16 bytes per thread, every thread its own
-// rows, asks the L2 for single sectors and reached 2.1 TB/s where whole lines reach more). Warps meet at the end only.
+// memory and so are its values, so the bulk copy engine fetches them whole. (Copies of 16 bytes by each thread, of the
+// rows that it needs itself, ask the L2 for single sectors: 2.1 TB/s, half of this.) Warps meet at the end only.
 // The contraction runs over channels in any order, and so do channels of the second product's result: each thread
 // reads a contiguous piece of a row, and that is its fragment. Codes become float16 by bit operations: a code in the
 // low bits of 1024 is 1024 + code. In the first product that 1024 stays and is taken from the score, times the sum of
@@ -21,7 +21,6 @@
 //   KEY, VALUE   0 E4M3, 1 INT8, 2 INT4;   QUERY  and result: 0 float32, 1 bfloat16, 2 float16
 //   PAGED, RING, SOFTCAP, NEAR   0 or 1
 //   WARPS, STAGES, CTAS   of a CTA, of a warp's ring, resident on a multiprocessor;   TILES  of a stage
-//   BULK   1: bulk copies;  0: cp.async of whole lines, chunks of 16 bytes swizzled
 #include "sm90.cuh"
 
 using i64 = long long;
@@ -48,7 +47,8 @@ struct Params {
   i64 ks_row, ks_head, vs_row, vs_head;
   i64 mean_batch, channel_batch;         // in elements, as are the next
   i64 kn_row, kn_head, kn_slot, vn_row, vn_head, vn_slot;
-  int batches, heads, group, sq, rows, tiles, splits, capacity, table_row, window, sinks_kind, first, newest, near_kind;
+  int batches, heads, group, sq, rows, tiles, splits, capacity, table_row, window, sinks_kind, first, newest, near_kind,
+      mergers;
   float scale, softcap;
 };
 
@@ -112,10 +112,6 @@ DEVICE void store_float(char* base, i64 index, float x) {
 }
 
 // What is not copied is filled with zeros; a constant `valid` costs nothing.
-DEVICE void copy16(u32 to, const char* from, bool valid) {
-  const int size = valid ? 16 : 0;
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(size) : "memory");
-}
 DEVICE void copy4(u32 to, const char* from, bool valid) {
   const int size = valid ? 4 : 0;
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(size) : "memory");
@@ -126,9 +122,6 @@ DEVICE void copies_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
 DEVICE void prefetch(const void* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
-DEVICE void prefetch_l2(const char* from, u32 bytes) {
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
-}
 DEVICE uint2 load8(const char* from) { return *reinterpret_cast<const uint2*>(from); }
 template <int BYTES>
 DEVICE void read(u32* words, u32 from) {
@@ -291,11 +284,6 @@ DEVICE Place place_of(const Params& p) {
 
 // ---- copies of tiles ----
 
-// Where byte `offset` of a tile's rows lies: chunks of 16 bytes are permuted so that reading a column takes all banks.
-template <int ROW>
-DEVICE u32 swizzled(u32 offset) {
-  return BULK ? offset : offset ^ ((offset / (ROW < 128 ? 128 : ROW) & 7) << 4);
-}
 DEVICE u32 scale_place(int token) { return token % 8 * 8 + token / 8 % 2 * 4; }  // of tokens g and g + 8 side by side
 
 // A warp's ring. Of a dense cache the pointers move on by a constant, else they are those of a head's first tile.
@@ -314,16 +302,13 @@ struct Copies {
     v = p.v + here.head * p.v_head;
     scale = (lane < 16 ? p.k_scale + here.head * p.ks_head : p.v_scale + here.head * p.vs_head) + lane % 16 * 4;
     scale_to = TILES * (K_TILE + V_TILE) + scale_place(lane) + lane / 16 * 64;
-    if (!BULK) k += lane * 16, v += lane * 16;
     if (!PAGED && !RING) move(p, k, v, scale, here.batch, next);
     pin(k), pin(v), pin(scale);
-    if (BULK) {
-      if (lane == 0) {
-        for (int i = 0; i < STAGES; i++) barrier_init(full + 8 * i, 1);
-        barrier_init_fence();
-      }
-      __syncwarp();
+    if (lane == 0) {
+      for (int i = 0; i < STAGES; i++) barrier_init(full + 8 * i, 1);
+      barrier_init_fence();
     }
+    __syncwarp();
   }
 
   DEVICE void move(const Params& p, const char*& k_, const char*& v_, const char*& scale_, i64 row, i64 slot) const {
@@ -344,22 +329,11 @@ struct Copies {
       k += WARPS * STEP * K_ROW, v += WARPS * STEP * V_ROW, scale += WARPS * STEP * 4;
     }
     const int count = min(here.end - next, STEP);
-    if (BULK) {
-      if (lane == 0) {
-        const u64 policy = p.tiles == 1 ? kEvictFirst : kEvictNormal;
-        barrier_arrive_expect(barrier, count * (K_ROW + V_ROW));
-        bulk_load(to, from_k, count * K_ROW, barrier, policy);
-        bulk_load(to + TILES * K_TILE, from_v, count * V_ROW, barrier, policy);
-        constexpr int AHEAD = PREFETCH * WARPS * STEP;
-        if (PREFETCH && !PAGED && !RING && next + AHEAD + STEP <= here.end) {
-          prefetch_l2(from_k + AHEAD * K_ROW, STEP * K_ROW);
-          prefetch_l2(from_v + AHEAD * V_ROW, STEP * V_ROW);
-        }
-      }
-    } else if (count == STEP) {
-      lines<true>(from_k, from_v, count);
-    } else {
-      lines<false>(from_k, from_v, count);
+    if (lane == 0) {
+      const u64 policy = p.tiles == 1 ? kEvictFirst : kEvictNormal;
+      barrier_arrive_expect(barrier, count * (K_ROW + V_ROW));
+      bulk_load(to, from_k, count * K_ROW, barrier, policy);
+      bulk_load(to + TILES * K_TILE, from_v, count * V_ROW, barrier, policy);
     }
 #pragma unroll
     for (int tile = 0; tile < TILES; tile++)
@@ -368,21 +342,6 @@ struct Copies {
     const bool last = to == ring + (STAGES - 1) * STAGE;
     to = last ? ring : to + STAGE;
     barrier = last ? full : barrier + 8;
-  }
-
-  template <bool WHOLE>
-  DEVICE void lines(const char* from_k, const char* from_v, int count) const {
-#pragma unroll
-    for (int i = 0; i < TILES * K_TILE / 512; i++) {
-      const u32 at = 512 * i + 16 * lane;
-      copy16(to + at / K_TILE * K_TILE + swizzled<K_ROW>(at % K_TILE), from_k + 512 * i, WHOLE || at / K_ROW < count);
-    }
-#pragma unroll
-    for (int i = 0; i < TILES * V_TILE / 512; i++) {
-      const u32 at = 512 * i + 16 * lane;
-      copy16(to + TILES * K_TILE + at / V_TILE * V_TILE + swizzled<V_ROW>(at % V_TILE), from_v + 512 * i,
-             WHOLE || at / V_ROW < count);
-    }
   }
 };
 
@@ -470,7 +429,8 @@ DEVICE void cap(float (&x)[4], float softcap) {
 }
 
 // Scores of tokens, at the positions `at`, that rows 2 t and 2 t + 1 do not see become -inf.
-DEVICE void hide(float (&x)[4], const Params& p, const Place& here, int nt, int t, const int (&at)[2], int low, int end) {
+DEVICE void hide(float (&x)[4], const Params& p, const Place& here, int nt, int t, const int (&at)[2], int low,
+                 int end) {
 #pragma unroll
   for (int e = 0; e < 4; e++) {
     const int place = here.length - p.sq + (here.first_row + 8 * nt + 2 * t + e % 2) / p.group, token = at[e / 2];
@@ -544,7 +504,7 @@ DEVICE void attend_codes(Sums& sums, const Queries& q, const Params& p, const Pl
 #pragma unroll
     for (int piece = 0; piece < K_BYTES / K_PIECE; piece++)
       read<K_PIECE>(&words[token][piece * K_PIECE / 4],
-                    keys + swizzled<K_ROW>((g + 8 * token) * K_ROW + t * K_BYTES + piece * K_PIECE));
+                    keys + (g + 8 * token) * K_ROW + t * K_BYTES + piece * K_PIECE);
   float scores[NT][CHAINS][4];
 #pragma unroll
   for (int nt = 0; nt < NT; nt++)
@@ -592,8 +552,7 @@ DEVICE void attend_codes(Sums& sums, const Queries& q, const Params& p, const Pl
 #pragma unroll
     for (int piece = 0; piece < V_BYTES / V_PIECE; piece++)
       read<V_PIECE>(&value_words[token][piece * V_PIECE / 4],
-                    values + swizzled<V_ROW>((2 * t + token % 2 + token / 2 * 8) * V_ROW + g * V_BYTES +
-                                             piece * V_PIECE));
+                    values + (2 * t + token % 2 + token / 2 * 8) * V_ROW + g * V_BYTES + piece * V_PIECE);
   if (VALUE == 0 && some) {
 #pragma unroll
     for (int token = 0; token < 4; token++) {
@@ -618,10 +577,14 @@ DEVICE void attend_codes(Sums& sums, const Queries& q, const Params& p, const Pl
 
 // ---- tokens in 16 bits ----
 
-// Four numbers in a row as two pairs of float16; zeros unless `valid`.
-DEVICE uint2 near_values(const char* base, i64 index, int kind, bool valid) {
+// Four numbers in a row; zeros unless `valid`.
+DEVICE uint2 near_bits(const char* base, i64 index, bool valid) {
   uint2 bits = {0, 0};
   if (valid) bits = load8(base + 2 * index);
+  return bits;
+}
+// They as two pairs of float16.
+DEVICE uint2 near_values(uint2 bits, int kind) {
   if (kind == 2) return bits;
   return {half2_of(as_float(bits.x << 16), as_float(bits.x & 0xFFFF0000u)),
           half2_of(as_float(bits.y << 16), as_float(bits.y & 0xFFFF0000u))};
@@ -650,20 +613,23 @@ DEVICE void attend_near(Sums& sums, const Queries& q, const Params& p, const Pla
     valid[j] = near_position(p, start, here.length, slot) >= 0;
     if (valid[j]) prefetch(p.v_near + 2 * (v_at + slot * p.vn_slot + value_channel(g, 0)));
   }
+  uint2 keys[2][K_STEPS];  // all on their way at once
+#pragma unroll
+  for (int j = 0; j < 2; j++)
+#pragma unroll
+    for (int step = 0; step < K_STEPS; step++) {
+      const i64 index = k_at + (first + g + 8 * j) * p.kn_slot + near_channel(t, step, 0, 0);
+      keys[j][step] = near_bits(p.k_near, index, at[j] >= 0);
+    }
   float scores[NT][4];
 #pragma unroll
   for (int i = 0; i < 4 * NT; i++) scores[i / 4][i % 4] = 0.0f;
 #pragma unroll
   for (int step = 0; step < K_STEPS; step++) {
-    uint2 pairs[2];
-#pragma unroll
-    for (int j = 0; j < 2; j++) {
-      const i64 index = k_at + (first + g + 8 * j) * p.kn_slot + near_channel(t, step, 0, 0);
-      pairs[j] = near_values(p.k_near, index, p.near_kind, at[j] >= 0);
-    }
+    const uint2 a = near_values(keys[0][step], p.near_kind), b = near_values(keys[1][step], p.near_kind);
 #pragma unroll
     for (int nt = 0; nt < NT; nt++)
-      mma(scores[nt], pairs[0].x, pairs[1].x, pairs[0].y, pairs[1].y, q.pairs[nt][step][0], q.pairs[nt][step][1]);
+      mma(scores[nt], a.x, b.x, a.y, b.y, q.pairs[nt][step][0], q.pairs[nt][step][1]);
   }
   const Scales scales = {{1.0f, 1.0f}, {0.0f, 0.0f}, {WEIGHT, WEIGHT}, {0.0f, 0.0f}};
   u32 weights[NT][2];
@@ -679,18 +645,21 @@ DEVICE void attend_near(Sums& sums, const Queries& q, const Params& p, const Pla
   constexpr int PARTS = VALUE == 2 ? 2 : 1;  // runs of four channels that a word's codes make
 #pragma unroll
   for (int word = 0; word < V_WORDS; word++) {
+    uint2 bits[2][PARTS][2];
+#pragma unroll
+    for (int i = 0; i < 4 * PARTS; i++) {
+      const int token = i / PARTS, part = i % PARTS;
+      const i64 slot = first + 2 * t + token % 2 + token / 2 * 8;
+      bits[token / 2][part][token % 2] =
+          near_bits(p.v_near, v_at + slot * p.vn_slot + value_channel(g, word * V_CODES + part), valid[token]);
+    }
     u32 operands[2][V_CODES];  // of tokens 2 t, 2 t + 1 and of 2 t + 8, 2 t + 9: register i holds code i of both
 #pragma unroll
     for (int pair = 0; pair < 2; pair++)
 #pragma unroll
       for (int part = 0; part < PARTS; part++) {
-        uint2 both[2];
-#pragma unroll
-        for (int j = 0; j < 2; j++) {
-          const i64 slot = first + 2 * t + j + 8 * pair;
-          const i64 index = v_at + slot * p.vn_slot + value_channel(g, word * V_CODES + part);
-          both[j] = near_values(p.v_near, index, p.near_kind, valid[2 * pair + j]);
-        }
+        const uint2(&of)[2] = bits[pair][part];
+        const uint2 both[2] = {near_values(of[0], p.near_kind), near_values(of[1], p.near_kind)};
         operands[pair][part] = __byte_perm(both[0].x, both[1].x, 0x5410);
         operands[pair][PARTS + part] = __byte_perm(both[0].x, both[1].x, 0x7632);
         operands[pair][2 * PARTS + part] = __byte_perm(both[0].y, both[1].y, 0x5410);
@@ -786,7 +755,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) attention_decode(con
   u32 from = copies.ring, barrier = copies.full, parity = 0;
   int first = here.begin + warp * STEP;
   for (int i = 0; i < mine; i++) {
-    if (BULK) barrier_wait(barrier, parity);
+    barrier_wait(barrier, parity);
     copies_wait<STAGES - 2>();
     __syncwarp();  // all have copied this tile, and read the one whose place the next copy takes
     if (i + STAGES - 1 < mine) copies.issue(p, here);
@@ -807,20 +776,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) attention_decode(con
   merge_warps(p, here, sums, reinterpret_cast<float*>(shared), warp, g, t);
 }
 
-// One CTA of MERGERS * D threads for each row: adds the shares of all splits, every thread those of its own splits first.
-constexpr int MERGERS = 4, MOST_SPLITS = 128;
-extern "C" __global__ void __launch_bounds__(MERGERS * D) merge(const __grid_constant__ Params p) {
+// A CTA for each row, with one to four threads for each element: adds the shares of all splits, each thread those of
+// its own splits in their order. The first shares are on their way while their weights are computed.
+constexpr int MOST_SPLITS = 128, MOST_MERGERS = 4, AHEAD = 8;
+extern "C" __global__ void __launch_bounds__(MOST_MERGERS * D) merge(const __grid_constant__ Params p) {
   __shared__ float shares[MOST_SPLITS];
   __shared__ float both[2];
-  __shared__ float partial[MERGERS][D];
+  __shared__ float partial[MOST_MERGERS][D];
   asm volatile("griddepcontrol.wait;" ::: "memory");
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
   const i64 pairs = static_cast<i64>(p.batches) * p.heads * p.rows, at = blockIdx.x;
-  const int column = threadIdx.x % D, mine = threadIdx.x / D;
-  float values[MOST_SPLITS / MERGERS];  // on their way while the shares are computed
+  const int column = threadIdx.x % D, mine = threadIdx.x / D, mergers = p.mergers;
+  float values[AHEAD];
 #pragma unroll
-  for (int i = 0; i < MOST_SPLITS / MERGERS; i++) {
-    const int split = mine + i * MERGERS;
+  for (int i = 0; i < AHEAD; i++) {
+    const int split = mine + i * mergers;
     values[i] = split < p.splits ? p.part[(split * pairs + at) * D + column] : 0.0f;
   }
   if (threadIdx.x < 32) {
@@ -848,12 +818,17 @@ extern "C" __global__ void __launch_bounds__(MERGERS * D) merge(const __grid_con
   __syncthreads();
   float result = 0.0f;
 #pragma unroll
-  for (int i = 0; i < MOST_SPLITS / MERGERS; i++) result += shares[mine + i * MERGERS] * values[i];
+  for (int i = 0; i < AHEAD; i++) {
+    const int split = mine + i * mergers;
+    if (split < p.splits) result += shares[split] * values[i];
+  }
+#pragma unroll 8
+  for (int split = mine + AHEAD * mergers; split < p.splits; split += mergers)
+    result += shares[split] * p.part[(split * pairs + at) * D + column];
   partial[mine][column] = result;
   __syncthreads();
   if (mine != 0) return;
-#pragma unroll
-  for (int i = 1; i < MERGERS; i++) result += partial[i][column];
+  for (int i = 1; i < mergers; i++) result += partial[i][column];
   const int row = at % p.rows, pair = at / p.rows;
   finish(p, pair / p.heads, pair % p.heads, row, column, result, both[0], both[1]);
 }

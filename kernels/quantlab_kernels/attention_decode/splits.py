@@ -6,6 +6,7 @@ import functools
 
 LEAST = 256  # tokens that are worth a program
 MOST = 128  # parts
+FULL = 0.92  # a last wave that is as good as full
 
 
 @functools.cache
@@ -17,7 +18,7 @@ def splits(pairs: int, tokens: int, slots: int) -> int:
     """
     most = max(1, min(MOST, -(-tokens // LEAST), -(-4 * slots // pairs)))
     full = [_fullness(pairs * count, slots) for count in range(1, most + 1)]
-    return next(count for count, share in enumerate(full, 1) if share >= 0.92 * max(full))
+    return next(count for count, share in enumerate(full, 1) if share >= FULL * max(full))
 
 
 def _fullness(programs: int, slots: int) -> float:
