@@ -47,8 +47,7 @@ struct Params {
   i64 ks_row, ks_head, vs_row, vs_head;
   i64 mean_batch, channel_batch;         // in elements, as are the next
   i64 kn_row, kn_head, kn_slot, vn_row, vn_head, vn_slot;
-  int batches, heads, group, sq, rows, tiles, splits, capacity, table_row, window, sinks_kind, first, newest, near_kind,
-      mergers;
+  int batches, heads, group, sq, rows, tiles, splits, capacity, table_row, window, sinks_kind, first, newest, near_kind;
   float scale, softcap;
 };
 
@@ -577,14 +576,10 @@ DEVICE void attend_codes(Sums& sums, const Queries& q, const Params& p, const Pl
 
 // ---- tokens in 16 bits ----
 
-// Four numbers in a row; zeros unless `valid`.
-DEVICE uint2 near_bits(const char* base, i64 index, bool valid) {
+// Four numbers in a row as two pairs of float16; zeros unless `valid`.
+DEVICE uint2 near_values(const char* base, i64 index, int kind, bool valid) {
   uint2 bits = {0, 0};
   if (valid) bits = load8(base + 2 * index);
-  return bits;
-}
-// They as two pairs of float16.
-DEVICE uint2 near_values(uint2 bits, int kind) {
   if (kind == 2) return bits;
   return {half2_of(as_float(bits.x << 16), as_float(bits.x & 0xFFFF0000u)),
           half2_of(as_float(bits.y << 16), as_float(bits.y & 0xFFFF0000u))};
@@ -613,23 +608,20 @@ DEVICE void attend_near(Sums& sums, const Queries& q, const Params& p, const Pla
     valid[j] = near_position(p, start, here.length, slot) >= 0;
     if (valid[j]) prefetch(p.v_near + 2 * (v_at + slot * p.vn_slot + value_channel(g, 0)));
   }
-  uint2 keys[2][K_STEPS];  // all on their way at once
-#pragma unroll
-  for (int j = 0; j < 2; j++)
-#pragma unroll
-    for (int step = 0; step < K_STEPS; step++) {
-      const i64 index = k_at + (first + g + 8 * j) * p.kn_slot + near_channel(t, step, 0, 0);
-      keys[j][step] = near_bits(p.k_near, index, at[j] >= 0);
-    }
   float scores[NT][4];
 #pragma unroll
   for (int i = 0; i < 4 * NT; i++) scores[i / 4][i % 4] = 0.0f;
 #pragma unroll
   for (int step = 0; step < K_STEPS; step++) {
-    const uint2 a = near_values(keys[0][step], p.near_kind), b = near_values(keys[1][step], p.near_kind);
+    uint2 pairs[2];
+#pragma unroll
+    for (int j = 0; j < 2; j++) {
+      const i64 index = k_at + (first + g + 8 * j) * p.kn_slot + near_channel(t, step, 0, 0);
+      pairs[j] = near_values(p.k_near, index, p.near_kind, at[j] >= 0);
+    }
 #pragma unroll
     for (int nt = 0; nt < NT; nt++)
-      mma(scores[nt], a.x, b.x, a.y, b.y, q.pairs[nt][step][0], q.pairs[nt][step][1]);
+      mma(scores[nt], pairs[0].x, pairs[1].x, pairs[0].y, pairs[1].y, q.pairs[nt][step][0], q.pairs[nt][step][1]);
   }
   const Scales scales = {{1.0f, 1.0f}, {0.0f, 0.0f}, {WEIGHT, WEIGHT}, {0.0f, 0.0f}};
   u32 weights[NT][2];
@@ -645,21 +637,18 @@ DEVICE void attend_near(Sums& sums, const Queries& q, const Params& p, const Pla
   constexpr int PARTS = VALUE == 2 ? 2 : 1;  // runs of four channels that a word's codes make
 #pragma unroll
   for (int word = 0; word < V_WORDS; word++) {
-    uint2 bits[2][PARTS][2];
-#pragma unroll
-    for (int i = 0; i < 4 * PARTS; i++) {
-      const int token = i / PARTS, part = i % PARTS;
-      const i64 slot = first + 2 * t + token % 2 + token / 2 * 8;
-      bits[token / 2][part][token % 2] =
-          near_bits(p.v_near, v_at + slot * p.vn_slot + value_channel(g, word * V_CODES + part), valid[token]);
-    }
     u32 operands[2][V_CODES];  // of tokens 2 t, 2 t + 1 and of 2 t + 8, 2 t + 9: register i holds code i of both
 #pragma unroll
     for (int pair = 0; pair < 2; pair++)
 #pragma unroll
       for (int part = 0; part < PARTS; part++) {
-        const uint2(&of)[2] = bits[pair][part];
-        const uint2 both[2] = {near_values(of[0], p.near_kind), near_values(of[1], p.near_kind)};
+        uint2 both[2];
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+          const i64 slot = first + 2 * t + j + 8 * pair;
+          const i64 index = v_at + slot * p.vn_slot + value_channel(g, word * V_CODES + part);
+          both[j] = near_values(p.v_near, index, p.near_kind, valid[2 * pair + j]);
+        }
         operands[pair][part] = __byte_perm(both[0].x, both[1].x, 0x5410);
         operands[pair][PARTS + part] = __byte_perm(both[0].x, both[1].x, 0x7632);
         operands[pair][2 * PARTS + part] = __byte_perm(both[0].y, both[1].y, 0x5410);
@@ -776,21 +765,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) attention_decode(con
   merge_warps(p, here, sums, reinterpret_cast<float*>(shared), warp, g, t);
 }
 
-// A CTA for each row, with one to four threads for each element: adds the shares of all splits, each thread those of
-// its own splits in their order. The first shares are on their way while their weights are computed.
-constexpr int MOST_SPLITS = 128, MOST_MERGERS = 4, AHEAD = 8;
-extern "C" __global__ void __launch_bounds__(MOST_MERGERS * D) merge(const __grid_constant__ Params p) {
+// One CTA of MERGERS * D threads for each row: adds the shares of all splits, every thread those of its own splits first.
+constexpr int MERGERS = 4, MOST_SPLITS = 128;
+extern "C" __global__ void __launch_bounds__(MERGERS * D) merge(const __grid_constant__ Params p) {
   __shared__ float shares[MOST_SPLITS];
   __shared__ float both[2];
-  __shared__ float partial[MOST_MERGERS][D];
+  __shared__ float partial[MERGERS][D];
   asm volatile("griddepcontrol.wait;" ::: "memory");
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
   const i64 pairs = static_cast<i64>(p.batches) * p.heads * p.rows, at = blockIdx.x;
-  const int column = threadIdx.x % D, mine = threadIdx.x / D, mergers = p.mergers;
-  float values[AHEAD];
+  const int column = threadIdx.x % D, mine = threadIdx.x / D;
+  float values[MOST_SPLITS / MERGERS];  // on their way while the shares are computed
 #pragma unroll
-  for (int i = 0; i < AHEAD; i++) {
-    const int split = mine + i * mergers;
+  for (int i = 0; i < MOST_SPLITS / MERGERS; i++) {
+    const int split = mine + i * MERGERS;
     values[i] = split < p.splits ? p.part[(split * pairs + at) * D + column] : 0.0f;
   }
   if (threadIdx.x < 32) {
@@ -818,17 +806,12 @@ extern "C" __global__ void __launch_bounds__(MOST_MERGERS * D) merge(const __gri
   __syncthreads();
   float result = 0.0f;
 #pragma unroll
-  for (int i = 0; i < AHEAD; i++) {
-    const int split = mine + i * mergers;
-    if (split < p.splits) result += shares[split] * values[i];
-  }
-#pragma unroll 8
-  for (int split = mine + AHEAD * mergers; split < p.splits; split += mergers)
-    result += shares[split] * p.part[(split * pairs + at) * D + column];
+  for (int i = 0; i < MOST_SPLITS / MERGERS; i++) result += shares[mine + i * MERGERS] * values[i];
   partial[mine][column] = result;
   __syncthreads();
   if (mine != 0) return;
-  for (int i = 1; i < mergers; i++) result += partial[i][column];
+#pragma unroll
+  for (int i = 1; i < MERGERS; i++) result += partial[i][column];
   const int row = at % p.rows, pair = at / p.rows;
   finish(p, pair / p.heads, pair % p.heads, row, column, result, both[0], both[1]);
 }

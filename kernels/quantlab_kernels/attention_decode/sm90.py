@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 _FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _CODES: dict[Code, int] = {"e4m3": 0, "int8": 1, "int4": 2}
 TILE = 16  # tokens of an MMA
+MERGERS = 4  # threads that add up the shares of one element
 _FOLDER = Path(__file__).parent
 
 
@@ -144,7 +145,6 @@ def launch(
     tokens = p.longest if p.window < 0 else min(p.longest, p.window + p.sq)
     pairs = p.batch * p.heads_kv * tiles
     count = splits(pairs, tokens, chosen.ctas * sm_count)
-    mergers = 1 if count <= 8 else 4  # threads that add up an element's shares
     part = sums = None
     if count > 1:
         part = q.new_empty(count * p.batch * p.heads_kv * rows * p.d, dtype=torch.float32)
@@ -158,11 +158,11 @@ def launch(
         _per_sequence(cache.k_mean), _per_sequence(cache.k_channel), *_strides(cache.k_near), *_strides(cache.v_near),
     )  # fmt: skip
     params = struct.pack(
-        "<17Q19q15i2f4x", *(0 if t is None else t.data_ptr() for t in addresses), *strides,
+        "<17Q19q14i2f", *(0 if t is None else t.data_ptr() for t in addresses), *strides,
         p.batch, p.heads_kv, p.heads_q // p.heads_kv, p.sq, rows, tiles, count, cache.capacity,
         0 if table is None else table.stride(0), attributes.window, 0 if sinks is None else _FLOATS[sinks.dtype],
-        cache.first, cache.newest, 0 if cache.k_near is None else _FLOATS[cache.k_near.dtype], mergers,
-        attributes.scale, attributes.softcap,
+        cache.first, cache.newest, 0 if cache.k_near is None else _FLOATS[cache.k_near.dtype], attributes.scale,
+        attributes.softcap,
     )  # fmt: skip
     attend, merge = kernels(chosen, problem)
     device = q.get_device()
@@ -170,7 +170,7 @@ def launch(
         driver.Launch(pairs * count, 32 * chosen.warps, 1, chosen.shared_bytes(p), early=True), params, device
     )
     if count > 1:
-        merge.launch(driver.Launch(p.batch * p.heads_kv * rows, mergers * p.d, 1, 0, early=True), params, device)
+        merge.launch(driver.Launch(p.batch * p.heads_kv * rows, MERGERS * p.d, 1, 0, early=True), params, device)
 
 
 def _plain(codes: Tensor, scale: Tensor | None) -> bool:
