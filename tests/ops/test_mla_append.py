@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -97,6 +98,18 @@ def test_refusals():
         mla_append(x, r, replace(cache, scale=None), length)
 
 
+def test_what_no_gpu_has_verified_is_refused_but_can_be_forced():
+    op = importlib.import_module("quantlab_kernels.mla_append.op")
+    backend = importlib.import_module("quantlab_kernels.mla_append.triton")
+    verified = op.Problem(16, 1, 512, 64, "e4m3")
+    assert backend.supports(verified) is None
+    for other in ({"more": True}, {"code": "int8"}, {"dtype": torch.float16}, {"rank": 256}, {"sm": 80}):
+        problem = replace(verified, **other)
+        assert "QUANTLAB_MLA_APPEND_BACKEND=triton runs others" in str(backend.supports(problem))
+        assert backend.able(problem) is None
+    assert "needs powers of two" in str(backend.able(replace(verified, rank=96)))
+
+
 INTERPRETED = """
 import importlib, sys, torch
 sys.path[:0] = {paths!r}
@@ -132,7 +145,8 @@ def test_on_the_gpu(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.gpu(sm=80)
 @pytest.mark.parametrize("name", FORMATS)
-def test_a_graph_appends_where_the_length_says(name: str):
+def test_a_graph_appends_where_the_length_says(name: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("QUANTLAB_MLA_APPEND_BACKEND", "triton")
     cache = PackedLatent.empty(name, 1, 64, 512, 64, device="cuda")  # type: ignore[arg-type]
     x = torch.randn(1, 1, 576, device="cuda", dtype=torch.bfloat16)
     length = torch.tensor([1], dtype=torch.int32, device="cuda")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -226,6 +227,20 @@ def test_exchange_layout():
     assert float((dequantize_latent(again.latent, again.scale) - halved).norm() / halved.norm()) < 0.03
     with pytest.raises(ValueError, match="the exchange layout is of fp8"):
         to_exchange(PackedLatent.empty("int4", 1, 1, 512, 64))
+
+
+def test_what_no_gpu_has_verified_is_refused_but_can_be_forced():
+    op = importlib.import_module("quantlab_kernels.mla_decode.op")
+    backend = importlib.import_module("quantlab_kernels.mla_decode.triton")
+    verified = op.Problem(16, 128, 1, 512, 64, 4096, "e4m3")
+    assert backend.supports(verified) is None
+    others = ({"sq": 2}, {"page": 64}, {"dtype": torch.float16}, {"rank": 256}, {"sm": 80}, {"code": "int8"})
+    for other in others:
+        problem = replace(verified, **other)
+        assert "QUANTLAB_MLA_DECODE_BACKEND=triton runs" in str(backend.supports(problem))
+        assert backend.able(problem) is None
+    assert backend.supports(replace(verified, code="int8", heads=16)) is None
+    assert "needs bfloat16 or float16" in str(backend.able(replace(verified, kept=torch.float32)))
 
 
 def test_refusals():

@@ -327,9 +327,11 @@ def test_a_decoding_step_compiles_whole():
 @pytest.mark.gpu(sm=80)
 @pytest.mark.parametrize(("format", "bound"), [("16bit", 0.02), ("fp8", 0.03), ("int8", 0.02), ("int4", 0.08)])
 @pytest.mark.parametrize("implementation", [None, "static"])
-def test_on_the_gpu(format, bound, implementation):
+def test_on_the_gpu(format, bound, implementation, monkeypatch):
     """Kernels of real sizes in a model's hands: logits of all steps until texts part."""
     sizes = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128}
+    for room in ("APPEND", "DECODE"):
+        monkeypatch.setenv(f"QUANTLAB_MLA_{room}_BACKEND", "triton")
     model = tiny("DeepseekV2", first_k_dense_replace=2, **sizes).to("cuda", torch.bfloat16)
     ids = torch.randint(3, 60, (2, 300), generator=torch.Generator().manual_seed(2)).cuda()
     expected = model(ids).logits[:, -20:]

@@ -43,7 +43,7 @@ def cases() -> list[Case]:
     found = []
     for batch, tokens in SHAPES:
         for name in BENCHED:
-            problem = op.Problem(batch, tokens, RANK, ROPE, FORMATS[name], sm=present_sm())
+            problem = op.Problem(batch, tokens, RANK, ROPE, FORMATS[name], sm=present_sm(), more=True)
             found.append(
                 Case(
                     f"{name} {batch}x{tokens}", problem, functools.partial(_build, name, batch, tokens), _ours,

@@ -23,7 +23,7 @@ _INPUTS = (torch.bfloat16, torch.float16, torch.float32)
 
 @dataclass(frozen=True)
 class Problem:
-    """tokens of each of `batch` sequences, rank + rope channels."""
+    """tokens of each of `batch` sequences, rank + rope channels; more: there is a norm, a rotation or a page table."""
 
     batch: int
     tokens: int
@@ -32,6 +32,7 @@ class Problem:
     code: Code
     dtype: torch.dtype = torch.bfloat16
     sm: int = 90
+    more: bool = False
 
     @property
     def bytes(self) -> int:
@@ -128,7 +129,8 @@ def _cuda(
     if latent.numel() == 0:
         return
     batch, tokens, rank = latent.shape
-    problem = Problem(batch, tokens, rank, rope.shape[2], code_of(codes), latent.dtype, gpu_of(latent).sm)
+    more = norm is not None or cos is not None or slots is not None
+    problem = Problem(batch, tokens, rank, rope.shape[2], code_of(codes), latent.dtype, gpu_of(latent).sm, more)
     with device_of(latent):
         BACKENDS.select(problem).launch(problem, *arguments)
 

@@ -46,6 +46,21 @@ class Config:
 
 
 def supports(problem: Problem) -> str | None:
+    """What has been held against the definition on a GPU; the rest of what it is able to do waits for that."""
+    p, reason = problem, able(problem)
+    if reason is not None:
+        return reason
+    if p.sm != 90 or (p.rank, p.rope) != (512, 64) or {p.dtype, p.kept} != {torch.bfloat16} or p.page or p.sq > 1:
+        return (
+            "verified on Hopper for one bfloat16 query of 512 + 64 channels over a dense cache alone; "
+            "QUANTLAB_MLA_DECODE_BACKEND=triton runs others"
+        )
+    if p.code == "int8" and p.heads > 16:
+        return "INT8 is verified up to 16 heads; QUANTLAB_MLA_DECODE_BACKEND=triton runs more"
+    return None
+
+
+def able(problem: Problem) -> str | None:
     p = problem
     if p.sm < 80:
         return f"needs sm_80 or newer, the GPU is sm_{p.sm}"
@@ -57,7 +72,11 @@ def supports(problem: Problem) -> str | None:
 
 
 def config(problem: Problem) -> Config:
-    """Tiles that fit the registers and the shared memory of an SM; all rows up to 64 share one pass over the tokens."""
+    """Tiles that fit the registers and the shared memory of an SM; all rows up to 64 share one pass over the tokens.
+
+    On Hopper 4 warps with 1 stage (64 tokens, two CTAs on an SM) lose: Triton 3.6 made wrong results and illegal
+    accesses of them for every format, where 4 warps with 2 stages, and 8 with either, are right.
+    """
     if problem.sm < 90:
         return Config(16, 32, 4, 1)
     rows = min(64, max(16, triton.next_power_of_2(problem.heads * problem.sq)))
