@@ -230,6 +230,12 @@ def test_what_cannot_be_in_8_bits_says_so_once(calls, monkeypatch):
     with pytest.warns(AttentionFallback, match="24 queries and 24 keys are too few to be faster"):
         found = hidden(model, "quantlab_int8", attention_mask=LEFT)
     torch.testing.assert_close(found[LEFT.bool()], exact[LEFT.bool()], rtol=1e-4, atol=1e-4)
+    monkeypatch.delenv("QUANTLAB_ATTENTION_MIN_TOKENS")
+    attention._said.clear()
+    with pytest.warns(AttentionFallback, match="not seen to be faster with heads of 64 channels"):
+        hidden(model, "quantlab_int8")
+    with pytest.warns(AttentionFallback, match=r"too few to be faster \(from 8192 keys on they are\)"):
+        hidden(causal_model("llama", head_dim=128), "quantlab_int8")
     with pytest.warns(AttentionFallback, match="gradients are asked for"):
         model(TOKENS).logits.sum().backward()
     with pytest.warns(AttentionFallback, match="heads of 32 and 32 channels; there are kernels for 64, 80"):

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 _FOLDER = Path(__file__).parent
 _OUTPUT = {torch.bfloat16: 1, torch.float16: 2}
-_SHARED = 232448  # bytes that a CTA may have on sm_90
 HEAD_DIMS = (64, 80, 96, 128)
 
 
