@@ -49,7 +49,7 @@ def context(length: int, more: int) -> torch.Tensor:
 
 def answer(made: LlamaForCausalLM, name: str, tokens: torch.Tensor) -> int:
     made.set_attn_implementation(name)
-    with torch.no_grad():
+    with torch.no_grad(), attention.always():
         return int(made(tokens.to(made.device), use_cache=False, logits_to_keep=1).logits.argmax())
 
 
@@ -66,8 +66,7 @@ def unflushed(values: torch.Tensor) -> float:
 @pytest.mark.parametrize("more", [A, B])
 @pytest.mark.parametrize("name", ["sdpa", "quantlab_int8", "quantlab_fp8"])
 def test_counts_its_context(name: str, more: int):
-    with attention.always():
-        assert answer(model("cpu"), name, context(2048, more)) == more
+    assert answer(model("cpu"), name, context(2048, more)) == more
 
 
 @pytest.mark.gpu(sm=80)
