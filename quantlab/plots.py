@@ -164,12 +164,14 @@ def channels(
 def dots(name: str, title: str, caption: str, values: Sequence[float], labels: tuple[str, str]) -> Plot:
     """A value for each of many things in order, and their mean."""
     from matplotlib import rc_context
+    from matplotlib.ticker import MaxNLocator
 
     figure, (axes,) = _axes(2.0)
     with rc_context(STYLE):
         axes.plot(range(len(values)), values, ".", color=BLUE, markersize=4)
         axes.axhline(sum(values) / len(values), color=ORANGE, linewidth=1.2, linestyle="--")
         axes.set_ylim(bottom=0)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel(labels[0])
         axes.set_ylabel(labels[1])
     return Plot(name, title, caption, figure)
