@@ -279,3 +279,25 @@ def test_masks_that_are_known():
     assert masks.limits_of(hf.chunked_causal_mask_function(4, torch.zeros(1, dtype=torch.long))) is None
     assert masks.limits_of(hf.or_masks(hf.causal_mask_function, hf.bidirectional_mask_function)) is None
     assert masks.limits_of(lambda b, h, q, k: k <= q) is None
+
+
+def test_grouped_queries_take_our_name_and_write_the_same():
+    model = causal_model("llama")
+    model.set_attn_implementation("sdpa")
+    given = {"attention_mask": LEFT, "max_new_tokens": 6, "do_sample": False}
+    caches = (None, "static")
+    plain = [model.generate(TOKENS, cache_implementation=cache, **given) for cache in caches]
+    assert attention.share_keys(model)
+    assert model.config._attn_implementation == "quantlab"
+    for cache, expected in zip(caches, plain, strict=True):
+        assert torch.equal(model.generate(TOKENS, cache_implementation=cache, **given), expected)
+
+
+def test_whose_name_stays():
+    eager = causal_model("llama")
+    assert not attention.share_keys(eager)
+    one_query_a_key = causal_model("llama", num_key_value_heads=4)
+    one_query_a_key.set_attn_implementation("sdpa")
+    assert not attention.share_keys(one_query_a_key)
+    assert not attention.share_keys(torch.nn.Linear(2, 2))
+    assert one_query_a_key.config._attn_implementation == "sdpa"
