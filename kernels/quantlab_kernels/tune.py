@@ -26,7 +26,7 @@ from quantlab_kernels.common.cases import TOKENS, WEIGHTS
 from quantlab_kernels.common.gemm import GemmProblem, empty_group_scale
 from quantlab_kernels.common.hardware import gpu
 from quantlab_kernels.common.int4 import GROUP, Int4Problem, repack_int4
-from quantlab_kernels.common.nvrtc import CompileError
+from quantlab_kernels.common.nvrtc import CompileError, compile_all
 from quantlab_kernels.common.timing import measure, rotations
 from quantlab_kernels.packing import pack_int4
 
@@ -175,7 +175,7 @@ def _compile(tasks: list[Task]) -> None:
     if tasks[0][0] in INT4:
         from quantlab_kernels.gemm_int4_fp8 import sm90
 
-        sm90.compile_all(sm90.source(config, problem) for _, problem, config in tasks)
+        compile_all(sm90.source(config, problem) for _, problem, config in tasks)
         return
     unique = {(room, config, problem.m == 1, getattr(problem, "granularity", "")): (room, problem, config)
               for room, problem, config in tasks}  # fmt: skip

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import itertools
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
 import torch
 
 from quantlab_kernels import gemm_int4, gemm_int4_fp8, prepare_int4, quantize_fp8_group, quantize_fp8_token
-from quantlab_kernels.common import nvrtc
+from quantlab_kernels.common import launches, nvrtc
 from quantlab_kernels.common.bounds import gemm_bound, worst
 from quantlab_kernels.common.gemm import as_group_scale
 from quantlab_kernels.common.int4 import Int4Problem, repack_int4, unrepack_int4
 from quantlab_kernels.common.operands import KINDS, operand
 from quantlab_kernels.common.tuning import table
-from quantlab_kernels.gemm_fp8_block import sm90 as block_sm90
 from quantlab_kernels.gemm_int4 import op as wide_op
 from quantlab_kernels.gemm_int4_fp8 import op as fp8_op
 from quantlab_kernels.gemm_int4_fp8 import sm90, sm90_configs
@@ -70,9 +68,7 @@ def run(config, a, a_scale, tiles, b_scale, bias=None, dtype=BF16):
 def ready(configs, problem):
     """The same configurations, their kernels compiled side by side."""
     configs = list(configs)
-    sources = {s.key(""): s for s in (sm90.source(config, problem) for config in configs)}
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(nvrtc.cubin, sources.values()))
+    nvrtc.compile_all(sm90.source(config, problem) for config in configs)
     return configs
 
 
@@ -257,7 +253,7 @@ def test_empty_batches_and_layouts_that_are_copied():
 @hopper
 def test_flags_that_a_graph_is_warmed_up_with_are_not_of_its_memory(monkeypatch):
     """As in `generate` with a static cache: inductor refuses a graph whose pool still holds something afterwards."""
-    monkeypatch.setattr(block_sm90, "_STREAM_FLAGS", {})
+    monkeypatch.setattr(launches, "_STREAM_FLAGS", {})
     codes, words, b_scale = weight(256, 16384)
     a, a_scale = activations("normal", 1, 16384, E4M3, grouped=True)
     tiles = tiles_for(words, a)
@@ -270,4 +266,4 @@ def test_flags_that_a_graph_is_warmed_up_with_are_not_of_its_memory(monkeypatch)
     for _ in range(4):
         torch.compiler.cudagraph_mark_step_begin()
         check(call(a, a_scale) / 2, a, a_scale, codes, b_scale)
-    assert block_sm90._STREAM_FLAGS
+    assert launches._STREAM_FLAGS

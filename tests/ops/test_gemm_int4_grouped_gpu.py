@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from quantlab_kernels import gemm_int4_grouped, quantize_fp8_group, quantize_fp8_token, repack_int4
+from quantlab_kernels.common import nvrtc
 from quantlab_kernels.common.bounds import gemm_bound, worst
 from quantlab_kernels.common.gemm import as_group_scale
 from quantlab_kernels.common.int4 import decode
@@ -120,7 +121,7 @@ def test_every_configuration_over_many_blocks_is_exact(activations):
     given[3].copy_(powers)
     exact, problem = reference.gemm(*given), problem_of(*given[:4], FP32)
     configs = [config for shape in CONFIGS if reject(config := deepest(shape, problem), problem) is None]
-    sm90.compile_all(sm90.source(config, sm90.kind(problem)) for config in configs)
+    nvrtc.compile_all(sm90.source(config, sm90.kind(problem)) for config in configs)
     for config in configs:
         for _ in range(2):
             out = empty(given, FP32)

@@ -11,6 +11,7 @@ import torch
 from quantlab_kernels.common import nvrtc, tuning
 from quantlab_kernels.common.backends import Mendable
 from quantlab_kernels.common.gemm import GemmProblem
+from quantlab_kernels.common.launches import settled
 from quantlab_kernels.gemm_fp8_block import sm90, sm90_configs
 from quantlab_kernels.gemm_fp8_block.sm90_configs import SHARED_LIMIT, Config
 
@@ -96,14 +97,14 @@ def test_a_missing_compiler_is_something_the_user_can_mend(monkeypatch):
 
 def test_a_weight_is_settled_once_it_was_read_as_it_is():
     weight = torch.zeros(2)
-    assert [sm90._settled(weight), sm90._settled(weight)] == [False, True]
+    assert [settled(weight), settled(weight)] == [False, True]
     weight.add_(1)
-    assert [sm90._settled(weight), sm90._settled(weight)] == [False, True]
-    assert not sm90._settled(copy.deepcopy(weight))
+    assert [settled(weight), settled(weight)] == [False, True]
+    assert not settled(copy.deepcopy(weight))
     with torch.inference_mode():
         fresh = torch.zeros(2)
-        assert not sm90._settled(fresh)
-        assert not sm90._settled(fresh)
+        assert not settled(fresh)
+        assert not settled(fresh)
 
 
 def test_warmup_compiles_each_kernel_once(monkeypatch):

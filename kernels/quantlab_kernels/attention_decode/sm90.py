@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import struct
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +16,6 @@ from quantlab_kernels.attention_decode import triton
 from quantlab_kernels.attention_decode.reference import Attributes
 from quantlab_kernels.attention_decode.splits import FULL, splits
 from quantlab_kernels.common import driver, nvrtc
-from quantlab_kernels.common.backends import Mendable
 from quantlab_kernels.common.hardware import gpu_of
 from quantlab_kernels.common.kv import Code, PackedKV
 from quantlab_kernels.kv_append.triton import _strides
@@ -57,11 +55,7 @@ def supports(problem: Problem) -> str | None:
         return "reads codes of 8 and 4 bits only"
     if problem.page % TILE:
         return f"pages and rings need a multiple of {TILE} slots"
-    try:
-        nvrtc.library()
-    except nvrtc.CompilerMissingError as error:
-        return Mendable(str(error))
-    return None
+    return nvrtc.missing()
 
 
 @functools.cache
@@ -122,11 +116,7 @@ def kernels(config: Config, problem: Problem) -> tuple[driver.Kernel, driver.Ker
 
 def warmup(problems: Iterable[Problem], *, workers: int = 8) -> int:
     """Compile what the problems need into the disk cache; returns how many kernels that are. Needs no GPU."""
-    wanted = [source(config(p), p) for p in problems if supports(p) is None]
-    unique = {s.key(""): s for s in wanted}
-    with ThreadPoolExecutor(workers) as pool:
-        list(pool.map(nvrtc.cubin, unique.values()))
-    return len(unique)
+    return nvrtc.compile_all((source(config(p), p) for p in problems if supports(p) is None), workers=workers)
 
 
 def launch(

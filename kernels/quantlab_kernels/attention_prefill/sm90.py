@@ -15,7 +15,7 @@ from quantlab_kernels.attention_prefill.reference import Attributes
 from quantlab_kernels.attention_quantize.op import Quantized
 from quantlab_kernels.attention_quantize.reference import hadamard
 from quantlab_kernels.common import driver, nvrtc
-from quantlab_kernels.common.backends import Mendable
+from quantlab_kernels.common.hardware import gpu
 from quantlab_kernels.common.lasting import lasting, lasting_zeros
 from quantlab_kernels.common.wgmma import wgmma_variant
 
@@ -55,11 +55,7 @@ def supports(problem: Problem) -> str | None:
         )
     if problem.out_dtype not in _OUTPUT:
         return f"writes bfloat16 or float16, not {problem.out_dtype}"
-    try:
-        nvrtc.library()
-    except nvrtc.CompilerMissingError as error:
-        return Mendable(str(error))
-    return None
+    return nvrtc.missing()
 
 
 def source(
@@ -93,11 +89,6 @@ def kernel(*key: object) -> driver.Kernel:
 def _turn(d: int, device: int) -> Tensor:
     """`hadamard` on the GPU, exact in 16 bits."""
     return lasting(lambda: hadamard(d).to(f"cuda:{device}", torch.float16))
-
-
-@functools.cache
-def _sms(device: int) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def launch(
@@ -143,7 +134,7 @@ def _prepared(
     params += bytes(-len(params) % 64)
     code = kernel(config, p.d, p.qk, p.pv, p.softcap, p.sinks, p.out_dtype)
     threads = 128 * (config.consumers + 1)
-    return code, driver.Launch(min(items, _sms(device)), threads, 1, config.shared_bytes(p.d)), params
+    return code, driver.Launch(min(items, gpu(device).sm_count), threads, 1, config.shared_bytes(p.d)), params
 
 
 # Zeros that a launch leaves as zeros. Launches of one stream cannot overlap and share theirs; a captured one, which may

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from quantlab_kernels.attention_quantize.reference import BLOCK, hadamard, signs
 from quantlab_kernels.common import driver, nvrtc
-from quantlab_kernels.common.backends import Mendable
 from quantlab_kernels.common.lasting import lasting
 
 if TYPE_CHECKING:
@@ -29,11 +28,7 @@ def supports(problem: Problem) -> str | None:
         return f"compiled for sm_90 only, the GPU is sm_{problem.sm}"
     if problem.d not in HEAD_DIMS or problem.dtype not in _INPUT:
         return f"takes 16 bits and head dimensions of {HEAD_DIMS}, this is {problem.dtype} of {problem.d}"
-    try:
-        nvrtc.library()
-    except nvrtc.CompilerMissingError as error:
-        return Mendable(str(error))
-    return None
+    return nvrtc.missing()
 
 
 def source(d: int, dtype: torch.dtype, qk: torch.dtype, pv: torch.dtype) -> nvrtc.Source:

@@ -15,12 +15,14 @@ import importlib.util
 import os
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
+from quantlab_kernels.common.backends import Mendable
 from quantlab_kernels.common.cache import cache_folder
 
 _MAGIC = b"quantlab cubin 1\n"
@@ -97,6 +99,23 @@ def _read(path: Path) -> bytes | None:
         return None
     magic, digest, code = content[: len(_MAGIC)], content[len(_MAGIC) :][:32], content[len(_MAGIC) + 32 :]
     return code if magic == _MAGIC and hashlib.sha256(code).digest() == digest else None
+
+
+def compile_all(sources: Iterable[Source], *, workers: int = 8) -> int:
+    """Compile each different source once, side by side, into the disk cache; returns how many those are."""
+    unique = {source.key(""): source for source in sources}
+    with ThreadPoolExecutor(workers) as pool:
+        list(pool.map(cubin, unique.values()))
+    return len(unique)
+
+
+def missing() -> Mendable | None:
+    """Why nothing can be compiled here, for a backend's `supports`; None where it can."""
+    try:
+        library()
+    except CompilerMissingError as error:
+        return Mendable(str(error))
+    return None
 
 
 def _write(path: Path, code: bytes) -> None:

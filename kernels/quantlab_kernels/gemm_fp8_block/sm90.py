@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import struct
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,9 +16,9 @@ import torch
 from torch import Tensor
 
 from quantlab_kernels.common import driver, nvrtc, tuning
-from quantlab_kernels.common.backends import Mendable
 from quantlab_kernels.common.gemm import GemmProblem, round_up
-from quantlab_kernels.common.lasting import lasting_zeros
+from quantlab_kernels.common.hardware import gpu
+from quantlab_kernels.common.launches import address, aligned, handover_flags, settled
 from quantlab_kernels.common.wgmma import wgmma_source
 from quantlab_kernels.gemm_fp8_block import sm90_configs
 from quantlab_kernels.gemm_fp8_block.sm90_configs import Config
@@ -37,11 +36,7 @@ def supports(problem: GemmProblem) -> str | None:
         return f"needs K in multiples of 128, this is K = {problem.k}"
     if problem.bias not in (None, *_OUTPUT):
         return f"adds a bias of {', '.join(map(str, _OUTPUT))}, this is {problem.bias}"
-    try:
-        nvrtc.library()
-    except nvrtc.CompilerMissingError as error:
-        return Mendable(str(error))
-    return None
+    return nvrtc.missing()
 
 
 def config(problem: GemmProblem) -> Config:
@@ -83,10 +78,8 @@ def kernel(config: Config, out_dtype: torch.dtype, bias: torch.dtype | None, acc
 
 def warmup(problems: Iterable[GemmProblem], *, workers: int = 8) -> int:
     """Compile what the problems need into the disk cache; returns how many kernels that are. Needs no GPU."""
-    wanted = {(config(p), p.out_dtype, p.bias, False) for p in problems if supports(p) is None}
-    with ThreadPoolExecutor(workers) as pool:
-        list(pool.map(lambda key: nvrtc.cubin(source(*key)), wanted))
-    return len(wanted)
+    wanted = (source(config(p), p.out_dtype, p.bias, False) for p in problems if supports(p) is None)
+    return nvrtc.compile_all(wanted, workers=workers)
 
 
 def launch(
@@ -104,48 +97,15 @@ def launch(
     m, k = a.shape
     partials = flags = None
     if config.tail > 1:
-        ctas = sms(device)
+        ctas = gpu(device).sm_count
         partials = torch.empty(ctas * config.bx * config.by, dtype=torch.float32, device=a.device)
-        flags = _flags(device, ctas * config.math_groups)
+        flags = handover_flags(device, ctas * config.math_groups)
     code, shape, params = _prepared(
-        config, out.dtype, None if bias is None else bias.dtype, accumulate, device, _settled(b) & _settled(b_scale),
+        config, out.dtype, None if bias is None else bias.dtype, accumulate, device, settled(b) & settled(b_scale),
         (m, b.shape[0], k), (a_at, a.stride(0)), (a_scale_at, a_scale.stride(1)), (b_at, b.stride(0)),
-        b_scale.data_ptr(), _address(bias), (out.data_ptr(), out.stride(0)), _address(partials), _address(flags),
+        b_scale.data_ptr(), address(bias), (out.data_ptr(), out.stride(0)), address(partials), address(flags),
     )  # fmt: skip
     code.launch(shape, params, device)
-
-
-def aligned(operand: Tensor) -> Tensor:
-    """The operand, or a copy of it where the copy engine can read it: from a multiple of 16 bytes."""
-    if operand.data_ptr() % 16 == 0:
-        return operand
-    return torch.empty_strided(operand.shape, operand.stride(), dtype=operand.dtype, device=operand.device).copy_(
-        operand
-    )
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def _settled(weight: Tensor) -> bool:
-    """Whether an earlier launch has read this tensor as it is now, so that the kernel just before cannot be writing it.
-
-    Then its loads may start while that kernel still runs, which hides most of a small problem's latency.
-    """
-    if weight.is_inference():  # these do not count their versions
-        return False
-    read = id(weight), weight._version  # the identity too: a deep copy takes attributes along
-    if getattr(weight, "_quantlab_read", None) == read:
-        return True
-    weight._quantlab_read = read  # type: ignore[attr-defined]
-    return False
-
-
-@functools.cache
-def sms(device: int) -> int:
-    """Multiprocessors of a GPU."""
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @functools.lru_cache(maxsize=4096)
@@ -163,7 +123,7 @@ def _prepared(
     maps.append(output_map(config, extents, out, out_dtype) if config.output_tma else bytes(128))
     scalars = struct.pack("<QQQqQQiiii", b_scale, bias, *out, partials, flags, m, n, k // 128, int(prefetch))
     code = kernel(config, out_dtype, bias_dtype, accumulate)
-    return code, _shape(config, m, n, sms(device), prefetch), b"".join(maps) + scalars
+    return code, _shape(config, m, n, gpu(device).sm_count, prefetch), b"".join(maps) + scalars
 
 
 def _operand_maps(config: Config, extents: tuple[int, int, int], a: tuple[int, int], b: tuple[int, int]) -> list[bytes]:
@@ -189,28 +149,3 @@ def _shape(config: Config, m: int, n: int, sms: int, early: bool) -> driver.Laun
     clusters = at_once if config.tail > 1 else min(tiles // config.cluster_x, at_once)
     threads = 128 * (config.math_groups + 1)
     return driver.Launch(clusters * config.cluster, threads, config.cluster, config.shared_bytes(), early)
-
-
-# Flags of hand-over, zeros which a launch leaves as zeros. Launches of one stream cannot overlap and share theirs. A
-# captured launch may be replayed beside anything, so it takes its own out of a pool, for good; a graph's own memory
-# would do as well, but has to be cleared by one more node.
-_POOL = 1 << 20
-_STREAM_FLAGS: dict[tuple[int, int], Tensor] = {}
-_CAPTURE_FLAGS: dict[int, Tensor] = {}
-
-
-def _flags(device: int, count: int) -> Tensor:
-    """At least `count` zeros for one launch on the current stream."""
-    if torch.cuda.is_current_stream_capturing():
-        pool = _CAPTURE_FLAGS.get(device)
-        if pool is None or pool.numel() < count:
-            return torch.zeros(count, dtype=torch.int32, device=f"cuda:{device}")
-        _CAPTURE_FLAGS[device] = pool[count:]
-        return pool[:count]
-    if device not in _CAPTURE_FLAGS:
-        _CAPTURE_FLAGS[device] = lasting_zeros(_POOL, device)
-    key = device, torch._C._cuda_getCurrentRawStream(device)
-    flags = _STREAM_FLAGS.get(key)
-    if flags is None or flags.numel() < count:
-        flags = _STREAM_FLAGS[key] = lasting_zeros(max(count, 1024), device)
-    return flags

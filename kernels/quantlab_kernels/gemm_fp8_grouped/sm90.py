@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from quantlab_kernels.common import driver, nvrtc
-from quantlab_kernels.common.backends import Mendable
 from quantlab_kernels.common.gemm import round_up
+from quantlab_kernels.common.hardware import gpu
+from quantlab_kernels.common.launches import aligned
 from quantlab_kernels.gemm_fp8_block import sm90
 from quantlab_kernels.gemm_fp8_block.sm90_configs import MAX_EXPERTS, Config, deepest
 from quantlab_kernels.gemm_fp8_grouped.op import GroupedProblem
@@ -27,11 +28,7 @@ def supports(problem: GroupedProblem) -> str | None:
         return f"needs K in multiples of 128, this is K = {problem.k}"
     if problem.experts > MAX_EXPERTS:
         return f"finds the rows of {MAX_EXPERTS} experts at most, these are {problem.experts}"
-    try:
-        nvrtc.library()
-    except nvrtc.CompilerMissingError as error:
-        return Mendable(str(error))
-    return None
+    return nvrtc.missing()
 
 
 @functools.cache
@@ -51,7 +48,7 @@ def config(problem: GroupedProblem) -> Config:
 def launch(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, counts: Tensor, out: Tensor, config: Config) -> None:
     """out [S, N]; all operands contiguous, a_scale in the layout of activation scales."""
     if (a.data_ptr() | a_scale.data_ptr() | b.data_ptr()) % 16:
-        a, a_scale, b = (sm90.aligned(operand) for operand in (a, a_scale, b))
+        a, a_scale, b = (aligned(operand) for operand in (a, a_scale, b))
     device = a.get_device()
     code, shape, params = _prepared(
         config, out.dtype, device, (*a.shape, *b.shape[:2]), a.data_ptr(), (a_scale.data_ptr(), a_scale.stride(1)),
@@ -83,6 +80,6 @@ def _prepared(
     channels = config.bx if config.swap else config.by
     tiles = (rows // tokens + min(experts, rows)) * -(-n // channels)
     shape = driver.Launch(
-        min(tiles, sm90.sms(device)), 128 * (config.math_groups + 1), 1, config.shared_bytes(), early=True
+        min(tiles, gpu(device).sm_count), 128 * (config.math_groups + 1), 1, config.shared_bytes(), early=True
     )
     return sm90.kernel(config, out_dtype, None, False), shape, params.ljust(_PARAMS_BYTES, b"\0")

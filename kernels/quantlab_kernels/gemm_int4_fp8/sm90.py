@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import struct
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,10 +12,10 @@ import torch
 from torch import Tensor
 
 from quantlab_kernels.common import driver, nvrtc, tuning
-from quantlab_kernels.common.backends import Mendable
 from quantlab_kernels.common.gemm import padded_rows
+from quantlab_kernels.common.hardware import gpu
 from quantlab_kernels.common.int4 import GROUP, Int4Problem
-from quantlab_kernels.gemm_fp8_block.sm90 import _flags, _settled, aligned, sms
+from quantlab_kernels.common.launches import address, aligned, handover_flags, settled
 from quantlab_kernels.gemm_int4_fp8 import sm90_configs
 from quantlab_kernels.gemm_int4_fp8.sm90_configs import Config, output_tma
 
@@ -35,11 +34,7 @@ def supports(problem: Int4Problem) -> str | None:
         return f"takes activations of {', '.join(map(str, _X))}, these are {problem.x}"
     if problem.bias not in (None, *_FLOATS):
         return f"adds a bias of {', '.join(map(str, _FLOATS))}, this is {problem.bias}"
-    try:
-        nvrtc.library()
-    except nvrtc.CompilerMissingError as error:
-        return Mendable(str(error))
-    return None
+    return nvrtc.missing()
 
 
 @functools.cache
@@ -95,15 +90,7 @@ def kernel(config: Config, problem: Int4Problem) -> driver.Kernel:
 
 def warmup(problems: Iterable[Int4Problem], *, workers: int = 8) -> int:
     """Compile what the problems need into the disk cache; returns how many kernels that are. Needs no GPU."""
-    return compile_all((source(config(p), p) for p in problems if supports(p) is None), workers=workers)
-
-
-def compile_all(sources: Iterable[nvrtc.Source], *, workers: int = 8) -> int:
-    """Compile each different source once; returns how many those are."""
-    unique = {source.key(""): source for source in sources}
-    with ThreadPoolExecutor(workers) as pool:
-        list(pool.map(nvrtc.cubin, unique.values()))
-    return len(unique)
+    return nvrtc.compile_all((source(config(p), p) for p in problems if supports(p) is None), workers=workers)
 
 
 def launch(
@@ -113,28 +100,24 @@ def launch(
 
     Rows of x and out may be strided, by multiples of 16 bytes, and out starts at a multiple of 16 bytes.
     """
-    x_at, b_at, scale_at, token_at = x.data_ptr(), b.data_ptr(), b_scale.data_ptr(), _address(token_scale)
+    x_at, b_at, scale_at, token_at = x.data_ptr(), b.data_ptr(), b_scale.data_ptr(), address(token_scale)
     if (x_at | b_at | scale_at) % 16 or (token_at % 16 and token_scale is not None and token_scale.shape[1] > 1):
         token_scale = None if token_scale is None else aligned(token_scale)
         return launch(aligned(x), token_scale, aligned(b), aligned(b_scale), bias, out, config)
     device = x.get_device()
     partials = flags = None
     if config.stream:
-        ctas = sms(device)
+        ctas = gpu(device).sm_count
         partials = torch.empty(ctas * config.bx * config.by, dtype=torch.float32, device=x.device)
-        flags = _flags(device, ctas * config.row_groups)
+        flags = handover_flags(device, ctas * config.row_groups)
     dtypes = x.dtype, out.dtype, None if bias is None else bias.dtype, b_scale.dtype
     grouped = token_scale is not None and token_scale.shape[1] > 1
     code, shape, params = _prepared(
-        config, dtypes, grouped, device, _settled(b) & _settled(b_scale), (x.shape[0], b_scale.shape[0], x.shape[1]),
-        (x_at, x.stride(0)), token_at, b_at, scale_at, _address(bias), (out.data_ptr(), out.stride(0)),
-        _address(partials), _address(flags),
+        config, dtypes, grouped, device, settled(b) & settled(b_scale), (x.shape[0], b_scale.shape[0], x.shape[1]),
+        (x_at, x.stride(0)), token_at, b_at, scale_at, address(bias), (out.data_ptr(), out.stride(0)),
+        address(partials), address(flags),
     )  # fmt: skip
     code.launch(shape, params, device)
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 @functools.lru_cache(maxsize=4096)
@@ -152,7 +135,7 @@ def _prepared(
         maps.append(driver.tensor_map(dtype, out[0], n, m, 2 * out[1], 64, config.by, driver.SWIZZLE_128))
     else:
         maps.append(bytes(128))
-    ctas, streamed = config.schedule(problem, sms(device))
+    ctas, streamed = config.schedule(problem, gpu(device).sm_count)
     share, longer = divmod(streamed * blocks, ctas)
     scalars = struct.pack(
         "<QQQQqQQiiiiiii", b, token_scale, bias, *out, partials, flags, m, n, blocks, streamed, share, longer,

@@ -8,9 +8,10 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from quantlab_kernels.common import driver
+from quantlab_kernels.common import driver, nvrtc
+from quantlab_kernels.common.hardware import gpu
 from quantlab_kernels.common.int4 import GROUP, Int4Problem
-from quantlab_kernels.gemm_fp8_block.sm90 import aligned, sms
+from quantlab_kernels.common.launches import aligned
 from quantlab_kernels.gemm_fp8_block.sm90_configs import MAX_EXPERTS
 from quantlab_kernels.gemm_int4_fp8 import sm90
 from quantlab_kernels.gemm_int4_fp8.sm90_configs import Config, deepest, reject
@@ -35,7 +36,7 @@ def config(problem: Int4Problem) -> Config:
 
 def warmup(problems: Iterable[Int4Problem]) -> int:
     """As `gemm_int4_fp8.sm90.warmup`."""
-    return sm90.compile_all(sm90.source(config(p), p) for p in problems if supports(p) is None)
+    return nvrtc.compile_all(sm90.source(config(p), p) for p in problems if supports(p) is None)
 
 
 def launch(
@@ -70,5 +71,5 @@ def _prepared(
     )
     params = b"".join(maps) + bytes(128) + scalars
     tiles = (rows // config.by + min(experts, rows)) * -(-n // config.bx)
-    shape = driver.Launch(min(tiles, sms(device)), config.threads, 1, config.shared_bytes(problem), early=True)
+    shape = driver.Launch(min(tiles, gpu(device).sm_count), config.threads, 1, config.shared_bytes(problem), early=True)
     return sm90.kernel(config, sm90.kind(problem)), shape, params + bytes(-len(params) % 64)
