@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -47,6 +50,27 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
 def device() -> torch.device:
     """The GPU where there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def interpreted(tmp_path: Path) -> Callable[[str], str]:
+    """Runs a program with Triton's interpreter and returns what it prints; a program that fails fails the test.
+
+    The interpreter is chosen when triton is imported, hence a process of its own. Tests of `ops` can be imported there.
+    """
+    pytest.importorskip("triton")
+    root = Path(__file__).parents[1]
+    search = os.pathsep.join(str(root / part) for part in ("tests/ops", ".", "kernels", "calib"))
+
+    def run(program: str) -> str:
+        path = tmp_path / "interpreted.py"  # Triton reads the source of kernels that the program defines
+        path.write_text(program)
+        environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": search, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run([sys.executable, str(path)], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -6,12 +6,8 @@ Caches are filled with junk, NaN where a format has it, before tokens are writte
 from __future__ import annotations
 
 import importlib
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -319,8 +315,7 @@ def test_who_runs_what(asked: Problem, chosen: str, reason: str | None, monkeypa
 
 
 INTERPRETED = """
-import importlib, sys, types, torch
-sys.path[:0] = {paths!r}
+import importlib, types, torch
 from test_attention_decode import Attributes, Case, build, check, copy_of, same_bytes
 from quantlab_kernels import kv_append
 append = importlib.import_module("quantlab_kernels.kv_append.op")
@@ -354,12 +349,8 @@ SMALL = [
 ]
 
 
-def test_triton_logic_in_the_interpreter():
-    pytest.importorskip("triton")
-    here = Path(__file__)
-    paths = [str(here.parent), *(str(here.parents[2] / p) for p in ("", "kernels", "calib"))]
-    script = INTERPRETED.format(paths=paths, cases=SMALL)
-    subprocess.run([sys.executable, "-c", script], check=True, env=os.environ | {"TRITON_INTERPRET": "1"})
+def test_triton_logic_in_the_interpreter(interpreted: Callable[[str], str]):
+    interpreted(INTERPRETED.format(cases=SMALL))
 
 
 def appended_twice(k, v, cache, length, *, start=None, slots=None):
