@@ -74,7 +74,7 @@ def decode(m: int) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
 
 def main() -> int:
     torch.manual_seed(0)
-    worst = 0.0
+    wrong = False
     for room in (fp8_block, fp8_grouped, int4_fp8, int4, prefill, decode):
         for m in ROWS:
             call, inputs = room(m)
@@ -82,9 +82,9 @@ def main() -> int:
             # Blocks of their own for all operands: a read beyond the end is then beyond an allocation.
             found = call(*(x.to(DEVICE) for x in inputs)).float().cpu()
             error = ((found - exact).norm() / exact.norm()).item()
-            worst = max(worst, error)
+            wrong |= not error < 0.02  # NaN too
             print(f"{room.__name__:12s} {m:4d} rows: {error:.1e} from the CPU's result", flush=True)
-    return 0 if worst < 0.02 else 1
+    return int(wrong)
 
 
 if __name__ == "__main__":
