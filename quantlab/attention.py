@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from quantlab import cache, masks
+from quantlab.errors import UsageError
 from quantlab.masks import Visible
 from quantlab_kernels import attention_8bit
 from quantlab_kernels.attention_quantize.op import HEAD_DIMS, Format
@@ -173,10 +174,19 @@ def always() -> Iterator[None]:
         _least = before
 
 
+def _asked() -> int | None:
+    """Keys from which the user wants 8 bits, None for no wish."""
+    asked = os.environ.get("QUANTLAB_ATTENTION_MIN_TOKENS")
+    if asked and not asked.isdecimal():
+        raise UsageError(f"QUANTLAB_ATTENTION_MIN_TOKENS={asked!r}: needs a number of keys, 0 or more")
+    return int(asked) if asked else None
+
+
 def _too_short(d: int, queries: int, visible: Visible, kwargs: dict[str, Any]) -> str | None:
     """8 bits pay once the products outweigh quantizing keys and values."""
-    asked = os.environ.get("QUANTLAB_ATTENTION_MIN_TOKENS")
-    least = int(asked) if asked else FASTER_FROM.get(d) if _least is None else _least
+    least = _asked() if _least is None else _least
+    if least is None:
+        least = FASTER_FROM.get(d)
     if queries == 1:
         return "a single query reads its keys once, quantizing them first would take longer"
     if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from quantlab import attention, masks
 from quantlab.attention import AttentionFallback
+from quantlab.errors import UsageError
 from quantlab_kernels.attention_prefill import op as prefill
 
 SIZES = {
@@ -301,3 +302,14 @@ def test_whose_name_stays():
     assert not attention.share_keys(one_query_a_key)
     assert not attention.share_keys(torch.nn.Linear(2, 2))
     assert one_query_a_key.config._attn_implementation == "sdpa"
+
+
+def test_measuring_goes_before_the_environment(monkeypatch, calls):
+    model = causal_model("llama")
+    monkeypatch.setenv("QUANTLAB_ATTENTION_MIN_TOKENS", "1000")
+    with attention.always():
+        hidden(model, "quantlab_int8")
+    assert calls == [24, 24]
+    monkeypatch.setenv("QUANTLAB_ATTENTION_MIN_TOKENS", "many")
+    with pytest.raises(UsageError, match="MIN_TOKENS='many': needs a number of keys"):
+        hidden(model, "quantlab_int8")
