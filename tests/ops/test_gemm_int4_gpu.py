@@ -251,6 +251,7 @@ def test_empty_batches_and_layouts_that_are_copied():
 
 
 @hopper
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")  # inductor captures an empty one to own a memory pool
 def test_flags_that_a_graph_is_warmed_up_with_are_not_of_its_memory(monkeypatch):
     """As in `generate` with a static cache: inductor refuses a graph whose pool still holds something afterwards."""
     monkeypatch.setattr(launches, "_STREAM_FLAGS", {})
