@@ -41,6 +41,26 @@ def test_illegal_configurations_have_a_reason(config: Config, reason: str):
 
 
 @pytest.mark.parametrize(
+    ("config", "problem", "reason"),
+    [
+        (Config(token_scales=8192), Int4Problem(1, 4096, 4096), "copied at once of one tile's tokens"),
+        (Config(token_scales=8192), Int4Problem(17, 4096, 4096, grouped=True), "copied at once of one tile's tokens"),
+        (Config(token_scales=64), Int4Problem(16, 4096, 4096, grouped=True), "64 bytes for the scales of the tokens"),
+    ],
+)
+def test_scales_that_are_copied_at_once_fit(config: Config, problem: Int4Problem, reason: str):
+    assert reason in (reject(config, problem) or "")
+
+
+def test_few_tokens_have_their_scales_copied_at_once():
+    def bytes_of(m: int, k: int, grouped: bool = True) -> int:
+        return default(Int4Problem(m, 4096, k, grouped=grouped)).token_scales
+
+    assert [bytes_of(1, 14336), bytes_of(64, 4096), bytes_of(64, 14336), bytes_of(256, 512)] == [8192, 8192, 0, 0]
+    assert bytes_of(1, 4096, grouped=False) == 0
+
+
+@pytest.mark.parametrize(
     ("change", "reason"),
     [({"sm": 89}, "sm_90 only"), ({"tiles": False}, "in words"), ({"x": torch.float32}, "takes activations"),
      ({"bias": torch.float64}, "adds a bias")],

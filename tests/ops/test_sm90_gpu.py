@@ -86,6 +86,30 @@ def test_many_tiles_for_each_cta():
         check(run(config, *given), *given)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"temps": 2}, {"temps": 2, "by": 64}, {"by": 192, "stages": 5}, {"waves": 2, "stages": 4},
+        {"math_groups": 1, "by": 192}, {"swap": 1, "output_tma": 0}, {"swap": 1, "by": 64, "output_tma": 0},
+        {"swap": 1, "by": 16, "math_groups": 1, "output_tma": 0},
+    ],
+)  # fmt: skip
+def test_tiles_cut_evenly_along_k(changes):
+    """Of one, two and five tiles of tokens; less than a tile for each CTA, and more; repeated: flags are put back."""
+    config = sm90_configs.Config(**{"stream": 1} | changes)
+    height = config.by if config.swap else config.bx
+    for m, n, k in (
+        (height - 3, 1216, 1152),
+        (2 * height, 4096, 4096),
+        (4 * height + 1, 9000, 1024),
+        (height, 136, 128),
+    ):
+        given = operands(m, n, k)
+        out = run(config, *given)
+        check(out, *given)
+        assert torch.equal(out, run(config, *given))
+
+
 @pytest.mark.parametrize("bias_dtype", [None, BF16, FP16, FP32])
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
 def test_bias_and_accumulation(dtype, bias_dtype):

@@ -42,20 +42,38 @@ DEVICE void locate_groups(const long long* counts, int experts, u32 groups) {
 // Of all experts, tiles of rows.
 DEVICE int count_tiles(u32 groups, int experts) { return load_shared_int(groups + 4 * (MAX_EXPERTS + 1 + experts)); }
 
+// The expert that a tile is of: its rows, its tiles of rows, and its tiles among those of all experts.
 struct Group {
-  int expert, first_token, end_token, token_tile, channel_tile;
+  int expert = 0, first_token = 0, end_token = 0;
+  int token_tiles = 1, first_tile = 0, end_tile = 0;
 };
 
-// The tiles of an expert come together, its tokens first: CTAs that run at once share weights.
-DEVICE Group find_group(u32 groups, int experts, int channel_tiles, int tile) {
+// Moves on to the expert of `tile`; tiles are asked for in ascending order, most of them of the same expert as the last.
+DEVICE void find_group(Group& group, u32 groups, int experts, int channel_tiles, int tile) {
+  if (tile < group.end_tile) return;
   const int starts = groups + 4 * (MAX_EXPERTS + 1);
-  int low = 0, high = experts;
+  int low = group.expert, high = experts;
   while (high - low > 1) {
     const int middle = (low + high) / 2;
     (load_shared_int(starts + 4 * middle) * channel_tiles <= tile ? low : high) = middle;
   }
   const int start = load_shared_int(starts + 4 * low);
-  const int token_tiles = load_shared_int(starts + 4 * low + 4) - start, within = tile - start * channel_tiles;
-  const int first_token = load_shared_int(groups + 4 * low), end_token = load_shared_int(groups + 4 * low + 4);
-  return {low, first_token, end_token, within % token_tiles, within / token_tiles};
+  group.expert = low;
+  group.first_token = load_shared_int(groups + 4 * low);
+  group.end_token = load_shared_int(groups + 4 * low + 4);
+  group.token_tiles = load_shared_int(starts + 4 * low + 4) - start;
+  group.first_tile = start * channel_tiles;
+  group.end_tile = group.first_tile + group.token_tiles * channel_tiles;
+}
+
+struct Place {
+  int token_tile, channel_tile;
+};
+
+// An expert's tiles go in bands of `height` tiles of tokens, and within a band along the tokens first: CTAs that run at
+// once share weights and tokens in the L2 cache.
+DEVICE Place place_in_group(const Group& group, int channel_tiles, int height, int tile) {
+  const int band = (tile - group.first_tile) / (height * channel_tiles) * height;
+  const int within = tile - group.first_tile - band * channel_tiles, tokens = min(height, group.token_tiles - band);
+  return {band + within % tokens, within / tokens};
 }

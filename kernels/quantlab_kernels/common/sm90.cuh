@@ -16,6 +16,9 @@ struct alignas(64) TensorMap {
 
 DEVICE u32 shared_address(const void* pointer) { return static_cast<u32>(__cvta_generic_to_shared(pointer)); }
 
+// The same value in all lanes, which the compiler then keeps in uniform registers.
+DEVICE int uniform(int value) { return __shfl_sync(0xffffffff, value, 0); }
+
 // ---- mbarriers (addresses are shared-memory addresses of this CTA) ----
 
 DEVICE void barrier_init(u32 barrier, u32 arrivals) {
@@ -84,11 +87,13 @@ DEVICE void store_cluster_async(u32 address, u32 barrier, float a, float b, floa
 
 DEVICE void flag_set(u32* flag) { asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(flag), "r"(1) : "memory"); }
 
-// Waits for the flag and clears it for the next launch.
+// Waits for the flag and clears it for the next launch. A whole warp does the same: if one lane went alone, the compiler
+// would keep nothing in uniform registers from there on, not even in the inner loop.
 DEVICE void flag_take(u32* flag) {
-  u32 value;
+  int value;
   do {
     asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
+    value = uniform(value);
   } while (value == 0);
   asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(flag), "r"(0) : "memory");
 }
@@ -165,9 +170,6 @@ DEVICE u64 descriptor(u32 low) {
   asm("mov.b64 %0, {%1, %2};" : "=l"(result) : "r"(low), "n"(kDescriptorHigh));
   return result;
 }
-
-// The same value in all lanes, which the compiler then keeps in uniform registers.
-DEVICE int uniform(int value) { return __shfl_sync(0xffffffff, value, 0); }
 
 DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 

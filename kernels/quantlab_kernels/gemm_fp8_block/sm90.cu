@@ -15,11 +15,12 @@
 //   CLUSTER_X     CTAs of a cluster along X, which share the tile of Y by multicast
 //   SPLIT         CTAs of a cluster along K; their sums are added in a fixed order through distributed shared memory
 //   TAIL          more than 1: the tiles of the last, incomplete wave are cut along K into at most so many parts
+//   STREAM        1: the K blocks of all tiles of the same tokens are one row, cut evenly among their CTAs ("stream-K")
 //   TEMPS         1, or 2 temporary accumulators: then block k is promoted under the MMA of block k + 1
 //   OUTPUT        0 float32, 1 bfloat16, 2 float16;  BIAS 0 none, else 1 + the same;  ACCUMULATE 0 or 1
 //   OUTPUT_TMA    1: 16-bit tiles leave through PIECES buffers per group and the copy engine; 0: through a float32 tile
 //   SHARED        bytes of dynamic shared memory that the launch provides
-//   SWAP, GROUP   GROUP: tiles of X that are walked together for the sake of the L2 cache
+//   SWAP, GROUP   GROUP: tiles of X (GROUPED: of tokens) that are walked together for the sake of the L2 cache
 //   GROUPED       0, or 1: rows of a are sorted by expert and b holds a weight [N, K] for each; how many rows an expert
 //                 has is read from device memory, so that a CUDA graph may hold the launch
 #include "experts.cuh"
@@ -33,6 +34,7 @@ constexpr int MATH_WARPS = 4 * MATH_GROUPS;
 constexpr int CLUSTER = CLUSTER_X * SPLIT;
 static_assert(SPLIT == 1 || CLUSTER_X == 1, "a cluster shares tiles or splits K");
 static_assert(TAIL == 1 || CLUSTER == 1, "the parts of a tile belong to single CTAs");
+static_assert(!STREAM || (CLUSTER == 1 && TAIL == 1 && !GROUPED), "tiles are cut along K in one way");
 static_assert(WAVES == 1 || TEMPS == 1, "two temporary accumulators need one wave");
 static_assert(!GROUPED || (CLUSTER == 1 && TAIL == 1), "tiles of experts belong to single CTAs");
 static_assert(BY / 8 % SPLIT == 0, "the CTAs that split K share out the columns of the tile in eights");
@@ -81,8 +83,8 @@ struct Params {
   const void* bias;      // [N]
   void* out;             // [M, N], rows out_stride elements apart
   long long out_stride;
-  float* partials;  // TAIL: a tile of every CTA
-  u32* flags;       // TAIL: one of every math group of every CTA; 0 between launches
+  float* partials;  // TAIL, STREAM: a tile of every CTA
+  u32* flags;       // TAIL, STREAM: one of every math group of every CTA; 0 between launches
   int tokens, channels, blocks;  // M, N, K / 128
   int prefetch;                  // 1: weights may be loaded while the kernel before this one still runs
 #if GROUPED
@@ -91,6 +93,53 @@ struct Params {
 #endif
 };
 
+#if STREAM
+// What every role walks through in the same order: pieces of tiles, the range of K of each.
+//
+// Each tile of tokens has as many CTAs as any other. Side by side they multiply the same weights, which then come from
+// memory once. A CTA begins with the end of a tile, whose sums it hands over at once, and ends with the beginning of
+// one, whose owner it is: what an owner waits for was computed first.
+struct Schedule {
+  int blocks, lanes, worker, share, longer, part_first, left;
+  int tile_x, tile_y, first, last;
+  int first_token, end_token;
+  static constexpr int rank = 0, whole = 0, rest = 0, parts = 0;
+
+  DEVICE Schedule(const Params& p, u32, u32) : blocks(p.blocks), first_token(0), end_token(p.tokens) {
+    const int tiles = (p.channels + CHANNELS - 1) / CHANNELS;
+    lanes = (p.tokens + TOKENS - 1) / TOKENS;
+    worker = uniform(blockIdx.x / lanes);
+    const int workers = uniform(gridDim.x / lanes);
+    share = uniform(tiles * blocks / workers);
+    longer = tiles * blocks - share * workers;
+    const int begin = begin_of(worker), lane = blockIdx.x - worker * lanes, tile = uniform(begin / blocks);
+    left = begin_of(worker + 1) - begin;
+    part_first = begin - tile * blocks;
+    tile_x = SWAP ? tile - 1 : lane;
+    tile_y = SWAP ? lane : tile - 1;
+  }
+
+  // Where a CTA's share begins, counted in K blocks.
+  DEVICE int begin_of(int cta) const { return cta * share + min(cta, longer); }
+  DEVICE int end_of_tile() const { return ((SWAP ? tile_x : tile_y) + 1) * blocks; }
+
+  DEVICE bool advance() {
+    if (left <= 0) return false;
+    first = part_first;
+    last = min(blocks, first + left);
+    left -= last - first;
+    part_first = 0;
+    (SWAP ? tile_x : tile_y) += 1;
+    return true;
+  }
+
+  DEVICE bool advance_part() { return false; }
+  DEVICE void settle() {}
+  DEVICE int token() const { return SWAP ? tile_y * BY : tile_x * BX; }
+  DEVICE int channel() const { return SWAP ? tile_x * BX : tile_y * BY; }
+  DEVICE int weight_row(const Params&) const { return channel(); }
+};
+#else
 // What every role walks through in the same order: the tiles of this cluster, and the range of K of this CTA.
 //
 // TAIL: whole waves of tiles first. The tiles that remain are fewer than the CTAs; each is cut along K into `parts` equal
@@ -100,8 +149,9 @@ struct Schedule {
   int count_x, count_y, blocks, next, step, whole, rank, first, last;
   int rest, parts;
   int tile_x, tile_y;
-  int expert, first_token, end_token;  // GROUPED: whose tile it is, and that expert's rows
-  u32 groups;                          // GROUPED: shared memory, [experts + 1] first rows, [experts + 1] first tiles
+  int first_token, end_token;  // of the rows that the tile may hold
+  u32 groups;                  // GROUPED: shared memory, [experts + 1] first rows, [experts + 1] first tiles
+  Group group;                 // GROUPED: whose tile it is
 
   DEVICE Schedule(const Params& p, u32 cluster_rank, u32 shared_groups) {
     const int rows_x = SWAP ? p.channels : p.tokens, rows_y = SWAP ? p.tokens : p.channels;
@@ -128,14 +178,13 @@ struct Schedule {
 #else
     first_token = 0;
     end_token = p.tokens;
-    expert = 0;
 #endif
   }
 
   // In rows of a and out; in channels of its expert; in rows of b, and of its scales.
   DEVICE int token() const { return first_token + (SWAP ? tile_y * BY : tile_x * BX); }
   DEVICE int channel() const { return SWAP ? tile_x * BX : tile_y * BY; }
-  DEVICE int weight_row(const Params& p) const { return (GROUPED ? expert * p.channels : 0) + channel(); }
+  DEVICE int weight_row(const Params& p) const { return (GROUPED ? group.expert * p.channels : 0) + channel(); }
 
   DEVICE bool advance() {
     if (next >= whole) return false;
@@ -157,12 +206,13 @@ struct Schedule {
 
 #if GROUPED
   DEVICE void place(int tile) {
-    const Group group = find_group(groups, experts, SWAP ? count_x : count_y, tile);
-    expert = group.expert;
+    const int channel_tiles = SWAP ? count_x : count_y;
+    find_group(group, groups, experts, channel_tiles, tile);
+    const Place place = place_in_group(group, channel_tiles, GROUP, tile);
     first_token = group.first_token;
     end_token = group.end_token;
-    tile_x = SWAP ? group.channel_tile : group.token_tile;
-    tile_y = SWAP ? group.token_tile : group.channel_tile;
+    tile_x = SWAP ? place.channel_tile : place.token_tile;
+    tile_y = SWAP ? place.token_tile : place.channel_tile;
   }
 
   // All lanes of a warp have found the same tile; the compiler, which has to know it around a warpgroup MMA, cannot see
@@ -187,6 +237,7 @@ struct Schedule {
   }
 #endif
 };
+#endif
 
 struct Ring {
   int stage = 0;
@@ -201,13 +252,11 @@ struct Ring {
 
 struct Shared {
   u32 base;
-  u32 skew;  // GROUPED: bytes of the scales that come before those of the tile's first token
   DEVICE u32 x(int stage) const { return base + stage * X_BYTES; }
   DEVICE u32 y(int stage) const { return base + OFFSET_Y + stage * Y_BYTES; }
   DEVICE u32 output() const { return base + OFFSET_OUTPUT; }
   DEVICE u32 received() const { return base + OFFSET_RECEIVED; }
   DEVICE u32 token_scale(int stage) const { return base + OFFSET_TOKEN_SCALE + stage * TOKEN_SCALE_STRIDE; }
-  DEVICE u32 first_token_scale(int stage) const { return token_scale(stage) + (GROUPED ? skew : 0); }
   DEVICE u32 channel_scale(int stage) const { return base + OFFSET_CHANNEL_SCALE + stage * SPANS * 4; }
   DEVICE u32 full(int stage) const { return base + OFFSET_BARRIERS + 8 * stage; }
   DEVICE u32 empty(int stage) const { return base + OFFSET_BARRIERS + 8 * (STAGES + stage); }
@@ -314,7 +363,12 @@ DEVICE void produce_tiles(const Params& p, const Shared& s, Schedule schedule) {
 
 DEVICE void load_channel_scales(const Params& p, const Shared& s, const Schedule& schedule, Ring& ring) {
   const int lane = threadIdx.x % 32, rows = (p.channels + 127) / 128;
-  const int channel = schedule.channel(), first_row = GROUPED ? schedule.expert * rows : 0;
+  const int channel = schedule.channel();
+#if GROUPED
+  const int first_row = schedule.group.expert * rows;
+#else
+  constexpr int first_row = 0;
+#endif
   float scale[SPANS];
   for (int block = schedule.first; block < schedule.last; ++block, ring.advance()) {
     const int within = (block - schedule.first) % 32;
@@ -347,8 +401,16 @@ DEVICE void produce_channel_scales(const Params& p, const Shared& s, Schedule sc
 // Where this thread stands in its warpgroup's fragments.
 struct Position {
   int group, warp, lane;
+  u32 scales;  // bytes from a stage's first scale of a token to that of this thread's first row (SWAP: column)
   DEVICE Position()
-      : group(uniform(threadIdx.x / 128)), warp(uniform(threadIdx.x / 32 % 4)), lane(threadIdx.x % 32) {}
+      : group(uniform(threadIdx.x / 128)), warp(uniform(threadIdx.x / 32 % 4)), lane(threadIdx.x % 32) {
+    start(0);
+  }
+  // The copy engine began at a multiple of four tokens. One register holds all of it: the inner loop has none to spare.
+  DEVICE void start(int first_token) {
+    scales = 4 * (SWAP ? column(0) : row(0)) + 4 * (first_token & 3);
+    asm volatile("" : "+r"(scales));
+  }
   DEVICE int row(int wave) const { return (group * WAVES + wave) * 64 + warp * 16 + lane / 4; }  // and 8 below
   DEVICE int column(int j) const { return 8 * j + 2 * (lane % 4); }                              // and the next
 };
@@ -362,8 +424,8 @@ struct Scales {
     if constexpr (SWAP) {
       channel[0] = load_shared(s.channel_scale(stage) + 4 * ((at.group * WAVES + wave) * 64 / SPAN));
     } else {
-      token[0] = load_shared(s.first_token_scale(stage) + 4 * at.row(wave));
-      token[1] = load_shared(s.first_token_scale(stage) + 4 * at.row(wave) + 32);
+      token[0] = load_shared(s.token_scale(stage) + at.scales + 256 * wave);
+      token[1] = load_shared(s.token_scale(stage) + at.scales + 256 * wave + 32);
 #pragma unroll
       for (int i = 0; i < SPANS; ++i) channel[i] = load_shared(s.channel_scale(stage) + 4 * i);
     }
@@ -389,7 +451,7 @@ struct ColumnScales {
   DEVICE void load(const Shared& s, const Position& at, int stage) {
 #pragma unroll
     for (int j = 0; j < BY / 8; ++j) {
-      const u32 address = s.first_token_scale(stage) + 4 * at.column(j);
+      const u32 address = s.token_scale(stage) + at.scales + 32 * j;
       value[j] = GROUPED ? make_float2(load_shared(address), load_shared(address + 4)) : load_shared2(address);
     }
   }
@@ -569,7 +631,7 @@ DEVICE void exchange(const Shared& s, const Position& at, u32 rank, const float 
   phase ^= 1;
 }
 
-// TAIL: the sums of a tile that another CTA owns go to global memory, register by register.
+// TAIL, STREAM: the sums of a tile that another CTA owns go to global memory, register by register.
 DEVICE void hand_over(const Params& p, const Position& at, const float (&sum)[WAVES][ACCUMULATORS]) {
   float4* place = reinterpret_cast<float4*>(p.partials) + blockIdx.x * (BX * BY / 4) + threadIdx.x;
 #pragma unroll
@@ -582,23 +644,34 @@ DEVICE void hand_over(const Params& p, const Position& at, const float (&sum)[WA
   if (threadIdx.x % 128 == 0) flag_set(p.flags + blockIdx.x * MATH_GROUPS + at.group);
 }
 
-// TAIL: the owner of a tile adds the parts that other CTAs computed, in their order.
-DEVICE void collect(const Params& p, const Schedule& schedule, const Position& at, float (&sum)[WAVES][ACCUMULATORS]) {
-  for (int part = 1; part < schedule.parts; ++part) {
-    const int cta = blockIdx.x + part * schedule.rest;
-    if (threadIdx.x % 128 == 0) flag_take(p.flags + cta * MATH_GROUPS + at.group);
-    named_barrier_sync(4 + at.group, 128);
-    const float4* place = reinterpret_cast<const float4*>(p.partials) + cta * (BX * BY / 4) + threadIdx.x;
+// Adds what another CTA handed over.
+DEVICE void collect_part(const Params& p, const Position& at, int cta, float (&sum)[WAVES][ACCUMULATORS]) {
+  if (at.warp == 0) flag_take(p.flags + cta * MATH_GROUPS + at.group);
+  named_barrier_sync(4 + at.group, 128);
+  const float4* place = reinterpret_cast<const float4*>(p.partials) + cta * (BX * BY / 4) + threadIdx.x;
 #pragma unroll
-    for (int i = 0; i < WAVES * ACCUMULATORS; i += 4) {
-      const float4 v = __ldcg(place + i / 4 * MATH_THREADS);
-      float* total = sum[i / ACCUMULATORS] + i % ACCUMULATORS;
-      total[0] += v.x;
-      total[1] += v.y;
-      total[2] += v.z;
-      total[3] += v.w;
-    }
+  for (int i = 0; i < WAVES * ACCUMULATORS; i += 4) {
+    const float4 v = __ldcg(place + i / 4 * MATH_THREADS);
+    float* total = sum[i / ACCUMULATORS] + i % ACCUMULATORS;
+    total[0] += v.x;
+    total[1] += v.y;
+    total[2] += v.z;
+    total[3] += v.w;
   }
+}
+
+// The owner of a tile adds the parts that other CTAs computed, in their order.
+DEVICE void collect(const Params& p, const Schedule& schedule, const Position& at, float (&sum)[WAVES][ACCUMULATORS]) {
+#if STREAM
+  const int end = schedule.end_of_tile(), lanes = schedule.lanes, workers = gridDim.x / lanes;
+  for (int worker = schedule.worker + 1; worker < workers && schedule.begin_of(worker) < end; ++worker) {
+    collect_part(p, at, blockIdx.x + (worker - schedule.worker) * lanes, sum);
+  }
+#else
+  for (int part = 1; part < schedule.parts; ++part) {
+    collect_part(p, at, blockIdx.x + part * schedule.rest, sum);
+  }
+#endif
 }
 
 // The rows of a piece before `end`, by the threads of a group.
@@ -729,12 +802,23 @@ DEVICE void store_tile(const Params& p, const Shared& s, const Position& at, con
   }
 }
 
+// A group whose rows are all beyond the end (of the expert, or of a) has nothing to multiply.
+DEVICE void pass(const Shared& s, const Position& at, Ring& ring, int blocks) {
+  for (int block = 0; block < blocks; ++block, ring.advance()) {
+    barrier_wait(s.full(ring.stage), ring.phase);
+    release(s, at, ring.stage);
+  }
+}
+
 DEVICE void compute_sums(const Shared& s, const Position& at, const Schedule& schedule, Ring& ring,
                          float (&sum)[WAVES][ACCUMULATORS]) {
 #pragma unroll
   for (int i = 0; i < WAVES * ACCUMULATORS; ++i) sum[i / ACCUMULATORS][i % ACCUMULATORS] = 0.f;
-  const int blocks = schedule.last - schedule.first;
-  if constexpr (TEMPS == 1) {
+  const int blocks = uniform(schedule.last - schedule.first);
+  const int first_token = schedule.token() + at.group * WAVES * 64;
+  if (!SWAP && MATH_GROUPS > 1 && first_token >= schedule.end_token) {
+    pass(s, at, ring, blocks);
+  } else if constexpr (TEMPS == 1) {
     accumulate_one(sum, s, at, ring, blocks);
   } else {
     accumulate_two(sum, s, at, ring, blocks);
@@ -757,19 +841,24 @@ DEVICE void store_sums(const Params& p, const Shared& s, const Position& at, con
   }
 }
 
-DEVICE void compute_tiles(const Params& p, Shared s, Schedule schedule, u32 rank) {
-  const Position at;
+DEVICE void compute_tiles(const Params& p, const Shared& s, Schedule schedule, u32 rank) {
+  Position at;
   Ring ring;
   int piece = 0;
   u32 phase = 0;
   bool first = true;
   while (schedule.advance()) {
     schedule.settle();
-    s.skew = 4 * (schedule.first_token & 3);
+    if (GROUPED) at.start(schedule.first_token);
     float sum[WAVES][ACCUMULATORS];
     compute_sums(s, at, schedule, ring, sum);
     if (first) wait_for_previous_kernel();  // it may still read what lies where the output goes
     first = false;
+    if (STREAM && schedule.first > 0) {
+      hand_over(p, at, sum);
+      continue;
+    }
+    if (STREAM && schedule.last < schedule.blocks) collect(p, schedule, at, sum);
     float own[WAVES][SHARE];
     if constexpr (SPLIT > 1) {
       exchange(s, at, rank, sum, own, phase);
@@ -803,7 +892,7 @@ DEVICE void compute_tiles(const Params& p, Shared s, Schedule schedule, u32 rank
 extern "C" __global__ void __launch_bounds__(MATH_THREADS + 128, 1)
     gemm_fp8_block(const __grid_constant__ Params p) {
   extern __shared__ __align__(1024) unsigned char memory[];
-  const Shared s{shared_address(memory), 0};
+  const Shared s{shared_address(memory)};
   const u32 rank = CLUSTER > 1 ? cluster_rank() : 0;
   const int warp = uniform(threadIdx.x / 32);
 

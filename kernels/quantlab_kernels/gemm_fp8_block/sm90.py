@@ -96,7 +96,7 @@ def launch(
     device = a.get_device()
     m, k = a.shape
     partials = flags = None
-    if config.tail > 1:
+    if config.hands_over:
         ctas = gpu(device).sm_count
         partials = torch.empty(ctas * config.bx * config.by, dtype=torch.float32, device=a.device)
         flags = handover_flags(device, ctas * config.math_groups)
@@ -145,7 +145,5 @@ def output_map(config: Config, extents: tuple[int, ...], out: tuple[int, int], d
 
 
 def _shape(config: Config, m: int, n: int, sms: int, early: bool) -> driver.Launch:
-    tiles, at_once = config.grid(m, n, sms)
-    clusters = at_once if config.tail > 1 else min(tiles // config.cluster_x, at_once)
     threads = 128 * (config.math_groups + 1)
-    return driver.Launch(clusters * config.cluster, threads, config.cluster, config.shared_bytes(), early)
+    return driver.Launch(config.ctas(m, n, sms), threads, config.cluster, config.shared_bytes(), early)

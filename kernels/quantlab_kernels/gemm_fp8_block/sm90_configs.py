@@ -35,6 +35,7 @@ class Config:
     cluster_x: int = 1
     split: int = 1
     tail: int = 1
+    stream: int = 0
     temps: int = 1
     output_tma: int = 1
     pieces: int = 1
@@ -71,6 +72,21 @@ class Config:
         groups = self.grouped * 8 * (MAX_EXPERTS + 1)
         return (self.bx + self.by) * 128 * self.stages + output + scales + 8 * (2 * self.stages + 2) + groups
 
+    @property
+    def hands_over(self) -> bool:
+        """Whether CTAs give each other sums through global memory."""
+        return self.tail > 1 or self.stream > 0
+
+    def token_tiles(self, m: int) -> int:
+        return -(-m // (self.by if self.swap else self.bx))
+
+    def ctas(self, m: int, n: int, sms: int) -> int:
+        """CTAs of a launch."""
+        tiles, at_once = self.grid(m, n, sms)
+        if self.stream:
+            return sms // self.token_tiles(m) * self.token_tiles(m)
+        return (at_once if self.tail > 1 else min(tiles // self.cluster_x, at_once)) * self.cluster
+
     def grid(self, m: int, n: int, sms: int) -> tuple[int, int]:
         """(tiles that are made, CTA clusters that run at once)."""
         x, y = (n, m) if self.swap else (m, n)
@@ -92,6 +108,10 @@ def reject(config: Config, problem: GemmProblem) -> str | None:
         return "the copy engine writes 16-bit rows of a multiple of 16 bytes"
     if config.output_tma and config.swap:
         return "swapped results are transposed through shared memory"
+    if config.stream and (config.cluster > 1 or config.tail > 1 or config.grouped):
+        return "tiles are cut along K in one way, and those of experts not at all"
+    if config.stream and 8 * config.token_tiles(problem.m) > 132:
+        return f"{config.token_tiles(problem.m)} tiles of tokens leave few CTAs for each"
     if config.split > problem.k // 128:
         return f"{config.split} parts of {problem.k // 128} blocks of K"
     return None

@@ -17,6 +17,8 @@
 // Compiled once per configuration, with these macros:
 //   X           activations: 0 E4M3, 1 bfloat16, 2 float16
 //   GROUPED     1: activations have a scale for each 128 of K; 0: one for each token (E4M3), or none
+//   TOKEN_SCALES  GROUPED: bytes for the scales of one tile's tokens, all of K, which are then copied at once; 0: a stage
+//               brings its own. Few tokens have so few scales that all CTAs would ask for the same lines all the time
 //   ROW_GROUPS  math warpgroups side by side along the rows of the weight;   BX = 64 * ROW_GROUPS
 //   K_GROUPS    math warpgroups that share the same rows and take K blocks in turns
 //   BY          tokens in a tile, a multiple of 16
@@ -24,7 +26,7 @@
 //   PREFETCH    1: the next block's codes are read while the MMA of this one runs
 //   SCALE       of the weight: 0 float32, 1 bfloat16, 2 float16;  OUTPUT the same;  BIAS 0 none, else 1 + the same
 //   OUTPUT_TMA  1: 16-bit tiles leave through the copy engine; 0: from registers
-//   BAND        tiles of rows that are walked together for the sake of the L2 cache
+//   BAND        tiles of rows (EXPERTS: of tokens) that are walked together for the sake of the L2 cache
 //   SPLIT       CTAs of a cluster, each with a part of the K of a tile; a CTA has one tile then
 //   EXPERTS     1: rows of x are sorted by expert and the weight is one [N, K] for each; how many rows an expert has is
 //               read from device memory. Tiles are whole, and leave row by row: the next rows are another expert's
@@ -53,7 +55,7 @@ constexpr int TILE_BYTES = 64 * BK / 2;  // of codes
 constexpr int PANEL_BYTES = BY * 128;
 constexpr int ROW_SCALE_BYTES = BX * SCALE_SIZE;
 // The copy engine starts a row of scales at a multiple of 16 bytes, the rows of an expert at any token: up to 3 too many.
-constexpr int TOKEN_SCALE_BYTES = GROUPED ? (BY + 4 * EXPERTS) * 4 : 0;
+constexpr int TOKEN_SCALE_BYTES = GROUPED && !TOKEN_SCALES ? (BY + 4 * EXPERTS) * 4 : 0;
 constexpr int TOKENS_BYTES = PANELS * PANEL_BYTES + TOKEN_SCALE_BYTES;
 constexpr int OUTPUT_BYTES = OUTPUT_TMA ? ROW_GROUPS * PANEL_BYTES : 0;       // [tokens][64] of 16 bits for each group
 constexpr int REDUCED_BYTES = (K_GROUPS - 1) * BX * BY * 4;
@@ -64,10 +66,10 @@ constexpr int OFFSET_CODES = OFFSET_OUTPUT + OUTPUT_BYTES;
 constexpr int OFFSET_ROW_SCALE = OFFSET_CODES + STAGES * ROW_GROUPS * TILE_BYTES;
 constexpr int OFFSET_TOKEN_SCALE = OFFSET_ROW_SCALE + STAGES * ROW_SCALE_BYTES;
 constexpr int TOKEN_SCALE_STRIDE = round_up(TOKEN_SCALE_BYTES, 128);
-constexpr int OFFSET_REDUCED = OFFSET_TOKEN_SCALE + STAGES * TOKEN_SCALE_STRIDE;
+constexpr int OFFSET_REDUCED = OFFSET_TOKEN_SCALE + STAGES * TOKEN_SCALE_STRIDE + TOKEN_SCALES;
 constexpr int OFFSET_RECEIVED = OFFSET_REDUCED + REDUCED_BYTES;
 constexpr int OFFSET_BARRIERS = OFFSET_RECEIVED + RECEIVED_BYTES;
-constexpr int OFFSET_GROUPS = OFFSET_BARRIERS + 16 * STAGES + 8;
+constexpr int OFFSET_GROUPS = OFFSET_BARRIERS + 16 * STAGES + 16;
 constexpr int SHARED_BYTES = OFFSET_GROUPS + EXPERTS * GROUPS_BYTES;
 static_assert(SHARED_BYTES == SHARED, "the host allocates what is laid out here");
 static_assert(BY % 16 == 0, "tiles leave in pairs of eight tokens");
@@ -79,7 +81,7 @@ static_assert(STAGES % K_GROUPS == 0, "groups that take K blocks in turns keep t
 struct Params {
   TensorMap x, row_scale, token_scale, output;
   const unsigned char* codes;  // [ceil(N / 64), K / 128, 4096]
-  const float* token_scale_of;  // [M], without GROUPED
+  const float* token_scale_of;  // [M], without GROUPED; with TOKEN_SCALES [K / 128, M rounded up to 4]
   const void* bias;             // [N]
   void* out;                    // [M, N], rows out_stride elements apart
   long long out_stride;
@@ -100,7 +102,8 @@ struct Params {
 struct Schedule {
   int count_x, count_y, blocks, tiles, next, experts;
   u32 groups;
-  int tile_x, tile_y, first, last, expert, first_token, end_token;
+  Group group;
+  int tile_x, tile_y, first, last, first_token, end_token;
 
   DEVICE Schedule(const Params& p, u32 shared_groups) : blocks(p.blocks), experts(p.experts), groups(shared_groups) {
     count_x = (p.rows + BX - 1) / BX;
@@ -113,13 +116,13 @@ struct Schedule {
 
   DEVICE bool advance() {
     if (next >= tiles) return false;
-    const Group group = find_group(groups, experts, count_x, next);
+    find_group(group, groups, experts, count_x, next);
+    const Place place = place_in_group(group, count_x, BAND, next);
     next += gridDim.x;
-    expert = group.expert;
     first_token = group.first_token;
     end_token = group.end_token;
-    tile_x = group.channel_tile;
-    tile_y = group.token_tile;
+    tile_x = place.channel_tile;
+    tile_y = place.token_tile;
     return true;
   }
 
@@ -132,6 +135,7 @@ struct Schedule {
     end_token = uniform(end_token);
   }
 
+  DEVICE int expert() const { return group.expert; }
   DEVICE int row() const { return tile_x * BX; }
   DEVICE int token() const { return first_token + tile_y * BY; }
 };
@@ -143,7 +147,6 @@ struct Schedule {
   int count_x, count_y, blocks, tiles, share, longer;
   int part_tile, part_first, left, next;  // the rest of this CTA's share of the streamed tiles; the whole tile after it
   int tile_x, tile_y, tile, first, last, end_token;
-  static constexpr int expert = 0;
 
   DEVICE Schedule(const Params& p, u32) : blocks(p.blocks), share(p.share), longer(p.longer), end_token(p.tokens) {
     count_x = (p.rows + BX - 1) / BX;
@@ -179,6 +182,7 @@ struct Schedule {
   }
 
   DEVICE void settle() {}
+  DEVICE int expert() const { return 0; }
   DEVICE int row() const { return tile_x * BX; }
   DEVICE int token() const { return tile_y * BY; }
 };
@@ -213,6 +217,7 @@ struct Shared {
   DEVICE u32 empty(int stage) const { return base + OFFSET_BARRIERS + 8 * (STAGES + stage); }
   DEVICE u32 received() const { return base + OFFSET_RECEIVED; }
   DEVICE u32 sums_ready() const { return base + OFFSET_BARRIERS + 16 * STAGES; }
+  DEVICE u32 scales_ready() const { return base + OFFSET_BARRIERS + 16 * STAGES + 8; }
   DEVICE u32 groups() const { return base + OFFSET_GROUPS; }
 };
 
@@ -262,7 +267,7 @@ DEVICE void produce_codes(const Params& p, const Shared& s, Schedule schedule) {
 #pragma unroll
     for (int i = FIRST; i < ROW_GROUPS; i += 2) {
       const int tile = min(schedule.tile_x * ROW_GROUPS + i, count - 1);  // beyond the last row anything will do
-      const long long block = static_cast<long long>(schedule.expert * count + tile) * p.blocks + schedule.first;
+      const long long block = static_cast<long long>(schedule.expert() * count + tile) * p.blocks + schedule.first;
       source[i / 2] = p.codes + block * TILE_BYTES;
     }
     for (int block = schedule.first; block < schedule.last; ++block, ring.skip(1)) {
@@ -283,15 +288,23 @@ DEVICE void produce_row_scales(const Params& p, const Shared& s, Schedule schedu
     for (int block = schedule.first; block < schedule.last; ++block, ring.skip(1)) {
       barrier_wait(s.empty(ring.stage), ring.phase ^ 1);
       barrier_arrive_expect(s.full(ring.stage), ROW_SCALE_BYTES);
-      tma_load(s.row_scale(ring.stage), &p.row_scale, s.full(ring.stage), schedule.expert * p.rows + schedule.row(),
+      tma_load(s.row_scale(ring.stage), &p.row_scale, s.full(ring.stage), schedule.expert() * p.rows + schedule.row(),
                block, kEvictNormal);
     }
   }
 }
 
+// Bytes from one block's scales of tokens to those of the next.
+DEVICE u32 scale_column(const Params& p) { return (p.tokens + 3) / 4 * 16; }
+
 DEVICE void produce_tokens(const Params& p, const Shared& s, Schedule schedule) {
   Ring ring;
   wait_for_previous_kernel();
+  if constexpr (TOKEN_SCALES > 0) {
+    const u32 bytes = p.blocks * scale_column(p);
+    barrier_arrive_expect(s.scales_ready(), bytes);
+    bulk_load(s.token_scale(0), p.token_scale_of, bytes, s.scales_ready(), kEvictNormal);
+  }
   while (schedule.advance()) {
     for (int block = schedule.first; block < schedule.last; ++block, ring.skip(1)) {
       barrier_wait(s.empty(ring.stage), ring.phase ^ 1);
@@ -301,7 +314,7 @@ DEVICE void produce_tokens(const Params& p, const Shared& s, Schedule schedule) 
         tma_load(s.x(ring.stage) + panel * PANEL_BYTES, &p.x, s.full(ring.stage), block * BK + panel * (BK / PANELS),
                  schedule.token(), kEvictNormal);
       }
-      if constexpr (GROUPED) {
+      if constexpr (TOKEN_SCALE_BYTES > 0) {
         tma_load(s.token_scale(ring.stage), &p.token_scale, s.full(ring.stage), schedule.token() & ~(3 * EXPERTS), block,
                  kEvictNormal);
       }
@@ -421,10 +434,21 @@ DEVICE void promote_grouped(float (&sum)[ACCUMULATORS], const float (&part)[ACCU
   }
 }
 
-// The sums of `blocks` blocks of K, of which this group takes every K_GROUPS-th. EXPERTS: the scales of the tile's tokens
-// begin `skew` bytes behind where the copy engine began.
+// Where the scales of the tile's tokens are for a block. EXPERTS: some bytes behind where the copy engine began.
+struct TokenScales {
+  u32 first, column;
+  DEVICE TokenScales(const Params& p, const Shared& s, const Schedule& schedule) : column(scale_column(p)) {
+    first = TOKEN_SCALES ? s.token_scale(0) + schedule.first * column : EXPERTS ? 4 * (schedule.token() & 3) : 0;
+    if constexpr (TOKEN_SCALES > 0) barrier_wait(s.scales_ready(), 0);
+  }
+  DEVICE u32 of(const Shared& s, int stage, int block) const {
+    return TOKEN_SCALES ? first + block * column : s.token_scale(stage) + first;
+  }
+};
+
+// The sums of `blocks` blocks of K, of which this group takes every K_GROUPS-th.
 DEVICE void accumulate(float (&sum)[ACCUMULATORS], const Shared& s, const Position& at, Ring ring, int blocks,
-                       u32 skew) {
+                       const TokenScales& scales) {
   float part[ACCUMULATORS];
   Block block;
   if (K_GROUPS > 1) ring.skip(at.k_group);
@@ -451,10 +475,15 @@ DEVICE void accumulate(float (&sum)[ACCUMULATORS], const Shared& s, const Positi
     wgmma_wait<0>();
     pin(part);
     pin_operands(a);
-    if constexpr (GROUPED) promote_grouped(sum, part, scale, s.token_scale(stage) + skew, at);
-    if (GROUPED) __syncwarp();
-    if (at.lane == 0) barrier_arrive(s.empty(stage));
-    if constexpr (!GROUPED) promote(sum, part, scale);
+    constexpr bool held = TOKEN_SCALE_BYTES > 0;  // the stage, for its scales
+    if (!held && at.lane == 0) barrier_arrive(s.empty(stage));
+    if constexpr (GROUPED) {
+      promote_grouped(sum, part, scale, scales.of(s, stage, i), at);
+    } else {
+      promote(sum, part, scale);
+    }
+    if (held) __syncwarp();
+    if (held && at.lane == 0) barrier_arrive(s.empty(stage));
   }
 }
 
@@ -526,23 +555,12 @@ DEVICE void hand_over(const Params& p, const Shared&, const Position& at, const 
   if (at.thread() == 0) flag_set(p.flags + blockIdx.x * ROW_GROUPS + at.row_group);
 }
 
-// Waits for the flag and clears it for the next launch. A whole warp does the same: if one lane went alone, the compiler
-// would keep nothing in uniform registers from there on, not even in the inner loop.
-DEVICE void take_flag(u32* flag) {
-  int value;
-  do {
-    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
-    value = uniform(value);
-  } while (value == 0);
-  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(flag), "r"(0) : "memory");
-}
-
 // The owner of a tile adds the parts that the CTAs after it computed, in their order.
 DEVICE void collect(const Params& p, const Shared&, const Schedule& schedule, const Position& at,
                     float (&sum)[ACCUMULATORS]) {
   const int end = (schedule.tile + 1) * schedule.blocks;
   for (int cta = blockIdx.x + 1; cta < gridDim.x && schedule.begin_of(cta) < end; ++cta) {
-    if (at.warp == 0) take_flag(p.flags + cta * ROW_GROUPS + at.row_group);
+    if (at.warp == 0) flag_take(p.flags + cta * ROW_GROUPS + at.row_group);
     named_barrier_sync(2 + at.row_group, 128);
     const float4* place = partial_of(p, at, cta);
 #pragma unroll
@@ -663,7 +681,7 @@ DEVICE void compute(const Params& p, const Shared& s, Schedule schedule) {
     float sum[ACCUMULATORS];
 #pragma unroll
     for (int i = 0; i < ACCUMULATORS; ++i) sum[i] = 0.f;
-    accumulate(sum, s, at, ring, schedule.last - schedule.first, EXPERTS ? 4 * (schedule.token() & 3) : 0);
+    accumulate(sum, s, at, ring, schedule.last - schedule.first, TokenScales(p, s, schedule));
     ring.skip_many(schedule.last - schedule.first);
     if (K_GROUPS > 1) reduce_groups(s, at, sum);
     if (K_GROUPS > 1 && at.k_group > 0) continue;
@@ -696,12 +714,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) gemm_int4(const __grid_
   if (warp == 4 * MATH_GROUPS && threadIdx.x % 32 == 0) {
     prefetch_tensor_map(&p.x);
     prefetch_tensor_map(&p.row_scale);
-    if (GROUPED) prefetch_tensor_map(&p.token_scale);
+    if (TOKEN_SCALE_BYTES > 0) prefetch_tensor_map(&p.token_scale);
     if (OUTPUT_TMA && !EXPERTS) prefetch_tensor_map(&p.output);
     for (int stage = 0; stage < STAGES; ++stage) {
       barrier_init(s.full(stage), ROW_GROUPS > 1 ? 4 : 3);
       barrier_init(s.empty(stage), 4 * ROW_GROUPS);
     }
+    if constexpr (TOKEN_SCALES > 0) barrier_init(s.scales_ready(), 1);
     if constexpr (SPLIT > 1) {
       barrier_init(s.sums_ready(), 1);
       barrier_arrive_expect(s.sums_ready(), RECEIVED_BYTES);

@@ -11,6 +11,7 @@ from quantlab_kernels.common.int4 import GROUP, Int4Problem
 from quantlab_kernels.gemm_fp8_block.sm90_configs import MAX_EXPERTS
 
 SHARED_LIMIT = 232448  # bytes of shared memory that a CTA may have on compute capability 9.0
+_TOKEN_SCALES = 8192  # bytes that are set aside where they hold the scales of all tokens
 _REGISTERS = {1: 255, 2: 232, 3: 160, 4: 112}  # of a math thread, by math groups
 
 
@@ -23,6 +24,7 @@ class Config:
     stream  0: tiles are given out whole; 1: those of the last, incomplete wave and of the one before it are cut along
             K; 2: all are
     split   CTAs of a cluster that share the K of one tile; more than one without `stream`
+    token_scales  bytes for the scales of all groups of all tokens, copied once; 0: every stage brings its own
     """
 
     row_groups: int = 2
@@ -33,6 +35,7 @@ class Config:
     band: int = 8
     stream: int = 2
     split: int = 1
+    token_scales: int = 0
 
     @property
     def bx(self) -> int:
@@ -51,11 +54,12 @@ class Config:
         """Dynamic shared memory, as `sm90.cu` lays it out."""
         tokens = self.by * GROUP * problem.x.itemsize
         sorted_rows = problem.experts > 0
-        token_scale = round_up(4 * (self.by + 4 * sorted_rows), 128) if problem.grouped else 0
+        token_scale = round_up(4 * (self.by + 4 * sorted_rows), 128) if problem.grouped and not self.token_scales else 0
         stage = tokens + self.bx * GROUP // 2 + self.bx * problem.scale.itemsize + token_scale
         output = 128 * self.by * self.row_groups if output_tma(problem) else 0
         reduced = (self.k_groups - 1 + self.split - 1) * self.bx * self.by * 4
-        return self.stages * (stage + 16) + 8 + output + reduced + sorted_rows * 8 * (MAX_EXPERTS + 1)
+        groups = sorted_rows * 8 * (MAX_EXPERTS + 1)
+        return self.stages * (stage + 16) + 16 + output + reduced + self.token_scales + groups
 
     def tiles(self, problem: Int4Problem) -> int:
         return -(-problem.n // self.bx) * -(-problem.m // self.by)
@@ -94,9 +98,17 @@ def reject(config: Config, problem: Int4Problem) -> str | None:
         return f"about {needed} registers a thread, {_REGISTERS[config.math_groups]} are there"
     if config.split > 1 and (config.stream or problem.experts or problem.k // GROUP < config.split):
         return f"{config.split} CTAs for each tile, whose K of {problem.k} is cut otherwise"
+    if config.token_scales and (not problem.grouped or problem.experts or problem.m > config.by):
+        return "scales are copied at once of one tile's tokens, if those have any for each group of K"
+    if 0 < config.token_scales < _token_scale_bytes(problem):
+        return f"{config.token_scales} bytes for the scales of the tokens, which take {_token_scale_bytes(problem)}"
     if config.stages % config.k_groups or not config.stages:
         return f"{config.stages} stages for {config.k_groups} groups that take them in turns"
     return None
+
+
+def _token_scale_bytes(problem: Int4Problem) -> int:
+    return 4 * round_up(problem.m, 4) * (problem.k // GROUP)
 
 
 @functools.cache
@@ -142,6 +154,8 @@ def default(problem: Int4Problem) -> Config:
         chosen = Config(1, 2, by, stream=0 if problem.k <= 4096 else 2)
         if chosen.stream and _pairs_fill(chosen, problem):
             chosen = replace(chosen, stream=0, split=2)
+    if problem.grouped and _token_scale_bytes(problem) <= _TOKEN_SCALES:
+        chosen = replace(chosen, token_scales=_TOKEN_SCALES)
     return deepest(chosen, problem)
 
 
