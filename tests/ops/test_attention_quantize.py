@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantlab_kernels import attention_quantize
+from quantlab_kernels import attention_8bit, attention_quantize, rope
 from quantlab_kernels.attention_quantize import reference, sm90
 from quantlab_kernels.attention_quantize.op import CODES, HEAD_DIMS, Quantized
 
@@ -31,6 +31,12 @@ def inputs(
     v[0, 0, : lengths[1] // 2] *= 10
     k[1, -1] = 0
     return q.to(device, dtype), k.to(device, dtype), v.to(device, dtype)
+
+
+def tables(length: int, r: int, like: Tensor, batch: int = 1) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [batch, length, r]; those of both channels of a pair differ, which no kernel may count on."""
+    angle = torch.rand(batch, length, r, generator=torch.Generator().manual_seed(r)) * 6.3
+    return angle.cos().to(like), angle.sin().to(like)
 
 
 def half_a_step(scale: Tensor, values: Tensor, fmt: str) -> Tensor:
@@ -107,6 +113,33 @@ def test_padding_does_not_matter():
     assert (empty.v_mean == 0).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_rotary_embedding_is_that_of_rope(dtype: torch.dtype):
+    q, k, v = inputs(64, (4, 2), (140, 140), dtype)
+    cos, sin = tables(140, 48, q)
+    made = attention_quantize(q, k, v, cos=cos, sin=sin)
+    expected = attention_quantize(*rope(q, k, cos, sin), v)
+    for name, a, b in zip(Quantized._fields, made, expected, strict=True):
+        assert torch.equal(a, b), name
+    assert not torch.equal(made.q, attention_quantize(q, k, v).q)
+    out, _ = attention_8bit(q, k, v, causal=True, cos=cos, sin=sin)
+    assert torch.equal(out, attention_8bit(*rope(q, k, cos, sin), v, causal=True)[0])
+
+
+def test_interleaved_channels_turn_with_their_neighbours():
+    """Channels 0, 2, 4 .. then 1, 3, 5 ..: halves of these are pairs of those."""
+    q, k, v = inputs(64, (4, 2), (20, 20), torch.bfloat16)
+    cos, sin = tables(20, 32, q, batch=2)
+    order = torch.cat([torch.arange(0, 32, 2), torch.arange(1, 32, 2)])
+    back = torch.cat([torch.argsort(order), torch.arange(32, 64)])
+    order = torch.cat([order, torch.arange(32, 64)])
+    turned = rope(q[..., order], k[..., order], cos[..., order[:32]], sin[..., order[:32]])
+    expected = attention_quantize(*(x[..., back] for x in turned), v)
+    made = attention_quantize(q, k, v, cos=cos, sin=sin, interleaved=True)
+    for name, a, b in zip(Quantized._fields, made, expected, strict=True):
+        assert torch.equal(a, b), name
+
+
 def test_no_keys():
     q, k, v = inputs(64, (2, 2), (3, 5))
     z = attention_quantize(q, k[:, :, :0], v[:, :, :0])
@@ -153,6 +186,32 @@ def test_on_the_gpu(backend: str, d: int, fmt: str, dtype: torch.dtype, monkeypa
     assert torch.allclose(one.v_mean, v[:, :, 0].float())
 
 
+# Backend, D, channels that turn, interleaved, dtype.
+TURNING = [("sm90", 128, 128, False, torch.bfloat16), ("sm90", 128, 64, True, torch.bfloat16)]
+TURNING += [("sm90", 64, 16, False, torch.float16), ("sm90", 96, 96, False, torch.bfloat16)]
+TURNING += [("triton", 128, 128, False, torch.bfloat16), ("triton", 80, 20, True, torch.float16)]
+
+
+@pytest.mark.gpu(sm=80)
+@pytest.mark.parametrize(("backend", "d", "r", "interleaved", "dtype"), TURNING)
+def test_rotary_embedding_on_the_gpu(
+    backend: str, d: int, r: int, interleaved: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+):
+    """The same codes as of what was turned before, by the same kernel: all of them, the embedding is exact."""
+    if backend == "sm90" and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs sm_90")
+    monkeypatch.setenv("QUANTLAB_ATTENTION_QUANTIZE_BACKEND", backend)
+    q, k, v = inputs(d, (4, 2), (700, 700), dtype, "cuda")
+    k[1, :, :5] = k[0, :, 690:] = float("nan")
+    key_range = torch.tensor([[0, 690], [5, 700]], dtype=torch.int32, device="cuda")
+    for cos, sin in (tables(700, r, q), tables(700, r, q, batch=2)):
+        turned = reference.Rotary(cos, sin, interleaved)
+        made = attention_quantize(q, k, v, key_range=key_range, cos=cos, sin=sin, interleaved=interleaved)
+        expected = attention_quantize(turned.embed(q), turned.embed(k), v, key_range=key_range)
+        for name, a, b in zip(Quantized._fields, made, expected, strict=True):
+            assert torch.equal(a, b), name
+
+
 @pytest.mark.gpu(sm=80)
 def test_strided_inputs_on_the_gpu():
     wide = torch.randn(2, 200, 3 * 4 * 128 + 4, device="cuda", dtype=torch.bfloat16)
@@ -174,6 +233,12 @@ for d, fmt, bounds in [(64, "int8", None), (80, "fp8", [[3, 140], [0, 90]])]:
     made = op._fake(q, k, v, key_range, codes, codes)
     triton.launch(q, k, v, key_range, made)
     tests.close(op.Quantized(*made), op.Quantized(*reference.quantize(q, k, v, key_range, codes, codes)))
+for r, interleaved in [(48, False), (20, True)]:
+    q, k, v = tests.inputs(64, (2, 1), (70, 70), torch.float16)
+    rotary = reference.Rotary(*tests.tables(70, r, q), interleaved)
+    made = op._fake(q, k, v, None, torch.int8, torch.int8)
+    triton.launch(q, k, v, None, made, rotary)
+    tests.close(op.Quantized(*made), op.Quantized(*reference.quantize(q, k, v, None, torch.int8, torch.int8, rotary)))
 """
 
 
@@ -185,6 +250,13 @@ def test_traces_and_refuses():
     q, k, v = inputs(64, (4, 2), (5, 40))
     op = torch.ops.quantlab.attention_quantize.default
     torch.library.opcheck(op, (q, k, v, None, torch.int8, torch.int8), test_utils="test_faketensor")
+    cos, sin = tables(5, 16, q)
+    turned = (q, k[:, :, :5], v[:, :, :5], None, torch.int8, torch.int8, cos, sin, True)
+    torch.library.opcheck(op, turned, test_utils="test_faketensor")
+    with pytest.raises(RuntimeError, match=r"cos torch.float32 \(1, 5, 16\).* as many queries as keys"):
+        attention_quantize(q, k, v, cos=cos, sin=sin)
+    with pytest.raises(RuntimeError, match="cos and sin go together"):
+        attention_quantize(q, k, v, cos=cos)
     for wrong, text in [
         ((q[..., :40], k[..., :40], v[..., :40]), "head dimension 40"),
         ((q[:, :3], k, v), "Hq a multiple of Hkv"),

@@ -52,9 +52,12 @@ def attention_8bit(
     scale: float | None = None, causal: bool = False, window: int | tuple[int, int] | None = None,
     softcap: float = 0.0, sinks: Tensor | None = None, key_range: Tensor | None = None,
     cu_seqlens_q: Tensor | None = None, cu_seqlens_k: Tensor | None = None, qk: Format = "int8", pv: Format = "int8",
+    cos: Tensor | None = None, sin: Tensor | None = None, interleaved: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`attention_quantize` and `attention_prefill`: 16-bit q, k, v in, out [B, Sq, Hq, D] in their dtype and lse."""
-    operands = attention_quantize(q, k, v, key_range=key_range, qk=qk, pv=pv)
+    operands = attention_quantize(
+        q, k, v, key_range=key_range, qk=qk, pv=pv, cos=cos, sin=sin, interleaved=interleaved
+    )  # fmt: skip
     return attention_prefill(
         operands, scale=scale, causal=causal, window=window, softcap=softcap, sinks=sinks, key_range=key_range,
         cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, out_dtype=q.dtype,

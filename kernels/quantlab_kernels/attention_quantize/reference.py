@@ -12,14 +12,37 @@ Both means are those of at most 256 tokens. Any vector would do, the better ones
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from quantlab_kernels.rope.reference import rotate
 
 BLOCK = 128  # keys of a block
 GROUPS = 4  # key scales of a block: one for each thread of a quad of the tensor core's accumulator
 SAMPLES = 256  # tokens that a mean is taken of
 LIMIT = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+
+
+class Rotary(NamedTuple):
+    """A rotary embedding of queries and keys.
+
+    cos, sin     [B or 1, S, R] in the inputs' dtype; channels from R on pass through
+    interleaved  channels 2 i and 2 i + 1 turn together, else i and i + R / 2
+    """
+
+    cos: Tensor
+    sin: Tensor
+    interleaved: bool
+
+    def embed(self, x: Tensor) -> Tensor:
+        """x [B, H, S, D] turned, in its own dtype: both products and their sum are rounded, as `rope` does."""
+        if not self.interleaved:
+            return rotate(x, self.cos, self.sin)
+        turned, rest = x[..., : self.cos.shape[-1]], x[..., self.cos.shape[-1] :]
+        swapped = torch.stack((-turned[..., 1::2], turned[..., ::2]), -1).flatten(-2)
+        return torch.cat((turned * self.cos[:, None] + swapped * self.sin[:, None], rest), -1)
 
 
 @functools.cache
@@ -127,10 +150,12 @@ def _quantize_values(v: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 def quantize(
     q: Tensor, k: Tensor, v: Tensor, key_range: Tensor | None, qk: torch.dtype, pv: torch.dtype,
-    dtype: torch.dtype = torch.float32,
+    rotary: Rotary | None = None, dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """See `op.attention_quantize`; computed in `dtype`."""
+    """See `op.attention_quantize`; computed in `dtype`, all but the rotary embedding."""
     d = q.shape[3]
+    if rotary is not None:
+        q, k = rotary.embed(q), rotary.embed(k)
     turn = rotation(d).to(q.device, dtype)
     seen = valid(key_range, k.shape[0], k.shape[2], k.device)[:, None, :, None]
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)

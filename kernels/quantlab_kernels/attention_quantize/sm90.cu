@@ -6,7 +6,8 @@
 // exact on 16-bit inputs, and leaves every channel with the thread that loaded it. The other bits are additions within
 // the thread. Nothing is read twice; values go through shared memory once, as codes, to be transposed.
 //
-// Macros: D; INPUT 1 bfloat16, 2 float16; QK_FP8, PV_FP8: E4M3 codes instead of INT8.
+// Macros: D; INPUT 1 bfloat16, 2 float16; QK_FP8, PV_FP8: E4M3 codes instead of INT8; ROTARY: channels of queries and keys
+// that turn by their positions first, a multiple of 16; INTERLEAVED: neighbours turn together, a multiple of 8.
 #include "sm90.cuh"
 
 constexpr int THREADS = 256;
@@ -20,9 +21,11 @@ constexpr int STRIDE = 33;         // words of a row of the transposed tile: spr
 #if INPUT == 2
 using Half = Float16;
 #define MMA "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"
+#define PAIR "f16x2"
 #else
 using Half = BFloat16;
 #define MMA "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
+#define PAIR "bf16x2"
 #endif
 
 struct Input {
@@ -31,7 +34,7 @@ struct Input {
 };
 
 struct Params {
-  Input q, k, v;
+  Input q, k, v, cos, sin;  // cos, sin: [B, 1, S, ROTARY]
   const uint4* rotation;  // [D / 16, 32]: operands of the MMAs, by 16 channels and lane
   const int* key_range;   // [B, 2] or null
   unsigned char *q_codes, *k_codes, *v_codes;
@@ -73,6 +76,40 @@ DEVICE uint4 load_if(bool taken, const uint4* pointer) {
   return v;
 }
 
+// ---- rotary embedding ----
+
+// own * cos + other * sin of two channels, rounded to 16 bits three times.
+DEVICE u32 turn_pair(u32 own, u32 other, u32 cos, u32 sin) {
+  u32 result;
+  asm("{\n.reg .b32 a, b;\nmul.rn." PAIR " a, %1, %3;\nmul.rn." PAIR " b, %2, %4;\nadd.rn." PAIR " %0, a, b;\n}"
+      : "=r"(result)
+      : "r"(own), "r"(other), "r"(cos), "r"(sin));
+  return result;
+}
+
+// What a channel's sine multiplies: the other channel of its pair, minus the second one for the first.
+DEVICE uint4 others_of(uint4 own, const uint4* row, int octet, bool taken) {
+  if constexpr (INTERLEAVED) {
+    const auto swap = [](u32 pair) { return __byte_perm(pair, pair, 0x1032) ^ 0x8000u; };
+    return {swap(own.x), swap(own.y), swap(own.z), swap(own.w)};
+  } else {
+    constexpr int half = ROTARY / 16;
+    const uint4 x = load_if(taken, row + (octet < half ? octet + half : octet - half));
+    const u32 sign = octet < half ? 0x80008000u : 0u;
+    return {x.x ^ sign, x.y ^ sign, x.z ^ sign, x.w ^ sign};
+  }
+}
+
+// Channels 8 * octet .. + 7 of a row of queries or keys, turned; `own` are these, as loaded.
+DEVICE uint4 embed(uint4 own, const uint4* row, int octet, bool taken, const Params& p, int batch, int token) {
+  if (ROTARY == 0 || octet >= ROTARY / 8) return own;
+  const uint4 cos = load_if(taken, reinterpret_cast<const uint4*>(row_of(p.cos, batch, 0, token)) + octet);
+  const uint4 sin = load_if(taken, reinterpret_cast<const uint4*>(row_of(p.sin, batch, 0, token)) + octet);
+  const uint4 other = others_of(own, row, octet, taken);
+  return {turn_pair(own.x, other.x, cos.x, sin.x), turn_pair(own.y, other.y, cos.y, sin.y),
+          turn_pair(own.z, other.z, cos.z, sin.z), turn_pair(own.w, other.w, cos.w, sin.w)};
+}
+
 // ---- means: a CTA for the keys or the values of a head ----
 
 // Element i of x[0] R sqrt(SIZE), for thread i; the other half is scratch.
@@ -101,9 +138,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_means(const __gr
   for (int first = 0; first < SAMPLES; first += 16) {
     const int sample = first + row;
     const int offset = count <= SAMPLES ? sample : static_cast<int>(static_cast<long long>(sample) * count / SAMPLES);
-    const u16* x = row_of(values ? p.v : p.k, batch, pair % p.heads_kv, range.first + offset);
+    const int token = range.first + offset;
+    const uint4* x = reinterpret_cast<const uint4*>(row_of(values ? p.v : p.k, batch, pair % p.heads_kv, token));
     const bool taken = sample < samples && 8 * column < D;
-    const uint4 words = load_if(taken, reinterpret_cast<const uint4*>(x) + column);
+    uint4 words = load_if(taken, x + column);
+    if (!values) words = embed(words, x, column, taken, p, batch, token);
     const u32 word[4] = {words.x, words.y, words.z, words.w};
 #pragma unroll
     for (int e = 0; e < 8; ++e) total[e] += Half::unpack(static_cast<u16>(word[e / 2] >> (e % 2 * 16)));
@@ -133,14 +172,19 @@ DEVICE void multiply(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
 }
 
 // The thread's elements of both tokens, times R sqrt(SIZE); zeros for a token that is not `taken`.
+template <bool embedded>
 DEVICE void load_rotated(float (&x)[2][ELEMENTS], const Input& input, int batch, int head, int token,
                          const bool (&taken)[2], const Params& p, const Position& at) {
   uint4 words[2][CHUNKS];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const uint4* row = reinterpret_cast<const uint4*>(row_of(input, batch, head, token + 8 * r)) + at.quad;
+    const uint4* row = reinterpret_cast<const uint4*>(row_of(input, batch, head, token + 8 * r));
 #pragma unroll
-    for (int c = 0; c < CHUNKS; ++c) words[r][c] = load_if(taken[r], row + 4 * c);
+    for (int c = 0; c < CHUNKS; ++c) words[r][c] = load_if(taken[r], row + 4 * c + at.quad);
+#pragma unroll
+    for (int c = 0; c < CHUNKS && embedded; ++c) {
+      words[r][c] = embed(words[r][c], row, 4 * c + at.quad, taken[r], p, batch, token + 8 * r);
+    }
   }
 #pragma unroll
   for (int c = 0; c < CHUNKS; ++c) {
@@ -238,7 +282,7 @@ DEVICE void quantize_queries(const Params& p, int block, int pair) {
   const int batch = pair / p.heads_q, head = pair % p.heads_q, token = block * 128 + at.row;
   const bool inside[2] = {token < p.sq, token + 8 < p.sq};
   float x[2][ELEMENTS], shift[2] = {0.f, 0.f};
-  load_rotated(x, p.q, batch, head, token, inside, p, at);
+  load_rotated<true>(x, p.q, batch, head, token, inside, p, at);
   wait_for_previous_kernel();
   const float* turned = p.turned + (batch * p.heads_kv + head / (p.heads_q / p.heads_kv)) * D;
 #pragma unroll
@@ -273,13 +317,14 @@ DEVICE float largest_over_warps(float largest, float (&shared)[WARPS][4], int gr
 }
 
 // Both tokens of a key or value, rotated and centred; zeros, but for the mean, where they are not seen.
+template <bool embedded>
 DEVICE void load_centred(float (&x)[2][ELEMENTS], bool (&seen)[2], const Params& p, const Input& input, int which,
                          int block, int pair, const Position& at) {
   const int token = block * 128 + at.row;
   const Range range(p, pair / p.heads_kv);
 #pragma unroll
   for (int r = 0; r < 2; ++r) seen[r] = token + 8 * r >= range.first && token + 8 * r < range.last;
-  load_rotated(x, input, pair / p.heads_kv, pair % p.heads_kv, token, seen, p, at);
+  load_rotated<embedded>(x, input, pair / p.heads_kv, pair % p.heads_kv, token, seen, p, at);
   wait_for_previous_kernel();
   subtract_mean(x, p.turned + (which * p.batch * p.heads_kv + pair) * D, at);
 }
@@ -292,7 +337,7 @@ DEVICE void quantize_keys(const Params& p, int block, int pair, float (&shared)[
   const Position at;
   float x[2][ELEMENTS];
   bool seen[2];
-  load_centred(x, seen, p, p.k, 0, block, pair, at);
+  load_centred<true>(x, seen, p, p.k, 0, block, pair, at);
   const int group = at.lane / 8;  // of keys row and row + 8
   const float largest = max_with(max_with(max_with(largest_seen(x, seen), 1), 2), 4);
   const float scale = scale_of(largest_over_warps(largest, shared, group, at) * p.unit, QK_FP8);
@@ -327,7 +372,7 @@ DEVICE void quantize_values(const Params& p, int block, int pair, float (&shared
   const Position at;
   float x[2][ELEMENTS];
   bool seen[2];
-  load_centred(x, seen, p, p.v, 1, block, pair, at);
+  load_centred<false>(x, seen, p, p.v, 1, block, pair, at);
   float largest = largest_seen(x, seen);
 #pragma unroll
   for (int bit = 1; bit < 32; bit *= 2) largest = max_with(largest, bit);

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from quantlab_kernels.attention_quantize.reference import BLOCK, hadamard, signs
+from quantlab_kernels.attention_quantize.reference import BLOCK, Rotary, hadamard, signs
 from quantlab_kernels.common import driver, nvrtc
 from quantlab_kernels.common.lasting import lasting
 
@@ -28,13 +28,19 @@ def supports(problem: Problem) -> str | None:
         return f"compiled for sm_90 only, the GPU is sm_{problem.sm}"
     if problem.d not in HEAD_DIMS or problem.dtype not in _INPUT:
         return f"takes 16 bits and head dimensions of {HEAD_DIMS}, this is {problem.dtype} of {problem.d}"
+    least = 8 if problem.interleaved else 16
+    if problem.rotary % least:
+        return f"turns channels eight at a time, {problem.rotary} of the rotary embedding are no multiple of {least}"
     return nvrtc.missing()
 
 
-def source(d: int, dtype: torch.dtype, qk: torch.dtype, pv: torch.dtype) -> nvrtc.Source:
-    """What is compiled."""
+def source(
+    d: int, dtype: torch.dtype, qk: torch.dtype, pv: torch.dtype, rotary: int = 0, interleaved: bool = False
+) -> nvrtc.Source:
+    """What is compiled; `rotary` channels turn."""
     fp8 = torch.float8_e4m3fn
     macros = {"D": d, "INPUT": _INPUT[dtype], "QK_FP8": int(qk == fp8), "PV_FP8": int(pv == fp8)}
+    macros |= {"ROTARY": rotary, "INTERLEAVED": int(interleaved)}
     headers = {"sm90.cuh": (_FOLDER.parent / "common/sm90.cuh").read_text()}
     return nvrtc.Source("attention_quantize", (_FOLDER / "sm90.cu").read_text(), headers, macros)
 
@@ -78,21 +84,31 @@ def _input(x: Tensor) -> tuple[Tensor, bytes]:
     return x, struct.pack("<Q3q", x.data_ptr(), *x.stride()[:3])
 
 
-def launch(q: Tensor, k: Tensor, v: Tensor, key_range: Tensor | None, out: tuple[Tensor, ...]) -> None:
+def _table(x: Tensor, batch: int) -> tuple[Tensor, bytes]:
+    """`_input` of cosines or sines, the same for all heads."""
+    return _input(x[:, None].expand(batch, 1, -1, -1))
+
+
+def launch(
+    q: Tensor, k: Tensor, v: Tensor, key_range: Tensor | None, out: tuple[Tensor, ...], rotary: Rotary | None = None
+) -> None:
     """Fill the eight outputs of `op.attention_quantize`."""
     (batch, heads_q, sq, d), (_, heads_kv, skv, _) = q.shape, k.shape
     device = q.get_device()
     inputs = [_input(x) for x in (q, k, v)]
+    tables = [] if rotary is None else [_table(x, batch) for x in (rotary.cos, rotary.sin)]
+    turning = (0, False) if rotary is None else (rotary.cos.shape[2], rotary.interleaved)
     key_range = None if key_range is None else key_range.contiguous()
     turned = torch.empty((2, batch, heads_kv, d), dtype=torch.float32, device=q.device)
     q_codes, q_scale, q_shift, k_codes, k_scale, v_codes, v_scale, v_mean = (t.data_ptr() for t in out)
     blocks_q, blocks_k = -(-sq // BLOCK), -(-skv // BLOCK)
-    params = b"".join(packed for _, packed in inputs) + struct.pack(
+    packed = [data for _, data in inputs + tables] + [bytes(32)] * (2 - len(tables))
+    params = b"".join(packed) + struct.pack(
         "<11Q7if16s", _rotation(d, q.dtype, device).data_ptr(), 0 if key_range is None else key_range.data_ptr(),
         q_codes, k_codes, v_codes, q_scale, q_shift, k_scale, v_scale, v_mean, turned.data_ptr(), batch, heads_q,
         heads_kv, sq, skv, blocks_q, blocks_k, (d & -d) ** -0.5, _signs(d),
     )  # fmt: skip
-    means, quantize = _kernels(d, q.dtype, out[0].dtype, out[5].dtype)
+    means, quantize = _kernels(d, q.dtype, out[0].dtype, out[5].dtype, *turning)
     tiles = batch * (heads_q * blocks_q + 2 * heads_kv * blocks_k)
     if batch:
         means.launch(driver.Launch(2 * batch * heads_kv, _THREADS, 1, 0), params, device)
