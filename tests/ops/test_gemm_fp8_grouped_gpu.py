@@ -8,7 +8,8 @@ import torch
 from quantlab_kernels import gemm_fp8_grouped
 from quantlab_kernels.common.bounds import gemm_bound, worst
 from quantlab_kernels.common.operands import KINDS, operand
-from quantlab_kernels.gemm_fp8_grouped import reference
+from quantlab_kernels.gemm_fp8_block import sm90_configs
+from quantlab_kernels.gemm_fp8_grouped import reference, sm90
 from quantlab_kernels.gemm_fp8_grouped.op import BACKENDS, problem_of
 from quantlab_kernels.quantize_fp8 import reference as quantizer
 
@@ -65,6 +66,28 @@ def test_whatever_the_counts(counts, dtype, backend, blocked):
         through(backend, given, out)
     check(outs[0], given, 3)
     assert torch.equal(outs[0].nan_to_num(7), outs[1].nan_to_num(7))
+
+
+@pytest.mark.gpu(sm=90)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"swap": 1, "by": 16, "output_tma": 0}, {"swap": 1, "by": 64, "output_tma": 0, "math_groups": 1},
+        {"temps": 2}, {"temps": 2, "group": 2}, {"math_groups": 3, "stages": 4, "pieces": 2, "group": 3},
+        {"waves": 2, "stages": 4},
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("stream", [0, 1])
+def test_every_way_to_share_out_the_tiles(changes, stream):
+    """Bands of tiles, groups without rows, tiles cut along K; repeated: flags are put back."""
+    config = sm90_configs.Config(**{"grouped": 1, "stream": stream} | changes)
+    for counts in COUNTS.values():
+        given = operands(counts, 640, 1152, spare=3)
+        outs = [torch.full((len(given[0]), 640), torch.nan, dtype=torch.bfloat16, device="cuda") for _ in range(2)]
+        for out in outs:
+            sm90.launch(*given, out, config)
+        check(outs[0], given, 3)
+        assert torch.equal(outs[0].nan_to_num(7), outs[1].nan_to_num(7))
 
 
 @pytest.mark.parametrize("kind", KINDS)

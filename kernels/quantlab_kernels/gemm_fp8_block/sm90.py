@@ -95,17 +95,23 @@ def launch(
         return launch(aligned(a), aligned(a_scale), aligned(b), b_scale, bias, out, config, accumulate)
     device = a.get_device()
     m, k = a.shape
-    partials = flags = None
-    if config.hands_over:
-        ctas = gpu(device).sm_count
-        partials = torch.empty(ctas * config.bx * config.by, dtype=torch.float32, device=a.device)
-        flags = handover_flags(device, ctas * config.math_groups)
+    partials, flags = handover(config, a)
     code, shape, params = _prepared(
         config, out.dtype, None if bias is None else bias.dtype, accumulate, device, settled(b) & settled(b_scale),
         (m, b.shape[0], k), (a_at, a.stride(0)), (a_scale_at, a_scale.stride(1)), (b_at, b.stride(0)),
         b_scale.data_ptr(), address(bias), (out.data_ptr(), out.stride(0)), address(partials), address(flags),
     )  # fmt: skip
     code.launch(shape, params, device)
+
+
+def handover(config: Config, a: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Where CTAs leave sums for each other, a tile of each, and their flags."""
+    if not config.hands_over:
+        return None, None
+    device = a.get_device()
+    ctas = gpu(device).sm_count
+    partials = torch.empty(ctas * config.bx * config.by, dtype=torch.float32, device=a.device)
+    return partials, handover_flags(device, ctas * config.math_groups)
 
 
 @functools.lru_cache(maxsize=4096)
