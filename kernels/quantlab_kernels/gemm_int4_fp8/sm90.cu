@@ -24,6 +24,7 @@
 //   BY          tokens in a tile, a multiple of 16
 //   STAGES      length of the ring;   SHARED  bytes of dynamic shared memory that the launch provides
 //   PREFETCH    1: the next block's codes are read while the MMA of this one runs
+//   EARLY       GROUPED: 1, the scales of tokens are read while the MMA runs
 //   SCALE       of the weight: 0 float32, 1 bfloat16, 2 float16;  OUTPUT the same;  BIAS 0 none, else 1 + the same
 //   OUTPUT_TMA  1: 16-bit tiles leave through the copy engine; 0: from registers
 //   BAND        tiles of rows (EXPERTS: of tokens) that are walked together for the sake of the L2 cache
@@ -422,11 +423,20 @@ DEVICE float2 load_token_scales(u32 address) {
   return load_shared2(address);
 }
 
+// Of a thread's tokens.
+struct ColumnScales {
+  float2 value[BY / 8];
+  DEVICE void load(u32 address, const Position& at) {
+#pragma unroll
+    for (int j = 0; j < BY / 8; ++j) value[j] = load_token_scales(address + 4 * at.column(j));
+  }
+};
+
 DEVICE void promote_grouped(float (&sum)[ACCUMULATORS], const float (&part)[ACCUMULATORS], const float (&scale)[2],
-                            u32 token_scale, const Position& at) {
+                            const ColumnScales& tokens) {
 #pragma unroll
   for (int j = 0; j < BY / 8; ++j) {
-    const float2 token = load_token_scales(token_scale + 4 * at.column(j));
+    const float2 token = tokens.value[j];
     sum[4 * j + 0] += scale[0] * token.x * part[4 * j + 0];
     sum[4 * j + 1] += scale[0] * token.y * part[4 * j + 1];
     sum[4 * j + 2] += scale[1] * token.x * part[4 * j + 2];
@@ -472,13 +482,17 @@ DEVICE void accumulate(float (&sum)[ACCUMULATORS], const Shared& s, const Positi
       barrier_wait(s.full(ring.stage), ring.phase);
       block.load(at, ring.stage);
     }
+    ColumnScales tokens;
+    if (GROUPED && EARLY) tokens.load(scales.of(s, stage, i), at);
     wgmma_wait<0>();
     pin(part);
     pin_operands(a);
-    constexpr bool held = TOKEN_SCALE_BYTES > 0;  // the stage, for its scales
+    if (GROUPED && !EARLY) tokens.load(scales.of(s, stage, i), at);
+    constexpr bool held = TOKEN_SCALE_BYTES > 0 && !EARLY;  // the stage, for its scales
+    if (TOKEN_SCALE_BYTES > 0 && !held) __syncwarp();
     if (!held && at.lane == 0) barrier_arrive(s.empty(stage));
     if constexpr (GROUPED) {
-      promote_grouped(sum, part, scale, scales.of(s, stage, i), at);
+      promote_grouped(sum, part, scale, tokens);
     } else {
       promote(sum, part, scale);
     }

@@ -25,6 +25,7 @@ class Config:
             K; 2: all are
     split   CTAs of a cluster that share the K of one tile; more than one without `stream`
     token_scales  bytes for the scales of all groups of all tokens, copied once; 0: every stage brings its own
+    early   1: the scales of tokens are read while the MMA runs, if they have any for each group
     """
 
     row_groups: int = 2
@@ -36,6 +37,7 @@ class Config:
     stream: int = 2
     split: int = 1
     token_scales: int = 0
+    early: int = 0
 
     @property
     def bx(self) -> int:
