@@ -24,7 +24,9 @@ from quantlab_kernels.kv_append.reference import smooth
 BLOCK = 256  # tokens that a growing layer allocates at a time
 FEW = 16  # queries up to which reading the packed tokens beats dequantizing them
 
-NEAR = {"int4": (4, 64)}  # format -> tokens at the start (attention sinks) and the newest that are read in 16 bits
+# Format -> tokens at the start (attention sinks) and the newest that are read in 16 bits. They get most of the
+# attention, so they cause most of the loss, of three mantissa bits as of four-bit codes. INT8 loses little without.
+NEAR = {"fp8": (4, 64), "k8v4": (4, 64), "int4": (4, 64)}
 Keys = tuple[Tensor, Tensor]  # of a layer: mean and scale per channel, each [1, Hkv, D] float32
 
 
@@ -54,7 +56,7 @@ class KV:
 
     @classmethod
     def of(cls, kv: KV | str) -> KV:
-        """A setting as it is, or by the name of its format: INT4 keys then have 16-bit company (`NEAR`)."""
+        """A setting as it is, or by the name of its format, with the tokens in 16 bits that it needs (`NEAR`)."""
         return kv if isinstance(kv, KV) else cls(kv, *NEAR.get(kv, (0, 0)))  # type: ignore[arg-type]
 
 
@@ -249,6 +251,15 @@ class PackedLayer(CacheLayerMixin):
             self.length.zero_()
             self.start.zero_()
 
+    def _refill_newest(self, old: int, tokens: int) -> None:
+        """The newest in 16 bits are others after a crop: those that had left come back from the packed slots."""
+        c = self.cache
+        back = torch.arange(max(tokens - c.newest, 0), max(min(old - c.newest, tokens), 0), device=self.device)
+        if back.numel() and c.k_near is not None and c.v_near is not None:
+            k, v = self.dequantized(back)
+            place = c.first + back % c.newest
+            c.k_near[:, :, place], c.v_near[:, :, place] = k, v
+
     def _map_sequences(self, change: Callable[[Tensor], Tensor]) -> None:
         """Replace what belongs to sequences, all tensors of the layer, by a change of their first dimension."""
         if not self.is_initialized:
@@ -331,19 +342,8 @@ class DynamicPackedLayer(PackedLayer):
         self._appended = self.tokens
         self.length.sub_(old - self.tokens)
         self.filled = self.tokens > 0
-        if self._newest() and self.filled:
-            self._refill_newest(old)
-
-    def _refill_newest(self, old: int) -> None:
-        """The newest in 16 bits are others after a crop: those that had left come back from the packed slots."""
-        c = self.cache
-        back = torch.arange(
-            max(self.tokens - c.newest, 0), max(min(old - c.newest, self.tokens), 0), device=self.device
-        )
-        if back.numel() and c.k_near is not None and c.v_near is not None:
-            k, v = self.dequantized(back)
-            place = c.first + back % c.newest
-            c.k_near[:, :, place], c.v_near[:, :, place] = k, v
+        if self.filled:
+            self._refill_newest(old, self.tokens)
 
 
 class StaticPackedLayer(PackedLayer):
@@ -451,14 +451,16 @@ class WindowPackedLayer(PackedLayer):
         if tokens_to_remove == 0 or not self.is_initialized:
             return
         kept = tokens_to_remove if tokens_to_remove > 0 else self.tokens + tokens_to_remove
-        if self.tokens > self.capacity or self.cache.newest:
+        if self.tokens > self.capacity:
             raise UsageError(
                 "tokens of a quantized sliding window cannot be taken back: speculative decoding needs a model without "
                 "windows, or no kv"
             )
-        self.length.sub_(self.tokens - max(kept, 0))
-        self.tokens = max(kept, 0)
+        old, self.tokens = self.tokens, max(kept, 0)
+        self.length.sub_(old - self.tokens)
         self.filled = self.tokens > 0
+        if self.filled:
+            self._refill_newest(old, self.tokens)
 
 
 def _slots(x: Tensor, slots: Any) -> Tensor:

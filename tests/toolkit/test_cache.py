@@ -145,8 +145,8 @@ def test_memory_is_what_the_format_says():
     assert window.cache.capacity == 32
 
 
-def test_int4_keeps_first_and_newest_tokens_in_16_bits():
-    assert (KV.of("int4").first, KV.of("int4").newest) == (4, 64)
+def test_few_bits_keep_first_and_newest_tokens_in_16_bits():
+    assert all((KV.of(name).first, KV.of(name).newest) == (4, 64) for name in ("fp8", "k8v4", "int4"))
     assert KV.of("int8").newest == 0
     k, v = outlying_keys()
     layer = DynamicPackedLayer(KV("int4", 4, 64))
@@ -158,13 +158,14 @@ def test_int4_keeps_first_and_newest_tokens_in_16_bits():
     torch.testing.assert_close(out[:, 0], expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("make", [DynamicPackedLayer, lambda kv, keys: WindowPackedLayer(kv, 128, keys)])
 @pytest.mark.parametrize("newest", [0, 8])
-def test_a_crop_forgets_the_last_tokens(newest):
+def test_a_crop_forgets_the_last_tokens(newest, make):
     k, v = outlying_keys()
     query = torch.randn(2, 2, 1, 64, generator=torch.Generator().manual_seed(4))
 
     def filled(tokens):
-        layer = DynamicPackedLayer(KV("int8", 0, newest), measured(k))
+        layer = make(KV("int8", 0, newest), measured(k))
         layer.update(k[:, :, :tokens], v[:, :, :tokens])[0].attend(torch.zeros(2, 2, tokens, 64), None, None, {})
         return layer
 
