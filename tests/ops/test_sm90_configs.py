@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -69,6 +70,24 @@ def test_a_few_tokens_take_the_short_side_of_the_mma_and_many_do_not():
 )
 def test_refusals_say_why(changes, problem, reason):
     assert reason in str(sm90_configs.reject(dataclasses.replace(Config(), **changes), problem))
+
+
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 4096, 128), (200, 7168, 16384), (256, 28672, 4096), (1000, 200, 512)])
+@pytest.mark.parametrize("swap", [0, 1])
+def test_tiles_cut_along_k_are_covered_once(m: int, n: int, k: int, swap: int):
+    """The arithmetic of `Schedule` in `sm90.cu` with STREAM: what a CTA hands over is the first thing it computes."""
+    config, blocks = Config(stream=1, swap=swap, output_tma=1 - swap), k // 128
+    lanes, ctas = config.token_tiles(m), config.ctas(m, n, 132)
+    assert 132 - lanes < ctas <= 132
+    workers, total = ctas // lanes, -(-n // (config.bx if swap else config.by)) * blocks
+    share, longer = divmod(total, workers)
+    begin = [worker * share + min(worker, longer) for worker in range(workers + 1)]
+    assert begin[-1] == total
+    for first, end in itertools.pairwise(begin):
+        handed_over = {unit // blocks for unit in range(first, end) if unit // blocks * blocks < first}
+        assert len(handed_over) <= 1
+    empty = [worker for worker in range(workers) if begin[worker] == begin[worker + 1]]
+    assert not empty or begin[empty[0]] == total  # an owner waits for nobody who has nothing to give
 
 
 def test_clusters_of_four_do_not_fill_the_chip():
