@@ -66,6 +66,7 @@ def test_a_few_tokens_take_the_short_side_of_the_mma_and_many_do_not():
         ({"split": 4, "output_tma": 0, "stages": 2}, GemmProblem(64, 4096, 256), "4 parts of 2 blocks"),
         ({"stream": 1, "tail": 4}, GemmProblem(256, 4096, 4096), "cut along K in one way"),
         ({"stream": 1}, GemmProblem(4096, 4096, 4096), "32 tiles of tokens leave few CTAs"),
+        ({"stream": 1, "cluster_x": 2}, GemmProblem(300, 4096, 4096), "share weights and have different tokens"),
     ],
 )
 def test_refusals_say_why(changes, problem, reason):

@@ -34,7 +34,8 @@ constexpr int MATH_WARPS = 4 * MATH_GROUPS;
 constexpr int CLUSTER = CLUSTER_X * SPLIT;
 static_assert(SPLIT == 1 || CLUSTER_X == 1, "a cluster shares tiles or splits K");
 static_assert(TAIL == 1 || CLUSTER == 1, "the parts of a tile belong to single CTAs");
-static_assert(!STREAM || (CLUSTER == 1 && TAIL == 1), "tiles are cut along K in one way");
+static_assert(!STREAM || (SPLIT == 1 && TAIL == 1), "tiles are cut along K in one way");
+static_assert(!STREAM || CLUSTER_X == 1 || !SWAP, "CTAs that share a tile of weights have different tokens");
 static_assert(WAVES == 1 || TEMPS == 1, "two temporary accumulators need one wave");
 static_assert(!GROUPED || (CLUSTER == 1 && TAIL == 1), "tiles of experts belong to single CTAs");
 static_assert(BY / 8 % SPLIT == 0, "the CTAs that split K share out the columns of the tile in eights");
@@ -103,14 +104,16 @@ struct Schedule {
   int blocks, channel_tiles, lanes, lane, worker, share, longer, tile, part_first, left;
   int tile_x, tile_y, first, last;
   int first_token = 0, end_token;
-  static constexpr int rank = 0, whole = 0, rest = 0, parts = 0;
+  int rank;
+  static constexpr int whole = 0, rest = 0, parts = 0;
 #if GROUPED
   int experts;
   u32 groups;
   Group group;
 #endif
 
-  DEVICE Schedule(const Params& p, u32, u32 shared_groups) : blocks(p.blocks), end_token(p.tokens) {
+  DEVICE Schedule(const Params& p, u32 cluster_rank, u32 shared_groups) : blocks(p.blocks), end_token(p.tokens) {
+    rank = CLUSTER_X > 1 ? cluster_rank : 0;
     channel_tiles = (p.channels + CHANNELS - 1) / CHANNELS;
 #if GROUPED
     experts = p.experts;

@@ -108,8 +108,10 @@ def reject(config: Config, problem: GemmProblem) -> str | None:
         return "the copy engine writes 16-bit rows of a multiple of 16 bytes"
     if config.output_tma and config.swap:
         return "swapped results are transposed through shared memory"
-    if config.stream and (config.cluster > 1 or config.tail > 1):
+    if config.stream and (config.split > 1 or config.tail > 1):
         return "tiles are cut along K in one way"
+    if config.stream and config.cluster_x > 1 and (config.swap or config.token_tiles(problem.m) % config.cluster_x):
+        return "the CTAs of a cluster share weights and have different tokens"
     if config.stream and 8 * config.token_tiles(problem.m) > 132:
         return f"{config.token_tiles(problem.m)} tiles of tokens leave few CTAs for each"
     if config.split > problem.k // 128:
