@@ -95,7 +95,7 @@ def test_many_tiles_for_each_cta():
     ],
 )  # fmt: skip
 def test_tiles_cut_evenly_along_k(changes):
-    """Of one, two, five and six tiles of tokens; less than a tile for each CTA, and more; repeated: flags are put back."""
+    """Of one, two, five and six tiles of tokens; less than a tile for each CTA, and more. Flags are put back."""
     config = sm90_configs.Config(**{"stream": 1} | changes)
     height = config.by if config.swap else config.bx
     shapes = (height - 3, 1216, 1152), (2 * height, 4096, 4096), (4 * height + 1, 9000, 1024), (height, 136, 128)
