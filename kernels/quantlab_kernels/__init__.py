@@ -9,6 +9,7 @@ from quantlab_kernels.aot import warmup
 from quantlab_kernels.attention_decode.op import attention_decode
 from quantlab_kernels.attention_prefill.op import attention_8bit, attention_prefill
 from quantlab_kernels.attention_quantize.op import attention_quantize
+from quantlab_kernels.bmm_fp8.op import bmm_fp8
 from quantlab_kernels.common.int4 import prepare_int4, repack_int4, unrepack_int4
 from quantlab_kernels.common.kv import PackedKV
 from quantlab_kernels.common.latent import PackedLatent
@@ -35,6 +36,7 @@ __all__ = [
     "attention_decode",
     "attention_prefill",
     "attention_quantize",
+    "bmm_fp8",
     "gemm_fp8_block",
     "gemm_fp8_grouped",
     "gemm_fp8_row",
