@@ -29,9 +29,11 @@ from transformers.cache_utils import Cache
 
 from quantlab.cache_layers import KV, DynamicPackedLayer, Handle, PackedLayer, StaticPackedLayer
 from quantlab.errors import UsageError
-from quantlab.linear import QuantizedLinear
+from quantlab.linear import Fp8BlockLinear, QuantizedLinear
 from quantlab_calib.rotate import hadamard
-from quantlab_kernels import mla_append, mla_decode
+from quantlab_kernels import bmm_fp8, mla_append, mla_decode
+from quantlab_kernels.bmm_fp8 import op as bmm_fp8_op
+from quantlab_kernels.common.hardware import gpu
 from quantlab_kernels.common.latent import FORMATS, PackedLatent, dequantize_latent, quantize_latent
 
 _ABSORBED = "quantlab_absorbed"  # of an attention module: `Absorbed`
@@ -124,21 +126,54 @@ class Absorbed:
     module   has `expand_kv`: latents [B, 1, S, L] and position parts [B, 1, S, R] to keys [B, H, S, nope + R] and
              values [B, H, S, V]
     turn     [L, L], orthogonal: cached latents are turned by it; None where the module makes turned ones
+    codes    whether FP8 codes that the projection holds are multiplied as they are, where they are all of it; None
+             does so where there is a kernel for it
     keys     [H, nope, L], values [H, L, V], in the dtype in which the module computes; as large as a 16-bit projection,
-             which stays for prompts
+             which stays for prompts. None of both where codes are multiplied.
     """
 
-    def __init__(self, module: Any, turn: Tensor | None = None) -> None:
+    def __init__(self, module: Any, turn: Tensor | None = None, codes: bool | None = None) -> None:
         self.module, self.rope = module, module.qk_rope_head_dim
         weight = next(module.kv_a_layernorm.parameters())  # a projection may hold codes
         self.device, self.dtype = weight.device, weight.dtype
         self.turn = None if turn is None else turn.to(self.device, self.dtype)
-        latent = module.kv_b_proj.in_features
-        with torch.no_grad(), _dequantized(module):
+        self.keys: Tensor | None
+        self.values: Tensor | None
+        keys, values = self.matrices()
+        self.heads, self.nope, self.latent = keys.shape
+        self.v = values.shape[2]
+        self.crossover = crossover(self.nope, self.v, self.latent)
+        self.codes = self._are_codes(keys, values) and (self._has_kernel() if codes is None else codes)
+        self.keys, self.values = (None, None) if self.codes else (keys, values)
+
+    @torch.no_grad()
+    def matrices(self) -> tuple[Tensor, Tensor]:
+        """Keys [H, nope, L] and values [H, L, V] as the module expands them."""
+        latent = self.module.kv_b_proj.in_features
+        with _dequantized(self.module):
             key, value = self._expanded(torch.eye(latent, dtype=self.dtype, device=self.device))
-            self.keys = self.turned(key[0, :, :, : -self.rope].transpose(1, 2)).contiguous()
-            self.values = self.turned(value[0].transpose(1, 2)).transpose(1, 2).contiguous()
-        self.crossover = crossover(self.keys.shape[1], self.values.shape[2], latent)
+            keys = self.turned(key[0, :, :, : -self.rope].transpose(1, 2)).contiguous()
+            return keys, self.turned(value[0].transpose(1, 2)).transpose(1, 2).contiguous()
+
+    def _are_codes(self, keys: Tensor, values: Tensor) -> bool:
+        """Whether keys and values are what the projection's codes stand for, head by head, and nothing else."""
+        projection = self.module.kv_b_proj
+        if type(projection) is not Fp8BlockLinear or projection.bias is not None or self.turn is not None:
+            return False
+        both = torch.cat((keys, values.transpose(1, 2)), 1).flatten(0, 1)
+        return torch.equal(both, projection.dequantize(self.dtype))
+
+    def _has_kernel(self) -> bool:
+        """A GPU has one that reads codes; elsewhere they would be dequantized in every step."""
+        if self.device.type != "cuda":
+            return False
+        rows, sm = self.nope + self.v, gpu(self.device.index or 0).sm
+        problems = (
+            bmm_fp8_op.Problem(1, self.heads, rows, self.latent, first, count, first > 0, self.dtype, sm)
+            for first, count in ((0, self.nope), (self.nope, self.v))
+        )
+        backends = [v.backend for problem in problems for v in bmm_fp8_op.BACKENDS.explain(problem) if v.chosen]
+        return "eager" not in backends
 
     def _expanded(self, latent: Tensor, rope: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The module's own keys [1, H, S, nope + R] and values [1, H, S, V] of latents [S, L]."""
@@ -149,13 +184,13 @@ class Absorbed:
     def error(self) -> float:
         """How far the module's keys and values of random latents are from ours, relative to their size."""
         generator = torch.Generator().manual_seed(0)
-        latent = torch.randn(8, self.keys.shape[2], generator=generator).to(self.device, self.dtype)
+        latent = torch.randn(8, self.latent, generator=generator).to(self.device, self.dtype)
         rope = torch.randn(8, self.rope, generator=generator).to(self.device, self.dtype)
         key, value = self._expanded(latent, rope)
         if not torch.equal(key[..., -self.rope :], rope.expand_as(key[..., -self.rope :])):
             return math.inf
-        turned = self.turned(latent)
-        ours = torch.cat((turned @ self.keys.transpose(1, 2), turned @ self.values), -1).float()
+        turned, (keys, values) = self.turned(latent), self.matrices()
+        ours = torch.cat((turned @ keys.transpose(1, 2), turned @ values), -1).float()
         theirs = torch.cat((key[0, ..., : -self.rope], value[0]), -1).float()
         return float((ours - theirs).norm() / theirs.norm()) if float(theirs.norm()) else 0.0
 
@@ -167,16 +202,23 @@ class Absorbed:
 
     def queries(self, query: Tensor) -> tuple[Tensor, Tensor]:
         """[B, H, Sq, nope + R] to queries of latents [B, Sq, H, L] and of positions [B, Sq, H, R]."""
-        batch, heads, tokens, d = query.shape
-        plain, rope = query.split([d - self.rope, self.rope], -1)
-        rows = plain.transpose(0, 1).reshape(heads, batch * tokens, d - self.rope) @ self.keys
-        return rows.unflatten(1, (batch, tokens)).permute(1, 2, 0, 3), rope.transpose(1, 2)
+        plain, rope = query.transpose(1, 2).split([self.nope, self.rope], -1)
+        return self._multiplied(plain, self.keys, 0, self.nope, False), rope
 
     def results(self, out: Tensor) -> Tensor:
         """[B, Sq, H, L] to [B, Sq, H, V]."""
-        batch, tokens, heads, latent = out.shape
-        rows = out.permute(2, 0, 1, 3).reshape(heads, batch * tokens, latent) @ self.values
-        return rows.unflatten(1, (batch, tokens)).permute(1, 2, 0, 3)
+        return self._multiplied(out, self.values, self.nope, self.v, True)
+
+    def _multiplied(self, x: Tensor, matrix: Tensor | None, first: int, count: int, transposed: bool) -> Tensor:
+        """x [B, Sq, H, K] by each head's matrix [H, K, N], or by the rows of the projection that it is made of."""
+        batch, tokens = x.shape[:2]
+        rows = x.flatten(0, 1)
+        if matrix is None:
+            weight = self.module.kv_b_proj
+            out = bmm_fp8(rows, weight.weight, weight.scale, first=first, count=count, transposed=transposed)
+        else:
+            out = (rows.transpose(0, 1) @ matrix).transpose(0, 1)
+        return out.unflatten(0, (batch, tokens))
 
 
 def crossover(nope: int, v: int, latent: int) -> int:

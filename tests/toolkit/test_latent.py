@@ -227,6 +227,46 @@ def test_quantized_projections(checkpoint, format, bound):
     assert relative(model(ids[:, -1:], past_key_values=past).logits, expected) < bound
 
 
+def absorb(model, codes):
+    for module in latent.modules(model):
+        module.quantlab_absorbed = latent.Absorbed(module, codes=codes)
+        assert module.quantlab_absorbed.codes == codes
+        assert (module.quantlab_absorbed.keys is None) == codes
+
+
+def last(model):
+    """Logits of a decoding step."""
+    ids = prompts(padded=0)["input_ids"].to(model.device)
+    past = cache.new_cache(model)
+    model(ids[:, :-1], past_key_values=past)
+    return model(ids[:, -1:], past_key_values=past).logits
+
+
+def test_codes_of_the_projection_are_the_matrices(checkpoint):
+    """Absorbed by what FP8 codes stand for: the dequantized matrices' results, also once a weight has changed."""
+    model = quantlab.load(checkpoint, dtype=torch.float32, kv="16bit")
+    assert not any(module.quantlab_absorbed.codes for module in latent.modules(model)), "a CPU has no kernel for it"
+    before = last(model)
+    absorb(model, codes=True)
+    torch.testing.assert_close(last(model), before, atol=1e-4, rtol=1e-4)
+    model.load_state_dict({n: -t if "kv_b_proj.weight_scale" in n else t for n, t in model.state_dict().items()})
+    after = last(model)
+    assert relative(after, before) > 0.01
+    absorb(model, codes=False)
+    torch.testing.assert_close(last(model), after, atol=1e-4, rtol=1e-4)
+
+
+def test_codes_that_are_not_all_of_the_expansion_are_not_multiplied(checkpoint, monkeypatch):
+    model = quantlab.load(checkpoint, dtype=torch.float32)
+    module = next(latent.modules(model))
+    assert latent.Absorbed(module, codes=True).codes
+    assert not latent.Absorbed(module, hadamard(128), codes=True).codes
+    expand = type(module).expand_kv
+    twice = lambda self, latent, rope: expand(self, 2 * latent, rope)  # noqa: E731
+    monkeypatch.setattr(type(module), "expand_kv", twice)
+    assert not latent.Absorbed(module, codes=True).codes
+
+
 def test_a_recipe_keeps_the_format_and_preflight_knows_it(checkpoint, tmp_path):
     source = checkpoint.parent / "source"
     with pytest.raises(UsageError, match="kv=k8v4: latents are keys and values at once"):
@@ -342,6 +382,17 @@ def test_on_the_gpu(format, bound, implementation, monkeypatch):
     model(ids[:, :begin], past_key_values=past)
     steps = [model(ids[:, begin + i : begin + i + 1], past_key_values=past).logits for i in range(20)]
     assert relative(torch.cat(steps, 1), expected) < bound
+
+
+@pytest.mark.gpu(sm=80)
+def test_codes_are_multiplied_on_the_gpu(checkpoint):
+    """By default; logits of a step as with the dequantized matrices, but for their rounding."""
+    model = quantlab.load(checkpoint, dtype=torch.bfloat16, kv="16bit").to("cuda")
+    cache.use(model, "16bit")
+    assert all(module.quantlab_absorbed.codes for module in latent.modules(model))
+    by_codes = last(model)
+    absorb(model, codes=False)
+    assert relative(by_codes, last(model)) < 0.02
 
 
 def test_models_without_latents_are_what_they_were():
