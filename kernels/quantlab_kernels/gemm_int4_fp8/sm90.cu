@@ -30,7 +30,7 @@
 //   BAND        tiles of rows (EXPERTS: of tokens) that are walked together for the sake of the L2 cache
 //   SPLIT       CTAs of a cluster, each with a part of the K of a tile; a CTA has one tile then
 //   EXPERTS     1: rows of x are sorted by expert and the weight is one [N, K] for each; how many rows an expert has is
-//               read from device memory. Tiles are whole, and leave row by row: the next rows are another expert's
+//               read from device memory. Tiles leave row by row: the next rows are another expert's
 #include "experts.cuh"
 #include "sm90.cuh"
 #include "wgmma.cuh"
@@ -89,7 +89,7 @@ struct Params {
   float* partials;  // a tile of every CTA
   u32* flags;       // one of every row group of every CTA; 0 between launches
   int tokens, rows, blocks;  // M, N, K / 128
-  int streamed;              // tiles that are cut along K; each CTA has `share` blocks of them,
+  int streamed;              // tiles that are cut along K (EXPERTS: not 0, all); each CTA has `share` blocks of them,
   int share, longer;         // the first `longer` CTAs one more
   int prefetch;              // 1: weights may be loaded while the kernel before this one still runs
 #if EXPERTS
@@ -98,66 +98,41 @@ struct Params {
 #endif
 };
 
-#if EXPERTS
-// What every role walks through in the same order: tiles of experts.
-struct Schedule {
-  int count_x, count_y, blocks, tiles, next, experts;
-  u32 groups;
-  Group group;
-  int tile_x, tile_y, first, last, first_token, end_token;
-
-  DEVICE Schedule(const Params& p, u32 shared_groups) : blocks(p.blocks), experts(p.experts), groups(shared_groups) {
-    count_x = (p.rows + BX - 1) / BX;
-    count_y = (p.tokens + BY * experts - 1) / (BY * experts);  // of an expert, were rows spread evenly
-    tiles = uniform(count_tiles(groups, experts)) * count_x;
-    next = blockIdx.x;
-    first = 0;
-    last = blocks;
-  }
-
-  DEVICE bool advance() {
-    if (next >= tiles) return false;
-    find_group(group, groups, experts, count_x, next);
-    const Place place = place_in_group(group, count_x, BAND, next);
-    next += gridDim.x;
-    first_token = group.first_token;
-    end_token = group.end_token;
-    tile_x = place.channel_tile;
-    tile_y = place.token_tile;
-    return true;
-  }
-
-  // All lanes of a warp have found the same tile; the compiler, which has to know it around a warpgroup MMA, cannot see
-  // it in values that come from memory.
-  DEVICE void settle() {
-    tile_x = uniform(tile_x);
-    tile_y = uniform(tile_y);
-    first_token = uniform(first_token);
-    end_token = uniform(end_token);
-  }
-
-  DEVICE int expert() const { return group.expert; }
-  DEVICE int row() const { return tile_x * BX; }
-  DEVICE int token() const { return first_token + tile_y * BY; }
-};
-#else
 // What every role walks through in the same order: pieces of tiles, the range of K of each. Written without branches, and
 // with its divisions where every lane surely is: then the compiler sees that all lanes of a warp agree, and keeps the
 // inner loop in uniform registers.
 struct Schedule {
   int count_x, count_y, blocks, tiles, share, longer;
   int part_tile, part_first, left, next;  // the rest of this CTA's share of the streamed tiles; the whole tile after it
-  int tile_x, tile_y, tile, first, last, end_token;
+  int tile_x, tile_y, tile, first, last;
+  int first_token = 0, end_token;
+#if EXPERTS
+  int experts;
+  u32 groups;
+  Group group;
+#endif
 
-  DEVICE Schedule(const Params& p, u32) : blocks(p.blocks), share(p.share), longer(p.longer), end_token(p.tokens) {
+  DEVICE Schedule(const Params& p, u32 shared_groups)
+      : blocks(p.blocks), share(p.share), longer(p.longer), end_token(p.tokens) {
+    int streamed = p.streamed;
     count_x = (p.rows + BX - 1) / BX;
+#if EXPERTS
+    experts = p.experts;
+    groups = shared_groups;
+    count_y = (p.tokens + BY * experts - 1) / (BY * experts);  // of an expert, were rows spread evenly
+    tiles = uniform(count_tiles(groups, experts)) * count_x;
+    streamed = streamed ? tiles : 0;  // all or none: the host does not know how many there are
+    share = uniform(streamed * blocks / gridDim.x);
+    longer = streamed * blocks - share * gridDim.x;
+#else
     count_y = (p.tokens + BY - 1) / BY;
     tiles = count_x * count_y;
+#endif
     const int begin = begin_of(blockIdx.x);
     left = begin_of(blockIdx.x + 1) - begin;
     part_tile = uniform(begin / blocks);
     part_first = begin - part_tile * blocks;
-    next = p.streamed + blockIdx.x / SPLIT;
+    next = streamed + blockIdx.x / SPLIT;
   }
 
   // Where a CTA's share of the streamed tiles begins, counted in K blocks.
@@ -174,20 +149,46 @@ struct Schedule {
     next += part ? 0 : gridDim.x / SPLIT;
     ++part_tile;
     part_first = 0;
-    // Bands of BAND tiles of rows; within a band along the rows first, so that CTAs that run at once share tokens.
+    place();
+    return true;
+  }
+
+#if EXPERTS
+  DEVICE void place() {
+    find_group(group, groups, experts, count_x, tile);
+    const Place place = place_in_group(group, count_x, BAND, tile);
+    first_token = group.first_token;
+    end_token = group.end_token;
+    tile_x = place.channel_tile;
+    tile_y = place.token_tile;
+  }
+
+  // All lanes of a warp have found the same tile; the compiler, which has to know it around a warpgroup MMA, cannot see
+  // it in values that come from memory.
+  DEVICE void settle() {
+    tile_x = uniform(tile_x);
+    tile_y = uniform(tile_y);
+    first_token = uniform(first_token);
+    end_token = uniform(end_token);
+  }
+
+  DEVICE int expert() const { return group.expert; }
+#else
+  // Bands of BAND tiles of rows; within a band along the rows first, so that CTAs that run at once share tokens.
+  DEVICE void place() {
     const int band = tile / (BAND * count_y), within = tile - band * BAND * count_y;
     const int height = min(BAND, count_x - band * BAND);
     tile_x = band * BAND + within % height;
     tile_y = within / height;
-    return true;
   }
 
   DEVICE void settle() {}
   DEVICE int expert() const { return 0; }
-  DEVICE int row() const { return tile_x * BX; }
-  DEVICE int token() const { return tile_y * BY; }
-};
 #endif
+
+  DEVICE int row() const { return tile_x * BX; }
+  DEVICE int token() const { return first_token + tile_y * BY; }
+};
 
 struct Ring {
   int stage = 0;
@@ -553,7 +554,7 @@ DEVICE void collect(const Params&, const Shared& s, const Schedule&, const Posit
     }
   }
 }
-#elif !EXPERTS
+#else
 DEVICE float4* partial_of(const Params& p, const Position& at, int cta) {
   return reinterpret_cast<float4*>(p.partials) + (cta * ROW_GROUPS + at.row_group) * (64 * BY / 4) + at.thread();
 }
@@ -701,13 +702,11 @@ DEVICE void compute(const Params& p, const Shared& s, Schedule schedule) {
     if (K_GROUPS > 1 && at.k_group > 0) continue;
     if (first) wait_for_previous_kernel();  // it may still read what lies where the output goes
     first = false;
-#if !EXPERTS
     if (schedule.first > 0) {
       hand_over(p, s, at, sum);
       continue;
     }
     if (schedule.last < schedule.blocks) collect(p, s, schedule, at, sum);
-#endif
     finish(p, schedule, at, sum);
     if constexpr (OUTPUT_TMA) {
       store_tile(p, s, schedule, at, sum);

@@ -105,11 +105,7 @@ def launch(
         token_scale = None if token_scale is None else aligned(token_scale)
         return launch(aligned(x), token_scale, aligned(b), aligned(b_scale), bias, out, config)
     device = x.get_device()
-    partials = flags = None
-    if config.stream:
-        ctas = gpu(device).sm_count
-        partials = torch.empty(ctas * config.bx * config.by, dtype=torch.float32, device=x.device)
-        flags = handover_flags(device, ctas * config.row_groups)
+    partials, flags = handover(config, x)
     dtypes = x.dtype, out.dtype, None if bias is None else bias.dtype, b_scale.dtype
     grouped = token_scale is not None and token_scale.shape[1] > 1
     code, shape, params = _prepared(
@@ -118,6 +114,16 @@ def launch(
         address(partials), address(flags),
     )  # fmt: skip
     code.launch(shape, params, device)
+
+
+def handover(config: Config, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Where CTAs leave sums for each other, a tile of each, and their flags."""
+    if not config.stream:
+        return None, None
+    device = x.get_device()
+    ctas = gpu(device).sm_count
+    partials = torch.empty(ctas * config.bx * config.by, dtype=torch.float32, device=x.device)
+    return partials, handover_flags(device, ctas * config.row_groups)
 
 
 @functools.lru_cache(maxsize=4096)
