@@ -28,8 +28,8 @@ def config(problem: Int4Problem) -> Config:
     """Tiles as wide as an expert has rows, with room for some that have a few more."""
     mean = problem.m / problem.experts
     if mean > 64:
-        wide = Config(3, 1, 128, prefetch=0, stream=0)
-        return deepest(wide if reject(deepest(wide, problem), problem) is None else Config(2, 1, 128, prefetch=0, stream=0), problem)
+        wide, narrower = (Config(groups, 1, 128, prefetch=0, stream=0) for groups in (3, 2))
+        return deepest(wide if reject(deepest(wide, problem), problem) is None else narrower, problem)
     by = 16 if mean <= 12 else 32 if mean <= 32 else 64
     return deepest(Config(4, 1, by, prefetch=int(by < 64), stream=0), problem)
 
