@@ -342,7 +342,7 @@ class DynamicPackedLayer(PackedLayer):
         self._appended = self.tokens
         self.length.sub_(old - self.tokens)
         self.filled = self.tokens > 0
-        if self.filled:
+        if self.filled and self.kv.newest:  # latents have none
             self._refill_newest(old, self.tokens)
 
 
