@@ -1,0 +1,173 @@
+"""Hopper backend: `sm90.cu`, compiled at run time by NVRTC, one pair of kernels per configuration."""
+
+from __future__ import annotations
+
+import functools
+import math
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from quantlab_kernels.attention_decode.splits import splits
+from quantlab_kernels.common import driver, nvrtc
+from quantlab_kernels.common.hardware import gpu_of
+from quantlab_kernels.common.kv import Code
+from quantlab_kernels.common.latent import PackedLatent
+from quantlab_kernels.common.wgmma import wgmma_variant
+from quantlab_kernels.mla_decode import triton
+
+if TYPE_CHECKING:
+    from quantlab_kernels.mla_decode.op import Problem
+
+_FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_CODES: dict[Code, int] = {"float": 0, "e4m3": 1, "int8": 2, "int4": 3}
+_MAPPED = {torch.bfloat16: driver.BFLOAT16, torch.float16: driver.FLOAT16}
+_FOLDER = Path(__file__).parent
+TILE, CHUNK, ROPE = 64, 8192, 64  # tokens of a tile, bytes of 64 tokens in the ring, channels of the position
+MERGED, MERGERS = 128, 4  # channels that a CTA of the second kernel adds, threads for each
+SHARED = 232448  # bytes of shared memory that a CTA may have
+
+
+@dataclass(frozen=True)
+class Config:
+    """rows of a tile (heads times queries), a multiple of 8 for each of `share` warpgroups that divide a tile's
+    channels; teams of them that take tiles in turns."""
+
+    rows: int
+    share: int = 1
+    teams: int = 1
+
+    @property
+    def threads(self) -> int:
+        return 128 * self.share * self.teams + 128
+
+    def ring(self, rank: int) -> int:
+        """Chunks in flight: what the rest leaves of shared memory."""
+        fixed = (rank + ROPE) // 64 * 128 * self.rows + 12 * self.rows
+        team = self.rows * (128 + 16 + 12 + (256 if self.share == 2 else 0))
+        return (SHARED - fixed - self.teams * team) // (CHUNK + 16)
+
+
+def supports(problem: Problem) -> str | None:
+    return able(problem) or "not verified yet; QUANTLAB_MLA_DECODE_BACKEND=sm90 runs it"
+
+
+def able(problem: Problem) -> str | None:
+    p = problem
+    if p.sm != 90:
+        return f"compiled for sm_90 only, the GPU is sm_{p.sm}"
+    if p.rank not in (256, 512) or p.rope != ROPE:
+        return f"{p.rank} latent channels and {p.rope} of the position, needs 256 or 512 and {ROPE}"
+    if p.kept not in _MAPPED:
+        return f"the cache keeps {p.kept}, needs bfloat16 or float16"
+    if p.page % 8 or (p.page % TILE and TILE % p.page):
+        return f"pages of {p.page} tokens, needs multiples of {TILE}, or 8, 16, 32"
+    return nvrtc.missing()
+
+
+@functools.cache
+def config(problem: Problem) -> Config:
+    """As many teams as registers and shared memory hold; beyond 32 rows two warpgroups divide the outputs."""
+    rows = problem.heads * problem.sq
+    if problem.code == "float":
+        return Config(16, teams=2) if rows <= 16 else Config(min(64, -(-rows // 16) * 16), share=2)
+    if rows <= 32:
+        return Config(max(16, -(-rows // 8) * 8), teams=3 if rows <= 16 else 2)
+    if problem.rank == 256:
+        return Config(32, teams=2)
+    return Config(min(64, -(-rows // 16) * 16), share=2)
+
+
+def source(config: Config, problem: Problem) -> nvrtc.Source:
+    """What is compiled for a configuration."""
+    p = problem
+    macros = {
+        "L": p.rank, "FORMAT": _CODES[p.code], "KEPT": _FLOATS[p.kept], "QUERY": _FLOATS[p.dtype], "N": config.rows,
+        "SHARE": config.share, "TEAMS": config.teams, "RING": config.ring(p.rank), "PAGED": int(p.page > 0),
+        "BOX": math.gcd(p.page, TILE), "SHARED": SHARED,
+    }  # fmt: skip
+    kept = "bf16" if p.kept == torch.bfloat16 else "f16"
+    wgmma = [
+        wgmma_variant("wgmma_kept", config.rows, "f32", kept, kept, registers=False),
+        wgmma_variant("wgmma_turned", config.rows, "f32", kept, kept, registers=False, turned=True),
+        wgmma_variant("wgmma_codes", config.rows, "f32", "f16", "f16", registers=True),
+    ]
+    headers = {"sm90.cuh": (_FOLDER.parent / "common" / "sm90.cuh").read_text(), "wgmma.cuh": "".join(wgmma)}
+    return nvrtc.Source("mla_decode", (_FOLDER / "sm90.cu").read_text(), headers, macros)
+
+
+@functools.cache
+def kernels(config: Config, problem: Problem) -> tuple[driver.Kernel, driver.Kernel]:
+    """The kernel that attends and the one that merges; of the problem only what `source` reads matters."""
+    code = nvrtc.cubin(source(config, problem))
+    return driver.Kernel(code, "mla_decode"), driver.Kernel(code, "merge")
+
+
+def warmup(problems: Iterable[Problem], *, workers: int = 8) -> int:
+    """Compile what the problems need into the disk cache; returns how many kernels that are. Needs no GPU."""
+    return nvrtc.compile_all((source(config(p), p) for p in problems if able(p) is None), workers=workers)
+
+
+def launch(
+    problem: Problem, q_latent: Tensor, q_rope: Tensor, cache: PackedLatent, length: Tensor, start: Tensor | None,
+    table: Tensor | None, scale: float, out: Tensor, lse: Tensor, chosen: Config | None = None,
+) -> None:  # fmt: skip
+    """Fill out [B, Sq, H, L] and lse [B, H, Sq]. A cache that the copy engine cannot read goes to Triton."""
+    p, c = problem, chosen or config(problem)
+    if not (_readable(cache.latent) and _readable(cache.rope)):
+        return triton.launch(problem, q_latent, q_rope, cache, length, start, table, scale, out, lse)
+    q_latent, q_rope = (x if x.stride(3) == 1 else x.contiguous() for x in (q_latent, q_rope))
+    rows = p.heads * p.sq
+    tiles = -(-rows // c.rows)
+    count = splits(p.batch * tiles, p.longest, gpu_of(q_latent).sm_count)
+    part = sums = None
+    if count > 1:
+        part = q_latent.new_empty(count * p.batch * rows * p.rank, dtype=torch.float32)
+        sums = q_latent.new_empty(count * p.batch * rows * 2, dtype=torch.float32)
+    addresses = (q_latent, q_rope, cache.scale, length, start, table, part, sums, out, lse)
+    params = b"".join((
+        _map(cache.latent, math.gcd(p.page, TILE)), _map(cache.rope, math.gcd(p.page, TILE)),
+        struct.pack("<10Q", *(0 if t is None else t.data_ptr() for t in addresses)),
+        struct.pack(
+            "<7q10if", *q_latent.stride()[:3], *q_rope.stride()[:3],
+            0 if cache.scale is None else cache.scale.stride(0), p.heads, p.sq, rows, tiles, count, cache.capacity, 0 if table is None else table.stride(0),
+            _rows_apart(cache.latent), _rows_apart(cache.rope), p.batch, scale * math.log2(math.e),
+        ),
+    ))  # fmt: skip
+    params += bytes(-len(params) % 64)
+    attend, merge = kernels(c, replace(p, batch=0, heads=0, sq=0, longest=0))
+    device = q_latent.get_device()
+    attend.launch(driver.Launch(p.batch * tiles * count, c.threads, 1, SHARED, early=True), params, device)
+    if count > 1:
+        grid = p.batch * rows * p.rank // MERGED
+        merge.launch(driver.Launch(grid, MERGERS * MERGED, 1, 0, early=True), params, device)
+
+
+def _readable(x: Tensor) -> bool:
+    """Whether the copy engine reads all sequences, or pages, as rows of one matrix."""
+    return x.data_ptr() % 16 == 0 and x.stride(0) % x.shape[2] == 0
+
+
+def _rows_apart(x: Tensor) -> int:
+    """Rows from a sequence, or page, to the next."""
+    return x.stride(0) // x.shape[2]
+
+
+def _map(x: Tensor, box: int) -> bytes:
+    """All slots as rows, in boxes of 128 bytes."""
+    return _encoded(
+        _MAPPED.get(x.dtype, driver.UINT8), x.data_ptr(), x.shape[2], (x.shape[0] - 1) * _rows_apart(x) + x.shape[1],
+        x.element_size(), box,
+    )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=4096)
+def _encoded(kind: int, pointer: int, columns: int, rows: int, itemsize: int, box: int) -> bytes:
+    return driver.tensor_map(
+        kind, pointer, columns, rows, columns * itemsize, 128 // itemsize, box, driver.SWIZZLE_128
+    )  # fmt: skip
