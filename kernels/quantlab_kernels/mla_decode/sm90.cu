@@ -908,10 +908,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) mla_decode(const __grid
   let_next_kernel_start();
   const Work work(p);
   if (uniform(threadIdx.x / 128) < SHARE * TEAMS) {
-    registers_increase<REGISTERS>();
+    if (SHARE * TEAMS > 1) registers_increase<REGISTERS>();
     consume(p, work, s);
   } else {
-    registers_decrease<24>();
+    if (SHARE * TEAMS > 1) registers_decrease<24>();
     if (threadIdx.x == CONSUMERS) produce(p, work, s);
   }
 }

@@ -135,7 +135,8 @@ def launch(
         struct.pack("<10Q", *(0 if t is None else t.data_ptr() for t in addresses)),
         struct.pack(
             "<7q10if", *q_latent.stride()[:3], *q_rope.stride()[:3],
-            0 if cache.scale is None else cache.scale.stride(0), p.heads, p.sq, rows, tiles, count, cache.capacity, 0 if table is None else table.stride(0),
+            0 if cache.scale is None else cache.scale.stride(0),
+            p.heads, p.sq, rows, tiles, count, cache.capacity, 0 if table is None else table.stride(0),
             _rows_apart(cache.latent), _rows_apart(cache.rope), p.batch, scale * math.log2(math.e),
         ),
     ))  # fmt: skip
