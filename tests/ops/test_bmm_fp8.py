@@ -114,7 +114,7 @@ def check_every_configuration(device: str, sm: int, kinds, tokens, dtype=torch.f
             heads, rows, columns, first, count = part
             problem = op.Problem(m, heads, rows, columns, first, count, transposed, a.dtype, sm)
             usual = backend.config(problem)
-            for config in (usual, replace(usual, swap=not usual.swap), replace(usual, block_m=16, block_n=128)):
+            for config in (usual, replace(usual, block_m=16, block_n=128, swap=not usual.swap)):
                 n = count if transposed else columns
                 buffer = torch.full((m + 2, heads, n), torch.nan, device=device, dtype=a.dtype)
                 backend.launch(problem, wide, w, w_scale, buffer[1:-1], config)
@@ -135,14 +135,14 @@ import test_bmm_fp8 as t
 t.SLICES = [(2, 448, 128, 192, 256), (3, 160, 128, 64, 96), (1, 48, 64, 16, 32)]
 print(t.check_every_configuration("cpu", 80, ["normal", "rows", "outliers"], [3, 17, 1]))
 """
-    assert int(interpreted(program)) == 18
+    assert int(interpreted(program)) == 12
 
 
 @pytest.mark.gpu(sm=80)
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_every_element_is_inside_the_bound(kind, dtype):
-    assert check_every_configuration("cuda", present_sm(), [kind], [1, 16, 130, 7, 64, 300], dtype) == 36
+def test_every_element_is_inside_the_bound(dtype):
+    for kind in KINDS:
+        assert check_every_configuration("cuda", present_sm(), [kind], [1, 16, 130, 7, 64, 300], dtype) == 24
 
 
 @pytest.mark.gpu(sm=80)
