@@ -158,6 +158,11 @@ DEVICE u32 fp8_pair(u32 pair) {
   asm("{.reg .b16 a, b; mov.b32 {a, b}, %1; cvt.rn.f16x2.e4m3x2 %0, a;}" : "=r"(r) : "r"(pair));
   return r;
 }
+DEVICE u32 fp8_upper_pair(u32 pair) {
+  u32 r;
+  asm("{.reg .b16 a, b; mov.b32 {a, b}, %1; cvt.rn.f16x2.e4m3x2 %0, b;}" : "=r"(r) : "r"(pair));
+  return r;
+}
 DEVICE u32 minus(u32 a, u32 b) {
   u32 r;
   asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
@@ -206,7 +211,7 @@ DEVICE void scores_operand(u32 (&a)[4], const u32 (&words)[8], int r, int step) 
     a[2 + r] = __byte_perm(w, 0x64646464u, 0x4342);
   } else {
     a[r] = fp8_pair(words[step]);
-    a[2 + r] = fp8_pair(words[step] >> 16);
+    a[2 + r] = fp8_upper_pair(words[step]);
   }
 }
 
@@ -235,9 +240,9 @@ DEVICE void output_operand(u32 (&r)[4], u32 a, u32 b, int part) {
   } else if constexpr (FORMAT == 1) {
     const u32 low = __byte_perm(a, b, 0x5140), high = __byte_perm(a, b, 0x7362);
     r[0] = fp8_pair(low);
-    r[1] = fp8_pair(low >> 16);
+    r[1] = fp8_upper_pair(low);
     r[2] = fp8_pair(high);
-    r[3] = fp8_pair(high >> 16);
+    r[3] = fp8_upper_pair(high);
   }
 }
 
