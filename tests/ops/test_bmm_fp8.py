@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -101,62 +102,127 @@ def test_compiles_whole():
     assert torch.equal(torch.compile(call, fullgraph=True, backend="aot_eager", dynamic=True)(a), call(a))
 
 
-def check_every_configuration(device: str, sm: int, kinds, tokens, dtype=torch.float16) -> int:
-    """Every way of the kernel inside the bound, twice the same, nothing written around it; how many ran."""
+def check(backend, problem: op.Problem, kind: str, device: str, configs) -> None:
+    """Inside the bound, twice the same, nothing read beside the operands or written beside the result."""
+    p = problem
+    part = p.heads, p.rows, p.columns, p.first, p.count
+    a, w, w_scale = operands(kind, p.m, part, p.transposed, device, p.dtype)
+    wide = torch.cat((a, torch.full_like(a, torch.nan)), -1)[..., : p.k]
+    for config in configs:
+        buffer = torch.full((p.m + 2, p.heads, p.n), torch.nan, device=device, dtype=p.dtype)
+        backend.launch(p, wide, w, w_scale, buffer[1:-1], config)
+        found = held(buffer[1:-1], a, w, w_scale, p.first, p.count, p.transposed)
+        assert found.ratio <= 1, f"{p} {config}: {found}"
+        assert buffer[[0, -1]].isnan().all(), "wrote outside of its result"
+        again = torch.empty_like(buffer[1:-1])
+        backend.launch(p, wide, w, w_scale, again, config)
+        assert torch.equal(again, buffer[1:-1])
+
+
+def problems(tokens, dtype=torch.float16, sm=80):
+    """Every slice in both directions, with one of the numbers of tokens each."""
+    for at, (heads, rows, columns, first, count) in enumerate(SLICES):
+        for transposed in (False, True):
+            yield op.Problem(tokens[at % len(tokens)], heads, rows, columns, first, count, transposed, dtype, sm)
+
+
+def check_triton(device: str, kinds, given) -> int:
+    """Usual and other configurations; how many problems."""
     from quantlab_kernels.bmm_fp8 import triton as backend
 
-    ran = 0
-    for at, part in enumerate(SLICES):
-        for transposed in (False, True):
-            kind, m = kinds[at % len(kinds)], tokens[at % len(tokens)]
-            a, w, w_scale = operands(kind, m, part, transposed, device, dtype)
-            wide = torch.cat((a, torch.full_like(a, torch.nan)), -1)[..., : a.shape[2]]
-            heads, rows, columns, first, count = part
-            problem = op.Problem(m, heads, rows, columns, first, count, transposed, a.dtype, sm)
-            usual = backend.config(problem)
-            for config in (usual, replace(usual, block_m=16, block_n=128, swap=not usual.swap)):
-                n = count if transposed else columns
-                buffer = torch.full((m + 2, heads, n), torch.nan, device=device, dtype=a.dtype)
-                backend.launch(problem, wide, w, w_scale, buffer[1:-1], config)
-                found = held(buffer[1:-1], a, w, w_scale, first, count, transposed)
-                assert found.ratio <= 1, f"{problem} {config}: {found}"
-                assert buffer[[0, -1]].isnan().all(), "wrote outside of its result"
-                again = torch.empty_like(buffer[1:-1])
-                backend.launch(problem, wide, w, w_scale, again, config)
-                assert torch.equal(again, buffer[1:-1])
-                ran += 1
-    return ran
+    posed = list(given)
+    for problem in posed:
+        usual = backend.config(problem)
+        for kind in kinds:
+            check(backend, problem, kind, device, (usual, replace(usual, block_m=16, block_n=128, swap=not usual.swap)))
+    return len(posed)
 
 
-def test_the_kernel_interpreted(interpreted: Callable[[str], str]):
+def test_triton_interpreted(interpreted: Callable[[str], str]):
     """Its logic, with the integer decode of GPUs without FP8."""
     program = """
 import test_bmm_fp8 as t
 t.SLICES = [(2, 448, 128, 192, 256), (3, 160, 128, 64, 96), (1, 48, 64, 16, 32)]
-print(t.check_every_configuration("cpu", 80, ["normal", "rows", "outliers"], [3, 17, 1]))
+print(t.check_triton("cpu", ["rows"], t.problems([3, 17, 1])))
 """
-    assert int(interpreted(program)) == 12
+    assert int(interpreted(program)) == 6
 
 
 @pytest.mark.gpu(sm=80)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_every_element_is_inside_the_bound(dtype):
-    for kind in KINDS:
-        assert check_every_configuration("cuda", present_sm(), [kind], [1, 16, 130, 7, 64, 300], dtype) == 24
+def test_triton_is_inside_the_bound(dtype):
+    assert check_triton("cuda", KINDS, problems([1, 16, 130, 7, 64, 300], dtype, present_sm())) == 12
+
+
+def hopper_configs(problem: op.Problem) -> list:
+    """The usual one, and whatever else may run it."""
+    from quantlab_kernels.bmm_fp8 import sm90 as backend
+
+    unit = math.gcd(problem.rows, problem.first, problem.count)
+    tiles = (2,) if problem.transposed else tuple(n for n in (2, 4, 8) if unit % (256 // n) == 0)
+    others = [backend.Config(t, tokens, 2) for t in tiles for tokens in (1, 2)]
+    return [backend.config(problem), *others]
+
+
+@pytest.mark.gpu(sm=90)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_hopper_is_inside_the_bound(dtype):
+    """Every way to share out the work; the last tile of tokens is not full."""
+    from quantlab_kernels.bmm_fp8 import sm90 as backend
+    from quantlab_kernels.common import nvrtc
+
+    posed = [p for m in (1, 13, 70) for p in problems([m], dtype, 90) if backend.supports(p) is None]
+    assert len(posed) == 30
+    nvrtc.compile_all([backend.source(*key) for key in {backend.key(p, c) for p in posed for c in hopper_configs(p)}])
+    for at, problem in enumerate(posed):
+        for kind in KINDS if at < 10 else ("rows",):
+            check(backend, problem, kind, "cuda", hopper_configs(problem))
+
+
+def test_hopper_shares_out_tokens_where_heads_are_few(monkeypatch):
+    from quantlab_kernels.bmm_fp8 import sm90 as backend
+
+    keys = op.Problem(128, 16, 256, 512, 0, 128, False)
+    assert backend.config(keys) == backend.Config(4, 2, 8)
+    assert backend.config(replace(keys, heads=128)) == backend.Config(4, 2, 1)
+    assert backend.config(replace(keys, m=1)) == backend.Config(8, 1, 1)
+    assert backend.config(replace(keys, rows=160, first=64, count=96)) == backend.Config(8, 1, 8)
+    assert "compiled for sm_90 only, the GPU is sm_80" in backend.supports(replace(keys, sm=80))
+    assert "multiples of 32" in backend.supports(replace(keys, count=48))
+    monkeypatch.setattr(backend.nvrtc, "missing", lambda: None)
+    assert backend.supports(replace(keys, m=128)) is None
+    assert "more than 128 tokens, these are 129" in backend.supports(replace(keys, m=129))
+
+
+@pytest.mark.gpu(sm=90)
+def test_hopper_reads_a_weight_anew_that_was_written_just_before():
+    """A launch may start early only once its weight is settled."""
+    part = SLICES[0]
+    a, w, w_scale = operands("normal", 4, part, False, "cuda", torch.bfloat16)
+    other = operands("outliers", 4, part, False, "cuda", torch.bfloat16)[1].roll(1, 0)
+    given = {"first": 0, "count": 128}
+    expected = [bmm_fp8(a, x, w_scale, **given) for x in (w.clone(), other)]
+    held = w.clone()
+    for _ in range(3):
+        bmm_fp8(a, held, w_scale, **given)
+    held.copy_(other)
+    assert torch.equal(bmm_fp8(a, held, w_scale, **given), expected[1])
+    held.copy_(w)
+    assert torch.equal(bmm_fp8(a, held, w_scale, **given), expected[0])
 
 
 @pytest.mark.gpu(sm=80)
-def test_dispatch_takes_triton_and_a_graph_repeats_it():
-    part = SLICES[0]
-    a, w, w_scale = operands("normal", 4, part, True, "cuda", torch.bfloat16)
+@pytest.mark.parametrize("m", [4, 140])
+def test_dispatch_and_a_graph_repeats_it(m):
+    part, backend = SLICES[0], "sm90" if m <= 128 and present_sm() == 90 else "triton"
+    a, w, w_scale = operands("normal", m, part, True, "cuda", torch.bfloat16)
     given = {"first": 128, "count": 128, "transposed": True}
-    assert [v.backend for v in op.BACKENDS.explain(op.problem_of(a, w, *given.values())) if v.chosen] == ["triton"]
+    assert [v.backend for v in op.BACKENDS.explain(op.problem_of(a, w, *given.values())) if v.chosen] == [backend]
     expected = bmm_fp8(a, w, w_scale, **given)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = bmm_fp8(a, w, w_scale, **given)
-    changed = operands("outliers", 4, part, True, "cuda", torch.bfloat16)
-    a.copy_(changed[0])
+    a.copy_(operands("outliers", m, part, True, "cuda", torch.bfloat16)[0])
     graph.replay()
     assert torch.equal(out, bmm_fp8(a, w, w_scale, **given))
     assert not torch.equal(out, expected)

@@ -13,7 +13,7 @@ from quantlab_kernels.common.gemm import OUT_DTYPES
 from quantlab_kernels.common.hardware import device_of, gpu_of
 from quantlab_kernels.common.ops import define, require
 
-BACKENDS = Backends("bmm_fp8", ("triton", "eager"), last_resort="eager")
+BACKENDS = Backends("bmm_fp8", ("sm90", "triton", "eager"), last_resort="eager")
 
 
 @dataclass(frozen=True)
