@@ -150,6 +150,16 @@ struct Slice {
   }
 };
 
+// Sums of all of K, two tiles of 16 columns: a thread has four of them in a row.
+DEVICE void store(const Params& p, const float (&total)[TOKENS][TILES][4], int token, int end, int head, int n, int g, int t) {
+  for (int j = 0; j < TOKENS; j++)
+    for (int e = 0; e < 2; e++) {
+      long long to = (static_cast<long long>(token + 8 * j + 2 * t + e) * p.heads + head) * N + n + 4 * g;
+      uint2 x = {Half::pack(total[j][0][e], total[j][0][2 + e]), Half::pack(total[j][1][e], total[j][1][2 + e])};
+      if (token + 8 * j + 2 * t + e < end) *reinterpret_cast<uint2*>(p.out + to) = x;
+    }
+}
+
 extern "C" __global__ void __launch_bounds__(32 * WARPS) bmm_fp8(const __grid_constant__ Params p) {
   __shared__ float part[WARPS_K][COLUMNS][8 * TOKENS + 1];
   int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
@@ -176,19 +186,23 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) bmm_fp8(const __grid_co
       slice.accumulate(total, tokens);
       if (token + 8 * TOKENS < end) tokens.load(p, at + first_k, token + 8 * TOKENS, g, t);
     }
-    for (int j = 0; j < TOKENS; j++)
-      for (int i = 0; i < TILES; i++)
-        for (int e = 0; e < 4; e++)
-          part[warp % WARPS_K][own + n_of(i, g, e / 2)][8 * j + 2 * t + e % 2] = total[j][i][e];
-    __syncthreads();
-    for (int i = threadIdx.x; i < 8 * TOKENS * COLUMNS / 2; i += 32 * WARPS) {
-      int j = i / (COLUMNS / 2), n = i % (COLUMNS / 2) * 2;
-      if (token + j >= end) break;
-      float x = 0, y = 0;
-      for (int k = 0; k < WARPS_K; k++) x += part[k][n][j], y += part[k][n + 1][j];
-      long long to = (static_cast<long long>(token + j) * p.heads + head) * N + column + n;
-      *reinterpret_cast<u32*>(p.out + to) = Half::pack(x, y);
+    if constexpr (WARPS_K == 1) {
+      store(p, total, token, end, head, column + own, g, t);
+    } else {
+      for (int j = 0; j < TOKENS; j++)
+        for (int i = 0; i < TILES; i++)
+          for (int e = 0; e < 4; e++)
+            part[warp % WARPS_K][own + n_of(i, g, e / 2)][8 * j + 2 * t + e % 2] = total[j][i][e];
+      __syncthreads();
+      for (int i = threadIdx.x; i < 8 * TOKENS * COLUMNS / 2; i += 32 * WARPS) {
+        int j = i / (COLUMNS / 2), n = i % (COLUMNS / 2) * 2;
+        if (token + j >= end) break;
+        float x = 0, y = 0;
+        for (int k = 0; k < WARPS_K; k++) x += part[k][n][j], y += part[k][n + 1][j];
+        long long to = (static_cast<long long>(token + j) * p.heads + head) * N + column + n;
+        *reinterpret_cast<u32*>(p.out + to) = Half::pack(x, y);
+      }
+      __syncthreads();
     }
-    __syncthreads();
   }
 }
