@@ -87,27 +87,32 @@ DEVICE u32 turn_pair(u32 own, u32 other, u32 cos, u32 sin) {
   return result;
 }
 
-// What a channel's sine multiplies: the other channel of its pair, minus the second one for the first.
-DEVICE uint4 others_of(uint4 own, const uint4* row, int octet, bool taken) {
+// The octet of channels that turns with this one, where neighbours do not turn together.
+constexpr int HALF = ROTARY / 16;
+DEVICE constexpr int partner_of(int octet) { return octet < HALF ? octet + HALF : octet - HALF; }
+
+// Minus the second channel of each pair, for the first: what its sine multiplies.
+DEVICE uint4 with_sign(uint4 own, uint4 other, int octet) {
   if constexpr (INTERLEAVED) {
     const auto swap = [](u32 pair) { return __byte_perm(pair, pair, 0x1032) ^ 0x8000u; };
     return {swap(own.x), swap(own.y), swap(own.z), swap(own.w)};
-  } else {
-    constexpr int half = ROTARY / 16;
-    const uint4 x = load_if(taken, row + (octet < half ? octet + half : octet - half));
-    const u32 sign = octet < half ? 0x80008000u : 0u;
-    return {x.x ^ sign, x.y ^ sign, x.z ^ sign, x.w ^ sign};
   }
+  const u32 sign = octet < HALF ? 0x80008000u : 0u;
+  return {other.x ^ sign, other.y ^ sign, other.z ^ sign, other.w ^ sign};
 }
 
-// Channels 8 * octet .. + 7 of a row of queries or keys, turned; `own` are these, as loaded.
-DEVICE uint4 embed(uint4 own, const uint4* row, int octet, bool taken, const Params& p, int batch, int token) {
+// Channels 8 * octet .. + 7 of a row of queries or keys, turned; `own` and, of the partner, `other` as loaded.
+DEVICE uint4 embed(uint4 own, uint4 other, int octet, bool taken, const Params& p, int batch, int token) {
   if (ROTARY == 0 || octet >= ROTARY / 8) return own;
   const uint4 cos = load_if(taken, reinterpret_cast<const uint4*>(row_of(p.cos, batch, 0, token)) + octet);
   const uint4 sin = load_if(taken, reinterpret_cast<const uint4*>(row_of(p.sin, batch, 0, token)) + octet);
-  const uint4 other = others_of(own, row, octet, taken);
+  other = with_sign(own, other, octet);
   return {turn_pair(own.x, other.x, cos.x, sin.x), turn_pair(own.y, other.y, cos.y, sin.y),
           turn_pair(own.z, other.z, cos.z, sin.z), turn_pair(own.w, other.w, cos.w, sin.w)};
+}
+
+DEVICE uint4 load_partner(const uint4* row, int octet, bool taken) {
+  return load_if(taken && !INTERLEAVED && octet < ROTARY / 8, row + partner_of(octet));
 }
 
 // ---- means: a CTA for the keys or the values of a head ----
@@ -142,7 +147,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_means(const __gr
     const uint4* x = reinterpret_cast<const uint4*>(row_of(values ? p.v : p.k, batch, pair % p.heads_kv, token));
     const bool taken = sample < samples && 8 * column < D;
     uint4 words = load_if(taken, x + column);
-    if (!values) words = embed(words, x, column, taken, p, batch, token);
+    if (!values) words = embed(words, load_partner(x, column, taken), column, taken, p, batch, token);
     const u32 word[4] = {words.x, words.y, words.z, words.w};
 #pragma unroll
     for (int e = 0; e < 8; ++e) total[e] += Half::unpack(static_cast<u16>(word[e / 2] >> (e % 2 * 16)));
@@ -179,11 +184,19 @@ DEVICE void load_rotated(float (&x)[2][ELEMENTS], const Input& input, int batch,
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const uint4* row = reinterpret_cast<const uint4*>(row_of(input, batch, head, token + 8 * r));
+    uint4 own[CHUNKS];
 #pragma unroll
-    for (int c = 0; c < CHUNKS; ++c) words[r][c] = load_if(taken[r], row + 4 * c + at.quad);
+    for (int c = 0; c < CHUNKS; ++c) own[c] = load_if(taken[r], row + 4 * c + at.quad);
 #pragma unroll
-    for (int c = 0; c < CHUNKS && embedded; ++c) {
-      words[r][c] = embed(words[r][c], row, 4 * c + at.quad, taken[r], p, batch, token + 8 * r);
+    for (int c = 0; c < CHUNKS; ++c) {
+      const int octet = 4 * c + at.quad;
+      if (!embedded || 32 * c >= ROTARY) {
+        words[r][c] = own[c];
+        continue;
+      }
+      // Halves of 32 channels and more put both octets into one thread.
+      const uint4 other = HALF % 4 == 0 ? own[partner_of(4 * c) / 4] : load_partner(row, octet, taken[r]);
+      words[r][c] = embed(own[c], other, octet, taken[r], p, batch, token + 8 * r);
     }
   }
 #pragma unroll
