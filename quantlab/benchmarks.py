@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ SHAPES = {
 
 
 Table = tuple[str, tuple[str, ...], list[tuple[Any, ...]]]
+_FIRST = 16  # steps of a run that are not timed
 CASES = ("prefill 1x2048", "prefill 8x2048", "decode 1x128", "decode 16x2048")
 
 
@@ -311,43 +313,35 @@ def _prefill_ms(model: Any, tokens: Any, runs: int = 5) -> float:
     return statistics.median(times[2:])
 
 
-def _decode_ms(model: Any, tokens: Any, steps: int = 64, pairs: int = 3) -> float:
-    """Milliseconds a step of `generate`: the difference of a long and a short run takes its start-up out.
+def _decode_ms(model: Any, tokens: Any, steps: int = 96) -> float:
+    """Median milliseconds of a step of `generate` with a static cache of its own making.
 
-    All runs go on in one static cache, so the prompt is read once.
+    The first run compiles and captures graphs; of the second the first steps, which may capture again, do not count.
     """
     import torch
 
     torch._dynamo.reset()  # a graph for this case alone: after others it would be one for any shape
-    short, long = 8, 8 + steps
-    past = _static_cache(model, tokens.shape[1] + 2 * long + pairs * (long + short))
-
-    def run(new_tokens: int) -> float:
-        nonlocal tokens
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        tokens = model.generate(
+    for _ in range(2):
+        clock = _Clock()
+        model.generate(
             tokens,
             attention_mask=torch.ones_like(tokens),
-            past_key_values=past,
-            min_new_tokens=new_tokens,
-            max_new_tokens=new_tokens,
+            cache_implementation="static",
+            min_new_tokens=_FIRST + steps,
+            max_new_tokens=_FIRST + steps,
             do_sample=False,
             pad_token_id=0,
+            logits_processor=[clock],
         )
-        torch.cuda.synchronize()
-        return (time.perf_counter() - start) * 1e3
-
-    run(long), run(long)  # reads the prompt and compiles, then captures
-    return statistics.median((run(long) - run(short)) / steps for _ in range(pairs))
+    return statistics.median(after - before for before, after in pairwise(clock.times[_FIRST:])) * 1e3
 
 
-def _static_cache(model: Any, length: int) -> Any:
-    """An empty static cache for so many tokens, quantized where the model's is."""
-    from transformers import StaticCache
+class _Clock:
+    """A logits processor that notes when it is called, once a step, and changes nothing."""
 
-    from quantlab import cache
+    def __init__(self) -> None:
+        self.times: list[float] = []
 
-    made = StaticCache(config=model.config, max_cache_len=length)
-    prepared = cache.prepared(model)
-    return made if prepared is None else prepared.like(made)
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        self.times.append(time.perf_counter())
+        return scores

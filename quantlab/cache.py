@@ -37,6 +37,7 @@ from quantlab.cache_layers import (
     StaticPackedLayer,
     WindowPackedLayer,
 )
+from quantlab.decoding import stop_late
 from quantlab.errors import PreflightError, UsageError
 from quantlab_calib import rope
 
@@ -90,6 +91,7 @@ def use(model: Any, kv: KV | str | None, tokens: Tensor | None = None) -> Any:
     keys = {} if latents or kv.format == "16bit" else _keys(model, tokens)
     setattr(model, _PREPARED, Prepared(kv, keys, latents))
     setattr(model, _PREPARE, types.MethodType(_prepare, model))
+    stop_late(model)
     return model
 
 

@@ -102,6 +102,8 @@ def load(
     """
     import transformers
 
+    from quantlab import decoding
+
     enable()
     # mismatched sizes are refused below, by name; transformers would raise without one
     kwargs = {"ignore_mismatched_sizes": True, **_with_attention(attention, kwargs)}
@@ -121,6 +123,7 @@ def load(
     if getattr(config, "quantization_config", None) is not None:
         _require_ours(path, model)
     _require_complete(path, info)
+    decoding.stop_late(model)
     if warmup:
         warm_up(model)
     return with_kv(model, path, kv)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 
@@ -19,23 +21,22 @@ def random_llama(tmp_path_factory):
 
 
 @pytest.mark.parametrize("kv", [None, "int8"])
-def test_decoding_goes_on_in_one_static_cache(random_llama, kv: str | None, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+def test_decoding_is_timed_over_steps_in_a_static_cache(random_llama, kv: str | None, monkeypatch):
     model = quantlab.load(random_llama, kv=kv).eval()
-    read, lengths = [], []
-    generate, forward = model.generate, model.forward
-    monkeypatch.setattr(model, "forward", lambda *a, **k: read.append(k["input_ids"].shape[1]) or forward(*a, **k))
+    read, caches, forward = [], set(), model.forward
 
-    def counted(tokens, **kwargs):
-        lengths.append(tokens.shape[1])
-        return generate(tokens, **kwargs)
+    def spy(*args, **kwargs):
+        read.append(kwargs["input_ids"].shape[1])
+        caches.add(all(layer.is_compileable for layer in kwargs["past_key_values"].layers))
+        time.sleep(0.02 if len(read) > 40 and read[-1] == 1 else 0.001)
+        return forward(*args, **kwargs)
 
-    monkeypatch.setattr(model, "generate", counted)
+    monkeypatch.setattr(model, "forward", spy)
     with torch.inference_mode():
-        benchmarks._decode_ms(model, torch.randint(3, 512, (2, 40)), steps=4, pairs=1)
-    assert lengths == [40, 52, 64, 76]
-    assert read[0] == 40
-    assert set(read[1:]) == {1}
+        ms = benchmarks._decode_ms(model, torch.randint(3, 512, (2, 40)), steps=8)
+    assert read == ([40] + [1] * 23) * 2
+    assert caches == {True}
+    assert ms >= 20
 
 
 def test_cases():
