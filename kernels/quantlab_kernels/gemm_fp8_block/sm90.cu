@@ -34,7 +34,7 @@ constexpr int MATH_WARPS = 4 * MATH_GROUPS;
 constexpr int CLUSTER = CLUSTER_X * SPLIT;
 static_assert(SPLIT == 1 || CLUSTER_X == 1, "a cluster shares tiles or splits K");
 static_assert(TAIL == 1 || CLUSTER == 1, "the parts of a tile belong to single CTAs");
-static_assert(!STREAM || (SPLIT == 1 && TAIL == 1), "tiles are cut along K in one way");
+static_assert(!STREAM || (SPLIT == 1 && TAIL == 1 && !GROUPED), "tiles are cut along K in one way");
 static_assert(!STREAM || CLUSTER_X == 1 || !SWAP, "CTAs that share a tile of weights have different tokens");
 static_assert(WAVES == 1 || TEMPS == 1, "two temporary accumulators need one wave");
 static_assert(!GROUPED || (CLUSTER == 1 && TAIL == 1), "tiles of experts belong to single CTAs");
@@ -99,36 +99,21 @@ struct Params {
 //
 // Each tile of tokens has as many CTAs as any other. Side by side they multiply the same weights, which then come from
 // memory once. A CTA begins with the end of a tile, whose sums it hands over at once, and ends with the beginning of
-// one, whose owner it is: what an owner waits for was computed first. GROUPED: all tiles of all experts are one row.
+// one, whose owner it is: what an owner waits for was computed first.
 struct Schedule {
-  int blocks, channel_tiles, lanes, lane, worker, share, longer, tile, part_first, left;
+  int blocks, lanes, lane, worker, share, longer, tile, part_first, left;
   int tile_x, tile_y, first, last;
-  int first_token = 0, end_token;
-  int rank;
-  static constexpr int whole = 0, rest = 0, parts = 0;
-#if GROUPED
-  int experts;
-  u32 groups;
-  Group group;
-#endif
+  int rank, end_token;
+  static constexpr int first_token = 0, whole = 0, rest = 0, parts = 0;
 
-  DEVICE Schedule(const Params& p, u32 cluster_rank, u32 shared_groups) : blocks(p.blocks), end_token(p.tokens) {
+  DEVICE Schedule(const Params& p, u32 cluster_rank, u32) : blocks(p.blocks), end_token(p.tokens) {
     rank = CLUSTER_X > 1 ? cluster_rank : 0;
-    channel_tiles = (p.channels + CHANNELS - 1) / CHANNELS;
-#if GROUPED
-    experts = p.experts;
-    groups = shared_groups;
-    lanes = 1;
-    const int tiles = uniform(count_tiles(groups, experts)) * channel_tiles;
-#else
     lanes = (p.tokens + TOKENS - 1) / TOKENS;
-    const int tiles = channel_tiles;
-#endif
     worker = uniform(blockIdx.x / lanes);
     lane = blockIdx.x - worker * lanes;
-    const int workers = uniform(gridDim.x / lanes);
-    share = uniform(tiles * blocks / workers);
-    longer = tiles * blocks - share * workers;
+    const int total = (p.channels + CHANNELS - 1) / CHANNELS * blocks, workers = uniform(gridDim.x / lanes);
+    share = uniform(total / workers);
+    longer = total - share * workers;
     const int begin = begin_of(worker);
     left = begin_of(worker + 1) - begin;
     tile = uniform(begin / blocks) - 1;
@@ -146,34 +131,16 @@ struct Schedule {
     left -= last - first;
     part_first = 0;
     ++tile;
-#if GROUPED
-    find_group(group, groups, experts, channel_tiles, tile);
-    const Place place = place_in_group(group, channel_tiles, GROUP, tile);
-    first_token = group.first_token;
-    end_token = group.end_token;
-#else
-    const Place place = {lane, tile};
-#endif
-    tile_x = SWAP ? place.channel_tile : place.token_tile;
-    tile_y = SWAP ? place.token_tile : place.channel_tile;
+    tile_x = SWAP ? tile : lane;
+    tile_y = SWAP ? lane : tile;
     return true;
   }
 
-#if GROUPED
-  DEVICE void settle() {
-    tile_x = uniform(tile_x);
-    tile_y = uniform(tile_y);
-    first_token = uniform(first_token);
-    end_token = uniform(end_token);
-  }
-  DEVICE int weight_row(const Params& p) const { return group.expert * p.channels + channel(); }
-#else
-  DEVICE void settle() {}
-  DEVICE int weight_row(const Params&) const { return channel(); }
-#endif
   DEVICE bool advance_part() { return false; }
-  DEVICE int token() const { return first_token + (SWAP ? tile_y * BY : tile_x * BX); }
+  DEVICE void settle() {}
+  DEVICE int token() const { return SWAP ? tile_y * BY : tile_x * BX; }
   DEVICE int channel() const { return SWAP ? tile_x * BX : tile_y * BY; }
+  DEVICE int weight_row(const Params&) const { return channel(); }
 };
 #else
 // What every role walks through in the same order: the tiles of this cluster, and the range of K of this CTA.

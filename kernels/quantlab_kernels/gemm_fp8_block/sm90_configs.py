@@ -108,8 +108,8 @@ def reject(config: Config, problem: GemmProblem) -> str | None:
         return "the copy engine writes 16-bit rows of a multiple of 16 bytes"
     if config.output_tma and config.swap:
         return "swapped results are transposed through shared memory"
-    if config.stream and (config.split > 1 or config.tail > 1):
-        return "tiles are cut along K in one way"
+    if config.stream and (config.split > 1 or config.tail > 1 or config.grouped):
+        return "tiles are cut along K in one way, and those of experts not at all"
     if config.stream and config.cluster_x > 1 and (config.swap or config.token_tiles(problem.m) % config.cluster_x):
         return "the CTAs of a cluster share weights and have different tokens"
     if config.stream and 8 * config.token_tiles(problem.m) > 132:
@@ -122,6 +122,7 @@ def reject(config: Config, problem: GemmProblem) -> str | None:
 # 64 rows of X in each of three math groups: while one adds up, two multiply. The most even tensor-core load there is.
 _THREE = Config(math_groups=3, stages=4, pieces=2)
 _TWO = Config(temps=2)
+_ONE = Config(math_groups=1, temps=2)
 _SPLIT = Config(temps=2, stages=5, pieces=2, split=2)
 _WAVES = Config(waves=2, stages=3, pieces=3)
 
@@ -140,11 +141,16 @@ def _family(problem: GemmProblem) -> Iterator[Config]:
         yield Config(temps=2, stages=3, output_tma=0, split=2)
         yield Config(by=64, temps=2, stages=6, output_tma=0)
         return
+    if problem.m <= 64:
+        yield from _single()
     for tail in (1, 4):
-        for group in (6, 16):
+        for group in (11, 6):
             yield replace(_THREE, group=group, tail=tail)
         yield replace(_TWO, tail=tail)
         yield replace(_WAVES, tail=tail)
+    yield replace(_WAVES, stages=4, pieces=1)
+    yield replace(_TWO, stream=1)
+    yield replace(_TWO, stream=1, cluster_x=2)
     yield replace(_TWO, group=2)
     yield replace(_TWO, cluster_x=2)
     yield _SPLIT
@@ -156,6 +162,14 @@ def _family(problem: GemmProblem) -> Iterator[Config]:
     yield Config(by=192, stages=5)
 
 
+def _single() -> Iterator[Config]:
+    """64 tokens on the M side of the MMA: no half of a tile is empty, and a scale of a token serves a row."""
+    for by in (64, 128):
+        yield deepest(replace(_ONE, by=by))
+        yield deepest(replace(_ONE, by=by, split=2))
+    yield deepest(replace(_ONE, temps=1))
+
+
 def _swapped(m: int) -> Iterator[Config]:
     """Weights on the M side of the MMA, tokens on its N side."""
     by = next(b for b in (16, 32, 64, 128) if m <= b)
@@ -165,8 +179,10 @@ def _swapped(m: int) -> Iterator[Config]:
             shape = Config(by=width, waves=waves, math_groups=groups, split=split, swap=1, output_tma=0)
             if _fits(shape):
                 yield deepest(shape)
-    if by >= 64 and _fits(shape := Config(by=by, swap=1, output_tma=0, cluster_x=2)):
-        yield deepest(shape)
+    if by >= 64:
+        yield deepest(Config(by=by, swap=1, output_tma=0, stream=1))
+        if _fits(shape := Config(by=by, swap=1, output_tma=0, cluster_x=2)):
+            yield deepest(shape)
 
 
 def _fits(config: Config) -> bool:
@@ -186,7 +202,7 @@ def estimate_us(config: Config, problem: GemmProblem, sms: int = 132) -> float:
     at_once *= config.cluster_x
     waves, rest = divmod(tiles, at_once)
     parts = max(1, min(at_once // rest, config.tail, blocks // 4)) if rest else 1
-    depth = waves + (1 / parts if rest else 0)
+    depth = tiles / at_once if config.stream else waves + (1 / parts if rest else 0)
 
     mma = 2 * config.bx * config.by / 64  # cycles of the tensor cores for one block of K
     compute = depth * blocks / config.split * (mma / _efficiency(config) + (110 if config.swap else 53)) / _CLOCK
@@ -197,6 +213,7 @@ def estimate_us(config: Config, problem: GemmProblem, sms: int = 132) -> float:
 
     output = 0.1 * depth + 0.9 * config.bx * config.by / config.split / 2**14
     exchange = (1 + 0.2 * config.split if config.split > 1 else 0) + (6.5 * parts**0.5 if parts > 1 else 0)
+    exchange += 3.5 * config.stream
     sharing = 1.0 if config.cluster_x == 1 else 1.3  # CTAs that wait for each other; wins are rare and hard to foresee
     return max(compute, memory, loaded / _L2) * sharing + _LAUNCH + output + exchange
 
@@ -207,8 +224,10 @@ def _efficiency(config: Config) -> float:
         return 0.25 if config.by <= 32 else 0.5
     if config.math_groups == 3:
         return 0.89
-    if config.waves == 2:
+    if config.math_groups == 1:
         return 0.5
+    if config.waves == 2:
+        return 0.78
     return {64: 0.75, 96: 0.7, 192: 0.81}.get(config.by, 0.92)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from quantlab_kernels.common import driver, nvrtc
 from quantlab_kernels.common.gemm import round_up
 from quantlab_kernels.common.hardware import gpu
-from quantlab_kernels.common.launches import address, aligned
+from quantlab_kernels.common.launches import aligned
 from quantlab_kernels.gemm_fp8_block import sm90
 from quantlab_kernels.gemm_fp8_block.sm90_configs import MAX_EXPERTS, Config, deepest
 from quantlab_kernels.gemm_fp8_grouped.op import GroupedProblem
@@ -41,7 +41,7 @@ def config(problem: GroupedProblem) -> Config:
     if not tma:
         return deepest(Config(temps=2, output_tma=0, grouped=1), most=6)
     if problem.mean >= 1024:
-        return Config(math_groups=3, stages=4, pieces=2, grouped=1)
+        return Config(math_groups=3, stages=4, pieces=2, group=11, grouped=1)
     return deepest(Config(temps=2, grouped=1), most=6)
 
 
@@ -50,10 +50,9 @@ def launch(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, counts: Tenso
     if (a.data_ptr() | a_scale.data_ptr() | b.data_ptr()) % 16:
         a, a_scale, b = (aligned(operand) for operand in (a, a_scale, b))
     device = a.get_device()
-    partials, flags = sm90.handover(config, a)
     code, shape, params = _prepared(
         config, out.dtype, device, (*a.shape, *b.shape[:2]), a.data_ptr(), (a_scale.data_ptr(), a_scale.stride(1)),
-        b.data_ptr(), b_scale.data_ptr(), counts.data_ptr(), out.data_ptr(), address(partials), address(flags),
+        b.data_ptr(), b_scale.data_ptr(), counts.data_ptr(), out.data_ptr(),
     )  # fmt: skip
     code.launch(shape, params, device)
 
@@ -61,7 +60,7 @@ def launch(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, counts: Tenso
 @functools.lru_cache(maxsize=4096)
 def _prepared(
     config: Config, out_dtype: torch.dtype, device: int, extents: tuple[int, int, int, int], a: int,
-    a_scale: tuple[int, int], b: int, b_scale: int, counts: int, out: int, partials: int, flags: int,
+    a_scale: tuple[int, int], b: int, b_scale: int, counts: int, out: int,
 ) -> tuple[driver.Kernel, driver.Launch, bytes]:  # fmt: skip
     """Kernel, shape of the launch and the kernel's `Params`, for addresses of the operands."""
     rows, k, experts, n = extents
@@ -76,10 +75,11 @@ def _prepared(
     column = round_up(4 * max(a_scale[1], 4), 16)  # a single column of scales may report any stride
     maps.append(driver.tensor_map(driver.FLOAT32, a_scale[0], rows, k // 128, column, tokens + 4, 1, driver.NO_SWIZZLE))
     maps.append(sm90.output_map(config, (rows, n), (out, n), out_dtype) if config.output_tma else bytes(128))
-    scalars = struct.pack("<QQQqQQiiiiQi", b_scale, 0, out, n, partials, flags, rows, n, k // 128, 0, counts, experts)
+    scalars = struct.pack("<QQQqQQiiiiQi", b_scale, 0, out, n, 0, 0, rows, n, k // 128, 0, counts, experts)
     params = b"".join(maps) + scalars
     channels = config.bx if config.swap else config.by
-    tiles, ctas = (rows // tokens + min(experts, rows)) * -(-n // channels), gpu(device).sm_count
-    ctas = ctas if config.stream else min(tiles, ctas)
-    shape = driver.Launch(ctas, 128 * (config.math_groups + 1), 1, config.shared_bytes(), early=True)
+    tiles = (rows // tokens + min(experts, rows)) * -(-n // channels)
+    shape = driver.Launch(
+        min(tiles, gpu(device).sm_count), 128 * (config.math_groups + 1), 1, config.shared_bytes(), early=True
+    )
     return sm90.kernel(config, out_dtype, None, False), shape, params.ljust(_PARAMS_BYTES, b"\0")

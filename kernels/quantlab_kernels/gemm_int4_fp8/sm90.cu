@@ -30,7 +30,7 @@
 //   BAND        tiles of rows (EXPERTS: of tokens) that are walked together for the sake of the L2 cache
 //   SPLIT       CTAs of a cluster, each with a part of the K of a tile; a CTA has one tile then
 //   EXPERTS     1: rows of x are sorted by expert and the weight is one [N, K] for each; how many rows an expert has is
-//               read from device memory. Tiles leave row by row: the next rows are another expert's
+//               read from device memory. Tiles are whole, and leave row by row: the next rows are another expert's
 #include "experts.cuh"
 #include "sm90.cuh"
 #include "wgmma.cuh"
@@ -89,7 +89,7 @@ struct Params {
   float* partials;  // a tile of every CTA
   u32* flags;       // one of every row group of every CTA; 0 between launches
   int tokens, rows, blocks;  // M, N, K / 128
-  int streamed;              // tiles that are cut along K (EXPERTS: not 0, all); each CTA has `share` blocks of them,
+  int streamed;              // tiles that are cut along K; each CTA has `share` blocks of them,
   int share, longer;         // the first `longer` CTAs one more
   int prefetch;              // 1: weights may be loaded while the kernel before this one still runs
 #if EXPERTS
@@ -114,16 +114,12 @@ struct Schedule {
 
   DEVICE Schedule(const Params& p, u32 shared_groups)
       : blocks(p.blocks), share(p.share), longer(p.longer), end_token(p.tokens) {
-    int streamed = p.streamed;
     count_x = (p.rows + BX - 1) / BX;
 #if EXPERTS
     experts = p.experts;
     groups = shared_groups;
     count_y = (p.tokens + BY * experts - 1) / (BY * experts);  // of an expert, were rows spread evenly
     tiles = uniform(count_tiles(groups, experts)) * count_x;
-    streamed = streamed ? tiles : 0;  // all or none: the host does not know how many there are
-    share = uniform(streamed * blocks / gridDim.x);
-    longer = streamed * blocks - share * gridDim.x;
 #else
     count_y = (p.tokens + BY - 1) / BY;
     tiles = count_x * count_y;
@@ -132,7 +128,7 @@ struct Schedule {
     left = begin_of(blockIdx.x + 1) - begin;
     part_tile = uniform(begin / blocks);
     part_first = begin - part_tile * blocks;
-    next = streamed + blockIdx.x / SPLIT;
+    next = p.streamed + blockIdx.x / SPLIT;
   }
 
   // Where a CTA's share of the streamed tiles begins, counted in K blocks.
@@ -702,11 +698,11 @@ DEVICE void compute(const Params& p, const Shared& s, Schedule schedule) {
     if (K_GROUPS > 1 && at.k_group > 0) continue;
     if (first) wait_for_previous_kernel();  // it may still read what lies where the output goes
     first = false;
-    if (schedule.first > 0) {
+    if (!EXPERTS && schedule.first > 0) {
       hand_over(p, s, at, sum);
       continue;
     }
-    if (schedule.last < schedule.blocks) collect(p, s, schedule, at, sum);
+    if (!EXPERTS && schedule.last < schedule.blocks) collect(p, s, schedule, at, sum);
     finish(p, schedule, at, sum);
     if constexpr (OUTPUT_TMA) {
       store_tile(p, s, schedule, at, sum);

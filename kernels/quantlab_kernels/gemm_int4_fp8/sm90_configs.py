@@ -155,7 +155,7 @@ def default(problem: Int4Problem) -> Config:
     else:
         chosen = Config(1, 2, by, stream=0 if problem.k <= 4096 else 2)
         if chosen.stream and _pairs_fill(chosen, problem):
-            chosen = replace(chosen, stream=0, split=2)
+            chosen = replace(chosen, stream=0, split=2, k_groups=4 if by == 16 else 2)
     if problem.grouped and _token_scale_bytes(problem) <= _TOKEN_SCALES:
         chosen = replace(chosen, token_scales=_TOKEN_SCALES)
     return deepest(chosen, problem)
@@ -167,6 +167,8 @@ def _many(problem: Int4Problem) -> Config:
         return Config(2, 1, 128, prefetch=0, stream=2 if problem.m <= 512 else 1)
     if problem.m > 512 or problem.n >= 16384:
         return Config(3, 1, 128, prefetch=0, stream=1)
+    if problem.grouped and problem.k >= 8192:
+        return Config(2, 1, 128, prefetch=0, early=1)
     chosen = Config(2, 1, 128)
     return replace(chosen, stream=0, split=2) if _pairs_fill(chosen, problem) else chosen
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from quantlab_kernels.common import driver, nvrtc
 from quantlab_kernels.common.hardware import gpu
 from quantlab_kernels.common.int4 import GROUP, Int4Problem
-from quantlab_kernels.common.launches import address, aligned
+from quantlab_kernels.common.launches import aligned
 from quantlab_kernels.gemm_fp8_block.sm90_configs import MAX_EXPERTS
 from quantlab_kernels.gemm_int4_fp8 import sm90
 from quantlab_kernels.gemm_int4_fp8.sm90_configs import Config, deepest, reject
@@ -31,7 +31,8 @@ def config(problem: Int4Problem) -> Config:
         wide, narrower = (Config(groups, 1, 128, prefetch=0, stream=0) for groups in (3, 2))
         return deepest(wide if reject(deepest(wide, problem), problem) is None else narrower, problem)
     by = 16 if mean <= 12 else 32 if mean <= 32 else 64
-    return deepest(Config(4, 1, by, prefetch=int(by < 64), stream=0), problem)
+    shape = Config(2, 2, by, prefetch=0, stream=0) if by < 64 else Config(4, 1, by, prefetch=0, stream=0)
+    return deepest(shape, problem)
 
 
 def warmup(problems: Iterable[Int4Problem]) -> int:
@@ -51,10 +52,9 @@ def launch(
     grouped = a_scale is not None and a_scale.shape[1] > 1
     problem = Int4Problem(a.shape[0], n, a.shape[1], a.dtype, out.dtype, None, b_scale.dtype, grouped, experts=experts)
     token_scale = 0 if a_scale is None else a_scale.data_ptr()
-    partials, flags = sm90.handover(config, a)
     code, shape, params = _prepared(
         config, problem, device, a.data_ptr(), token_scale, b.data_ptr(), b_scale.data_ptr(), counts.data_ptr(),
-        out.data_ptr(), address(partials), address(flags),
+        out.data_ptr(),
     )  # fmt: skip
     code.launch(shape, params, device)
 
@@ -62,18 +62,15 @@ def launch(
 @functools.lru_cache(maxsize=4096)
 def _prepared(
     config: Config, problem: Int4Problem, device: int, x: int, token_scale: int, b: int, scale: int, counts: int,
-    out: int, partials: int, flags: int,
+    out: int,
 ) -> tuple[driver.Kernel, driver.Launch, bytes]:  # fmt: skip
     """Kernel, shape of the launch and the kernel's `Params`, for addresses of the operands."""
     rows, n, blocks, experts = problem.m, problem.n, problem.k // GROUP, problem.experts
     maps = sm90.operand_maps(config, problem, (x, problem.k), token_scale, scale)
-    streamed = int(config.stream > 0)
     scalars = struct.pack(
-        "<QQQQqQQiiiiiii4xQi", b, token_scale, 0, out, n, partials, flags, rows, n, blocks, streamed, 0, 0, 0,
-        counts, experts,
-    )  # fmt: skip
+        "<QQQQqQQiiiiiii4xQi", b, token_scale, 0, out, n, 0, 0, rows, n, blocks, 0, 0, 0, 0, counts, experts
+    )
     params = b"".join(maps) + bytes(128) + scalars
-    tiles, ctas = (rows // config.by + min(experts, rows)) * -(-n // config.bx), gpu(device).sm_count
-    ctas = ctas if config.stream else min(tiles, ctas)
-    shape = driver.Launch(ctas, config.threads, 1, config.shared_bytes(problem), early=True)
+    tiles = (rows // config.by + min(experts, rows)) * -(-n // config.bx)
+    shape = driver.Launch(min(tiles, gpu(device).sm_count), config.threads, 1, config.shared_bytes(problem), early=True)
     return sm90.kernel(config, sm90.kind(problem)), shape, params + bytes(-len(params) % 64)
