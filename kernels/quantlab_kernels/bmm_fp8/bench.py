@@ -14,7 +14,7 @@ from quantlab_kernels.quantize_fp8 import op as quantizer
 
 MODELS = {"deepseek-v2-lite": 16, "deepseek-v3": 128}  # heads
 NOPE, V, LATENT = 128, 128, 512
-TOKENS = (1, 16, 128)
+TOKENS = (1, 16, 64, 128)
 
 
 def build(problem: op.Problem, device: torch.device, seed: int) -> tuple[Tensor, ...]:

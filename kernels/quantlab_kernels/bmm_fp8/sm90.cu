@@ -78,7 +78,9 @@ DEVICE int k_of(int step, int t) {
 }
 
 // Column of a warp's tile to which a half of the accumulators belongs.
-DEVICE int n_of(int tile, int g, int half) { return TRANSPOSED ? 16 * tile + g + 8 * half : 2 * TILES * g + 2 * tile + half; }
+DEVICE int n_of(int tile, int g, int half) {
+  return TRANSPOSED ? 16 * tile + g + 8 * half : 2 * TILES * g + 2 * tile + half;
+}
 
 // What a thread has of the tokens' part of a slice.
 struct Tokens {
@@ -151,7 +153,8 @@ struct Slice {
 };
 
 // Sums of all of K, two tiles of 16 columns: a thread has four of them in a row.
-DEVICE void store(const Params& p, const float (&total)[TOKENS][TILES][4], int token, int end, int head, int n, int g, int t) {
+DEVICE void store(const Params& p, const float (&total)[TOKENS][TILES][4], int token, int end, int head, int n, int g,
+                  int t) {
   for (int j = 0; j < TOKENS; j++)
     for (int e = 0; e < 2; e++) {
       long long to = (static_cast<long long>(token + 8 * j + 2 * t + e) * p.heads + head) * N + n + 4 * g;
