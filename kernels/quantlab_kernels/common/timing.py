@@ -40,10 +40,9 @@ def measure(variants: Mapping[str, Sequence[Call]], *, rounds: int = 15) -> dict
     """
     regions = {name: _region(calls) for name, calls in variants.items()}
     samples: dict[str, list[float]] = {name: [] for name in variants}
-    lead = next(iter(regions.values()))[0] if regions else None
     for _ in range(rounds):
-        if lead is not None:
-            lead()  # not timed: keeps the device busy while the host gets ahead of it, so that no region waits for a launch
+        for lead, _, _ in list(regions.values())[:1]:
+            lead()  # untimed: the device has work while the host gets ahead, so that no region waits for a launch
         marks = {}
         for name, (region, _, _) in regions.items():
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
