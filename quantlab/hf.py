@@ -123,7 +123,8 @@ def load(
     if getattr(config, "quantization_config", None) is not None:
         _require_ours(path, model)
     _require_complete(path, info)
-    decoding.stop_late(model)
+    if attention not in (None, "none"):
+        decoding.stop_late(model)
     if warmup:
         warm_up(model)
     return with_kv(model, path, kv)

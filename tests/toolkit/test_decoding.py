@@ -66,7 +66,9 @@ def test_models_that_cannot_generate_and_second_calls_change_nothing(model):
 def test_quantized_models_and_caches_have_it(model, tmp_path):
     del model.generate
     model.save_pretrained(tmp_path / "model")
-    assert "generate" in quantlab.load(tmp_path / "model", kv="int8").__dict__
+    for ours in ({"kv": "int8"}, {"attention": "int8"}):
+        assert "generate" in quantlab.load(tmp_path / "model", **ours).__dict__
+    assert "generate" not in quantlab.load(tmp_path / "model").__dict__  # plain transformers, to compare with
     quantlab.quantize(tmp_path / "model", "fp8-dynamic", tmp_path / "quantized")
     assert "generate" in LlamaForCausalLM.from_pretrained(tmp_path / "quantized").__dict__
 
