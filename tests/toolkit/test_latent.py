@@ -348,8 +348,13 @@ def test_beams_and_crops():
     assert past.layers[0].cache.capacity == 512
 
 
-def test_a_decoding_step_compiles_whole():
-    model = cache.use(tiny("DeepseekV3"), "fp8")
+@pytest.mark.parametrize("codes", [False, True])
+def test_a_decoding_step_compiles_whole(checkpoint, codes):
+    if codes:
+        model = quantlab.load(checkpoint, dtype=torch.float32, kv="fp8")
+        absorb(model, codes=True)
+    else:
+        model = cache.use(tiny("DeepseekV3"), "fp8")
     ids = prompts(padded=0)["input_ids"]
     with torch.no_grad():
         static = transformers.StaticCache(config=model.config, max_cache_len=32)
