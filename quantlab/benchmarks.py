@@ -321,6 +321,7 @@ def _decode_ms(model: Any, tokens: Any, steps: int = 96) -> float:
     import torch
 
     torch._dynamo.reset()  # a graph for this case alone: after others it would be one for any shape
+    model.__dict__.pop("_previous_max_cache_length", None)  # and a cache of its length, not of the longest before
     for _ in range(2):
         clock = _Clock()
         model.generate(
