@@ -74,7 +74,8 @@ def test_whatever_the_counts(counts, dtype, backend, blocked):
     [
         {"swap": 1, "by": 16, "output_tma": 0}, {"swap": 1, "by": 64, "output_tma": 0, "math_groups": 1},
         {"temps": 2}, {"temps": 2, "group": 2}, {"math_groups": 3, "stages": 4, "pieces": 2, "group": 3},
-        {"by": 192, "stages": 4},
+        {"by": 192, "stages": 4}, {"math_groups": 1, "temps": 2, "by": 64}, {"math_groups": 1, "by": 128},
+        {"math_groups": 1, "by": 192, "stages": 5}, {"by": 64, "temps": 2},
     ],
 )  # fmt: skip
 def test_every_way_to_share_out_the_tiles(changes):

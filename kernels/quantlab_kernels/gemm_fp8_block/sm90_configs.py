@@ -141,7 +141,7 @@ def _family(problem: GemmProblem) -> Iterator[Config]:
         yield Config(temps=2, stages=3, output_tma=0, split=2)
         yield Config(by=64, temps=2, stages=6, output_tma=0)
         return
-    if problem.m <= 64:
+    if 32 < problem.m <= 64:
         yield from _single()
     for tail in (1, 4):
         for group in (11, 6):
