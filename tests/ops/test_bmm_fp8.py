@@ -199,18 +199,15 @@ def test_hopper_shares_out_tokens_where_heads_are_few(monkeypatch):
 @pytest.mark.gpu(sm=90)
 def test_hopper_reads_a_weight_anew_that_was_written_just_before():
     """A launch may start early only once its weight is settled."""
-    part = SLICES[0]
-    a, w, w_scale = operands("normal", 4, part, False, "cuda", torch.bfloat16)
-    other = operands("outliers", 4, part, False, "cuda", torch.bfloat16)[1].roll(1, 0)
+    a, w, w_scale = operands("normal", 4, SLICES[0], False, "cuda", torch.bfloat16)
+    other = w.view(torch.uint8).roll(1, 0).view(w.dtype)
     given = {"first": 0, "count": 128}
-    expected = [bmm_fp8(a, x, w_scale, **given) for x in (w.clone(), other)]
-    held = w.clone()
-    for _ in range(3):
-        bmm_fp8(a, held, w_scale, **given)
-    held.copy_(other)
-    assert torch.equal(bmm_fp8(a, held, w_scale, **given), expected[1])
-    held.copy_(w)
-    assert torch.equal(bmm_fp8(a, held, w_scale, **given), expected[0])
+    expected = [bmm_fp8(a, codes.clone(), w_scale, **given) for codes in (w, other)]
+    assert not torch.equal(*expected)
+    weight = w.clone()
+    for codes, result in zip((w, other, w), (*expected, expected[0]), strict=True):
+        weight.copy_(codes)
+        assert all(torch.equal(bmm_fp8(a, weight, w_scale, **given), result) for _ in range(3))
 
 
 @pytest.mark.gpu(sm=80)
