@@ -18,7 +18,7 @@ from quantlab_kernels.attention_decode import reference
 from quantlab_kernels.attention_decode.bounds import decode_bound
 from quantlab_kernels.attention_decode.op import Problem
 from quantlab_kernels.attention_decode.reference import Attributes
-from quantlab_kernels.attention_decode.splits import splits
+from quantlab_kernels.attention_decode.splits import shares, splits
 from quantlab_kernels.common.kv import FORMATS, dequantize_rows, quantize_rows
 
 TENSORS = ("k", "v", "k_scale", "v_scale", "k_near", "v_near")
@@ -284,6 +284,17 @@ def test_splits_fill_the_gpu():
     assert splits(128, 32768, 264) == 2
     assert splits(8, 100, 264) == 1
     assert 28 <= splits(8, 131072, 264) <= 33
+
+
+def test_few_short_sequences_are_shared_by_clusters():
+    assert [shares(8, tokens, 2, 132) for tokens in (100, 256, 1024, 4096)] == [
+        (1, False),
+        (2, True),
+        (8, True),
+        (8, True),
+    ]
+    assert [shares(pairs, 1024, 2, 132) for pairs in (16, 32, 64)] == [(4, True), (2, True), (4, False)]
+    assert shares(8, 4097, 2, 132) == (splits(8, 4097, 264), False)
 
 
 def problem(format: str, d: int = 128, **more) -> Problem:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from quantlab_kernels.attention_decode import triton
 from quantlab_kernels.attention_decode.reference import Attributes
-from quantlab_kernels.attention_decode.splits import FULL, splits
+from quantlab_kernels.attention_decode.splits import FULL, shares
 from quantlab_kernels.common import driver, nvrtc
 from quantlab_kernels.common.hardware import gpu_of
 from quantlab_kernels.common.kv import Code, PackedKV
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _CODES: dict[Code, int] = {"e4m3": 0, "int8": 1, "int4": 2}
 TILE = 16  # tokens of an MMA
-MERGERS = 4  # threads that add up the shares of one element
+_HEADERS = ("operands.cuh", "tiles.cuh", "sums.cuh")
 _FOLDER = Path(__file__).parent
 
 
@@ -40,10 +40,16 @@ class Config:
     ctas: int = 2
     tiles: int = 1
 
-    def shared_bytes(self, problem: Problem) -> int:
-        row = sum(problem.d // (2 if code == "int4" else 1) + 4 for code in (problem.key, problem.value))
-        merged = 8 * self.eights * (4 * problem.d + 8)
-        return self.warps * (max(self.stages * self.tiles * TILE * row, merged) + 8 * self.stages)
+    def shared_bytes(self, problem: Problem, cluster: int = 1) -> int:
+        """Rings or warps' sums, barriers; queries, mean and channels; the sums that a CTA gets from its cluster."""
+        d, rows = problem.d, 8 * self.eights
+        row = sum(d // (2 if code == "int4" else 1) + 4 for code in (problem.key, problem.value))
+        merged = rows * (4 * d + 24)
+        rings = self.warps * (max(self.stages * self.tiles * TILE * row, merged) + 8 * self.stages)
+        queries = rows * d * problem.dtype.itemsize + 8 * d
+        valid = min(problem.heads_q // problem.heads_kv * problem.sq, rows)
+        sums = 32 * (valid * d // 4 + cluster) if cluster > 1 else 0
+        return -(-rings // 16) * 16 + queries + sums
 
 
 def supports(problem: Problem) -> str | None:
@@ -83,7 +89,8 @@ def source(config: Config, problem: Problem) -> nvrtc.Source:
         "SOFTCAP": int(problem.softcap), "NEAR": int(problem.near > 0), "WARPS": config.warps,
         "STAGES": config.stages, "TILES": config.tiles, "CTAS": config.ctas,
     }  # fmt: skip
-    headers = {"sm90.cuh": (_FOLDER.parent / "common" / "sm90.cuh").read_text()}
+    headers = {name: (_FOLDER / name).read_text() for name in _HEADERS}
+    headers["sm90.cuh"] = (_FOLDER.parent / "common" / "sm90.cuh").read_text()
     return nvrtc.Source("attention_decode", (_FOLDER / "sm90.cu").read_text(), headers, macros)
 
 
@@ -126,17 +133,18 @@ def launch(
     """Fill out [B, Sq, Hq, D] and lse [B, Hq, Sq]. A cache whose slots lie apart goes to Triton."""
     p, sm_count = problem, gpu_of(q).sm_count
     chosen = config(problem, sm_count)
-    if not (_plain(cache.k, cache.k_scale) and _plain(cache.v, cache.v_scale) and _near_plain(cache)):
+    if not (_plain(cache.k, cache.k_scale) and _plain(cache.v, cache.v_scale) and _others_plain(cache)):
         return triton.launch(problem, q, cache, length, start, table, attributes, sinks, out, lse)
-    if q.stride(3) != 1:
-        q = q.contiguous()
+    if q.stride(3) != 1 or not _in_pieces(q):
+        q = q.clone(memory_format=torch.contiguous_format)
     rows = p.heads_q // p.heads_kv * p.sq
     tiles = -(-rows // (8 * chosen.eights))
     tokens = p.longest if p.window < 0 else min(p.longest, p.window + p.sq)
     pairs = p.batch * p.heads_kv * tiles
-    count = splits(pairs, tokens, chosen.ctas * sm_count)
+    count, clustered = shares(pairs, tokens, chosen.ctas, sm_count)
+    mergers = 1 if count <= 8 else 4  # threads that add up the shares of one element
     part = sums = None
-    if count > 1:
+    if count > 1 and not clustered:
         part = q.new_empty(count * p.batch * p.heads_kv * rows * p.d, dtype=torch.float32)
         sums = q.new_empty(count * p.batch * p.heads_kv * rows * 2, dtype=torch.float32)
     addresses = (
@@ -148,19 +156,19 @@ def launch(
         _per_sequence(cache.k_mean), _per_sequence(cache.k_channel), *_strides(cache.k_near), *_strides(cache.v_near),
     )  # fmt: skip
     params = struct.pack(
-        "<17Q19q14i2f", *(0 if t is None else t.data_ptr() for t in addresses), *strides,
+        "<17Q19q16i2f", *(0 if t is None else t.data_ptr() for t in addresses), *strides,
         p.batch, p.heads_kv, p.heads_q // p.heads_kv, p.sq, rows, tiles, count, cache.capacity,
         0 if table is None else table.stride(0), attributes.window, 0 if sinks is None else _FLOATS[sinks.dtype],
-        cache.first, cache.newest, 0 if cache.k_near is None else _FLOATS[cache.k_near.dtype], attributes.scale,
-        attributes.softcap,
+        cache.first, cache.newest, 0 if cache.k_near is None else _FLOATS[cache.k_near.dtype], mergers, int(clustered),
+        attributes.scale, attributes.softcap,
     )  # fmt: skip
     attend, merge = kernels(chosen, problem)
     device = q.get_device()
-    attend.launch(
-        driver.Launch(pairs * count, 32 * chosen.warps, 1, chosen.shared_bytes(p), early=True), params, device
-    )
-    if count > 1:
-        merge.launch(driver.Launch(p.batch * p.heads_kv * rows, MERGERS * p.d, 1, 0, early=True), params, device)
+    cluster = count if clustered else 1
+    shape = driver.Launch(pairs * count, 32 * chosen.warps, cluster, chosen.shared_bytes(p, cluster), early=True)
+    attend.launch(shape, params, device)
+    if count > cluster:
+        merge.launch(driver.Launch(p.batch * p.heads_kv * rows, mergers * p.d, 1, 0, early=True), params, device)
 
 
 def _plain(codes: Tensor, scale: Tensor | None) -> bool:
@@ -170,18 +178,20 @@ def _plain(codes: Tensor, scale: Tensor | None) -> bool:
     return together and codes.data_ptr() % 16 == 0 and codes.stride(0) % 16 == 0 and codes.stride(1) % 16 == 0
 
 
-def _near_plain(cache: PackedKV) -> bool:
-    """Whether near tokens, if any, are read four 16-bit numbers at a time."""
-    near = (cache.k_near, cache.v_near)
-    return all(
-        t is None
-        or (
-            t.element_size() == 2
-            and t.data_ptr() % 8 == 0
-            and t.stride(3) == 1
-            and all(s % 4 == 0 for s in t.stride()[:3])
-        )
-        for t in near
+def _others_plain(cache: PackedKV) -> bool:
+    """Whether near tokens and numbers of channels, if there are any, are read 16 bytes at a time."""
+    near = [t for t in (cache.k_near, cache.v_near) if t is not None]
+    numbers = [t for t in (cache.k_mean, cache.k_channel) if t is not None]
+    return all(t.element_size() == 2 and t.stride(3) == 1 and _in_pieces(t) for t in near) and all(
+        t.is_contiguous() and t.data_ptr() % 16 == 0 for t in numbers
+    )
+
+
+def _in_pieces(tensor: Tensor) -> bool:
+    """Whether rows of the last dimension begin at a multiple of 16 bytes."""
+    bytes_ = tensor.element_size()
+    return tensor.data_ptr() % 16 == 0 and all(
+        size == 1 or stride * bytes_ % 16 == 0 for size, stride in zip(tensor.shape[:3], tensor.stride(), strict=False)
     )
 
 

@@ -7,6 +7,8 @@ import functools
 LEAST = 256  # tokens that are worth a program
 MOST = 128  # parts
 FULL = 0.92  # a last wave that is as good as full
+CLUSTER = 8  # CTAs of a cluster that every GPU runs
+SHORT, SHORTEST = 512, 128  # tokens of a part that are quickly read, and that are worth a CTA of a cluster
 
 
 @functools.cache
@@ -24,3 +26,16 @@ def splits(pairs: int, tokens: int, slots: int) -> int:
 def _fullness(programs: int, slots: int) -> float:
     waves = programs / slots
     return waves / -(-programs // slots)
+
+
+@functools.cache
+def shares(pairs: int, tokens: int, ctas: int, processors: int) -> tuple[int, bool]:
+    """(parts, whether they are a cluster's CTAs, which add up by themselves) for programs that run `ctas` at a time on
+    each of the processors.
+
+    A cluster saves a launch and a way through memory. Few of them run at once, so it is for few and short sequences.
+    """
+    cluster = min(CLUSTER, processors // 2 // pairs, -(-tokens // SHORTEST))
+    if cluster > 1 and tokens <= cluster * SHORT:
+        return cluster, True
+    return splits(pairs, tokens, ctas * processors), False

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from quantlab_kernels.attention_decode.op import Problem
 
 ROWS = 64  # most rows of a tile
+NEAR_TILE = 32  # tokens in 16 bits at a time: larger tiles cost registers that tiles of codes could have
 
 
 def supports(problem: Problem) -> str | None:
@@ -68,7 +69,7 @@ def launch(
     )  # fmt: skip
     wide = triton.next_power_of_2(p.d)
     constants = (
-        p.d, wide, p.heads_q // p.heads_kv, bm, bn, KINDS[p.key], KINDS[p.value], cache.k_mean is not None,
+        p.d, wide, p.heads_q // p.heads_kv, bm, bn, NEAR_TILE, KINDS[p.key], KINDS[p.value], cache.k_mean is not None,
         cache.k_channel is not None, start is not None, table is not None, cache.k_near is not None, cache.ring,
         attributes.window >= 0, attributes.softcap > 0, native,
     )  # fmt: skip
@@ -140,9 +141,10 @@ def _attend(
     window, scale, softcap, q_batch, q_head, q_token, q_column, k_row, k_head, k_slot, v_row, v_head, v_slot,
     ks_row, ks_head, ks_slot, vs_row, vs_head, vs_slot, kn_row, kn_head, kn_slot, vn_row, vn_head, vn_slot,
     mean_batch, mean_head, channel_batch, channel_head,
-    D: tl.constexpr, DP: tl.constexpr, GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, KEY: tl.constexpr,
-    VALUE: tl.constexpr, MEAN: tl.constexpr, CHANNEL: tl.constexpr, START: tl.constexpr, PAGED: tl.constexpr,
-    NEAR: tl.constexpr, RING: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, NATIVE: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, NB: tl.constexpr,
+    KEY: tl.constexpr, VALUE: tl.constexpr, MEAN: tl.constexpr, CHANNEL: tl.constexpr, START: tl.constexpr,
+    PAGED: tl.constexpr, NEAR: tl.constexpr, RING: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    NATIVE: tl.constexpr,
 ):  # fmt: skip
     HALF: tl.constexpr = D // 2
     HP: tl.constexpr = DP // 2 if DP > 16 else 16
@@ -256,8 +258,8 @@ def _attend(
     if NEAR:
         near_total = tl.where(split == 0, first + newest, 0)  # the first split's work
         q_near = raw.to(k_near_ptr.dtype.element_ty)
-        for step in tl.range(0, near_total, BN):
-            slot = step + tl.arange(0, BN)
+        for step in tl.range(0, near_total, NB):
+            slot = step + tl.arange(0, NB)
             late = slot - first
             age = tl.where(late >= 0, (length - 1 - late) // tl.maximum(newest, 1), 0)
             position = tl.where(slot < first, start + slot, late + newest * age)
@@ -272,7 +274,7 @@ def _attend(
             near_x = _seen(
                 tl.where(valid[None, :], near_x, float("-inf")), position, place, start, length, window, WINDOW
             )
-            scaled, weight, largest, rescale, total = _weights(near_x, tl.zeros((BN,), tl.float32), largest, total)
+            scaled, weight, largest, rescale, total = _weights(near_x, tl.zeros((NB,), tl.float32), largest, total)
             near_v = tl.load(
                 v_near_ptr + batch * vn_row + head * vn_head + near_at * vn_slot + column[None, :],
                 mask=mask,
