@@ -221,7 +221,7 @@ def estimate_us(config: Config, problem: GemmProblem, sms: int = 132) -> float:
 def _efficiency(config: Config) -> float:
     """Share of the tensor cores' cycles that the inner loop keeps."""
     if config.swap:
-        return 0.25 if config.by <= 32 else 0.5
+        return 0.25 if config.by <= 32 else 0.45
     if config.math_groups == 3:
         return 0.89
     if config.math_groups == 1:
