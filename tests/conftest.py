@@ -68,7 +68,7 @@ def interpreted(tmp_path: Path) -> Callable[[str], str]:
         environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": search, "OMP_NUM_THREADS": "1"}
         done = subprocess.run([sys.executable, str(path)], env=environment, capture_output=True, text=True)
         if "_new_range" in done.stderr and "only 0-dimensional arrays" in done.stderr:
-            pytest.xfail("the interpreter of this Triton (3.6) cannot run loops of computed length with this NumPy (2.4)")
+            pytest.xfail("the interpreter of Triton 3.6 cannot run loops of computed length with NumPy 2.4")
         assert done.returncode == 0, done.stderr[-3000:]
         return done.stdout
 
