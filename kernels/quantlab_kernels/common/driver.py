@@ -55,6 +55,7 @@ def check(status: int, call: str) -> None:
     raise DriverError(f"{call}: {text.value.decode() if text.value else 'unknown error'} ({status})")
 
 
+@functools.lru_cache(maxsize=16384)  # weights stay where they are, and activations come back to a few addresses
 def tensor_map(
     kind: int, pointer: int, columns: int, rows: int, row_bytes: int, box_columns: int, box_rows: int, swizzle: int
 ) -> bytes:
