@@ -55,6 +55,14 @@ def int4(m: int) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
     return call, (randn(m, K), *int4_weight())
 
 
+def absorbed(m: int) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
+    def call(x: Tensor, w: Tensor, scale: Tensor) -> Tensor:
+        latent = ql.bmm_fp8(x, w, scale, first=0, count=128)
+        return ql.bmm_fp8(latent, w, scale, first=128, count=96, transposed=True)
+
+    return call, (randn(m, 3, 128), *ql.quantize_fp8_block(randn(3 * 224, K)))
+
+
 def prefill(m: int) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return ql.attention_8bit(q, k, v, causal=True)[0]
@@ -72,10 +80,20 @@ def decode(m: int) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
     return call, (randn(2, 8, 1, 128), randn(2, 2, m, 128), randn(2, 2, m, 128))
 
 
+def latents(m: int) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
+    def call(q_latent: Tensor, q_rope: Tensor, latent: Tensor, rope: Tensor) -> Tensor:
+        cache = ql.PackedLatent.empty("int4", 2, 256, 512, 64, device=latent.device)
+        length = torch.full((2,), m, dtype=torch.int32, device=latent.device)
+        ql.mla_append(latent, rope, cache, length)
+        return ql.mla_decode(q_latent, q_rope, cache, length, scale=0.1)[0]
+
+    return call, (randn(2, 1, 20, 512), randn(2, 1, 20, 64), randn(2, m, 512), randn(2, m, 64))
+
+
 def main() -> int:
     torch.manual_seed(0)
     wrong = False
-    for room in (fp8_block, fp8_grouped, int4_fp8, int4, prefill, decode):
+    for room in (fp8_block, fp8_grouped, int4_fp8, int4, absorbed, prefill, decode, latents):
         for m in ROWS:
             call, inputs = room(m)
             exact = call(*inputs).float()

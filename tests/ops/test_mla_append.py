@@ -63,20 +63,30 @@ def test_norm_rotation_and_codes(name: str):
     check(name)
 
 
-def test_pages_and_rows_that_are_ready():
+def check_pages(rank: int, rope: int, dtype: torch.dtype, device: str) -> None:
     """Without norm and angles rows are quantized as they are, into the slots that are named."""
-    x = torch.randn(1, 3, 80, generator=torch.Generator().manual_seed(1))
-    dense = PackedLatent.empty("int4", 1, 3, 64, 16, dtype=torch.float32)
-    pool = PackedLatent.empty("int4", 4, 2, 64, 16, dtype=torch.float32)
-    length = torch.tensor([3], dtype=torch.int32)
-    mla_append(x[..., :64], x[..., 64:], dense, length)
-    mla_append(x[..., :64], x[..., 64:], pool, length, slots=torch.tensor([[5, -1, 2]]))
+    x = torch.randn(1, 3, rank + rope, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+    dense = PackedLatent.empty("int4", 1, 3, rank, rope, dtype=dtype, device=device)
+    pool = PackedLatent.empty("int4", 4, 2, rank, rope, dtype=dtype, device=device)
+    length = torch.tensor([3], dtype=torch.int32, device=device)
+    mla_append(x[..., :rank], x[..., rank:], dense, length)
+    mla_append(x[..., :rank], x[..., rank:], pool, length, slots=torch.tensor([[5, -1, 2]], device=device))
     for page, place, token in ((2, 1, 0), (1, 0, 2)):
         assert torch.equal(pool.latent[page, place], dense.latent[0, token])
-        assert torch.equal(pool.rope[page, place], x[0, token, 64:])
+        assert torch.equal(pool.rope[page, place], x[0, token, rank:])
         if pool.scale is not None and dense.scale is not None:
             assert pool.scale[page, place] == dense.scale[0, token]
     assert int(pool.latent.any(-1).sum()) == 2
+
+
+def test_pages_and_rows_that_are_ready():
+    check_pages(64, 16, torch.float32, "cpu")
+
+
+@pytest.mark.gpu(sm=80)
+def test_pages_on_the_gpu(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("QUANTLAB_MLA_APPEND_BACKEND", "triton")
+    check_pages(512, 64, torch.bfloat16, "cuda")
 
 
 def test_refusals():
@@ -100,7 +110,7 @@ def test_what_no_gpu_has_verified_is_refused_but_can_be_forced():
     backend = importlib.import_module("quantlab_kernels.mla_append.triton")
     verified = op.Problem(16, 1, 512, 64, "e4m3")
     assert backend.supports(verified) is None
-    for other in ({"more": True}, {"code": "int8"}, {"dtype": torch.float16}, {"rank": 256}, {"sm": 80}):
+    for other in ({"dtype": torch.float32}, {"rank": 256}, {"sm": 80}):
         problem = replace(verified, **other)
         assert "QUANTLAB_MLA_APPEND_BACKEND=triton runs others" in str(backend.supports(problem))
         assert backend.able(problem) is None

@@ -230,12 +230,15 @@ def test_what_no_gpu_has_verified_is_refused_but_can_be_forced():
     backend = importlib.import_module("quantlab_kernels.mla_decode.triton")
     verified = op.Problem(16, 128, 1, 512, 64, 4096, "e4m3")
     assert backend.supports(verified) is None
-    others = ({"sq": 2}, {"page": 64}, {"dtype": torch.float16}, {"rank": 256}, {"sm": 80}, {"code": "int8"})
-    for other in others:
+    for other in ({"dtype": torch.float16}, {"sm": 80}):
         problem = replace(verified, **other)
         assert "QUANTLAB_MLA_DECODE_BACKEND=triton runs" in str(backend.supports(problem))
         assert backend.able(problem) is None
-    assert backend.supports(replace(verified, code="int8", heads=16)) is None
+    hopper = importlib.import_module("quantlab_kernels.mla_decode.sm90")
+    assert "compiled for sm_90 only" in hopper.supports(replace(verified, sm=100))
+    assert "needs 256 or 512 and 64" in hopper.supports(replace(verified, rope=32))
+    assert "pages of 20 tokens, needs multiples of 64" in hopper.supports(replace(verified, page=20))
+    assert "needs bfloat16 or float16" in hopper.supports(replace(verified, kept=torch.float32))
     assert "needs bfloat16 or float16" in str(backend.able(replace(verified, kept=torch.float32)))
 
 
@@ -299,9 +302,24 @@ def test_triton_logic_in_the_interpreter(interpreted: Callable[[str], str]):
     interpreted(INTERPRETED.format(cases=SMALL, sms=2))
 
 
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("rank", [256, 512])
+def test_hopper_configurations_fit(name: str, rank: int):
+    """Whatever the number of heads, each team has room for a tile and warpgroups share columns in eights."""
+    op = importlib.import_module("quantlab_kernels.mla_decode.op")
+    backend = importlib.import_module("quantlab_kernels.mla_decode.sm90")
+    chunks = rank * {"16bit": 16, "fp8": 8, "int8": 8, "int4": 4}[name] // 1024 + 1
+    for heads in range(1, 200):
+        chosen = backend.config(op.Problem(2, heads, 1, rank, 64, 4096, FORMATS[name]))
+        assert chosen.ring(rank, FORMATS[name]) >= chunks * chosen.teams
+        assert chosen.rows % (8 * chosen.share) == 0
+        assert (chunks - 1) % chosen.share == 0
+        assert chosen.threads <= 1024
+
+
 V3 = {"rank": 512, "rope": 64}
 ON_A_GPU = [
-    *(Case(name, (1500, 64, 1, 0), heads=heads, **V3) for name in FORMATS for heads in (1, 5, 16, 64, 128)),
+    *(Case(name, (1500, 64, 1, 0), heads=heads, **V3) for name in FORMATS for heads in (5, 128)),
     *(Case(name, (700, 65), heads=16, sq=3, page=64, **V3) for name in FORMATS),
     *(Case(name, (700, 650), heads=5, start=(3, 130), **V3) for name in FORMATS),
     *(Case(name, (20000,), heads=16, even=True, **V3) for name in FORMATS),
@@ -310,16 +328,29 @@ ON_A_GPU = [
     Case("int8", (300, 17), heads=32, rank=128, rope=32, sq=2),
     Case("16bit", (300, 17), heads=40, rank=256, rope=32),
 ]
+ON_HOPPER = [
+    *ON_A_GPU[:-3],
+    *(Case(name, (700, 65), heads=heads, **V3) for name in FORMATS for heads in (1, 16, 20, 33, 64)),
+    *(Case(name, (100, 60), heads=5, sq=2, page=16, start=(0, 7), **V3) for name in FORMATS),
+    *(Case(name, (300, 17), heads=40, rank=256, rope=64) for name in FORMATS),
+]
 
 
 @pytest.mark.gpu(sm=80)
 @pytest.mark.parametrize(
-    ("case", "dtype"),
-    [*((case, torch.bfloat16) for case in ON_A_GPU), *((case, torch.float16) for case in ON_A_GPU[20:24])],
+    ("backend", "case", "dtype"),
+    [
+        *(("triton", case, torch.bfloat16) for case in ON_A_GPU),
+        *(("triton", case, torch.float16) for case in ON_A_GPU[8:12]),
+        *(("sm90", case, torch.bfloat16) for case in ON_HOPPER),
+        *(("sm90", case, torch.float16) for case in ON_HOPPER[8:12]),
+    ],
     ids=str,
 )
-def test_every_element(case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("QUANTLAB_MLA_DECODE_BACKEND", "triton")
+def test_every_element(backend: str, case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
+    if backend == "sm90" and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("made for Hopper")
+    monkeypatch.setenv("QUANTLAB_MLA_DECODE_BACKEND", backend)
     call = build(case, dtype, "cuda")
     check(mla_decode, call)
     first, second = call.run(mla_decode), call.run(mla_decode)

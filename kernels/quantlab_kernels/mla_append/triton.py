@@ -23,10 +23,10 @@ def supports(problem: Problem) -> str | None:
     p, reason = problem, able(problem)
     if reason is not None:
         return reason
-    if p.sm != 90 or (p.rank, p.rope) != (512, 64) or p.dtype != torch.bfloat16 or p.code == "int8" or p.more:
+    if p.sm != 90 or (p.rank, p.rope) != (512, 64) or p.dtype == torch.float32:
         return (
-            "verified on Hopper for bfloat16 rows of 512 + 64 channels that are normalized and turned, into a dense "
-            "cache that is not INT8, alone; QUANTLAB_MLA_APPEND_BACKEND=triton runs others"
+            "verified on Hopper for 16-bit rows of 512 + 64 channels alone; "
+            "QUANTLAB_MLA_APPEND_BACKEND=triton runs others"
         )
     return None
 

@@ -29,7 +29,7 @@ _CODES: dict[Code, int] = {"float": 0, "e4m3": 1, "int8": 2, "int4": 3}
 _MAPPED = {torch.bfloat16: driver.BFLOAT16, torch.float16: driver.FLOAT16}
 _FOLDER = Path(__file__).parent
 TILE, CHUNK, ROPE = 64, 8192, 64  # tokens of a tile, bytes of 64 tokens in the ring, channels of the position
-MERGED, MERGERS = 128, 4  # channels that a CTA of the second kernel adds, threads for each
+MERGED = 128  # channels of a row that a CTA of the second kernel adds
 SHARED = 232448  # bytes of shared memory that a CTA may have
 
 
@@ -46,18 +46,18 @@ class Config:
     def threads(self) -> int:
         return 128 * self.share * self.teams + 128
 
-    def ring(self, rank: int) -> int:
+    def ring(self, rank: int, code: Code) -> int:
         """Chunks in flight: what the rest leaves of shared memory."""
-        fixed = (rank + ROPE) // 64 * 128 * self.rows + 12 * self.rows
-        team = self.rows * (128 + 16 + 12 + (256 if self.share == 2 else 0))
+        exchanged = 0 if self.share == 1 else 128 if code == "float" and self.rows % 32 == 0 else 256
+        fixed = (rank + ROPE) // 64 * 128 * self.rows + 8 * self.rows
+        team = self.rows * (128 + 16 + 12 + exchanged)
+        if code != "float":  # bases of scores, scales of all tiles that there is room for, sums of weights
+            slots = 10 if rank == 512 else 16
+            fixed, team = fixed + 4 * self.rows + slots * 4 * TILE, team + 4 * self.rows
         return (SHARED - fixed - self.teams * team) // (CHUNK + 16)
 
 
 def supports(problem: Problem) -> str | None:
-    return able(problem) or "not verified yet; QUANTLAB_MLA_DECODE_BACKEND=sm90 runs it"
-
-
-def able(problem: Problem) -> str | None:
     p = problem
     if p.sm != 90:
         return f"compiled for sm_90 only, the GPU is sm_{p.sm}"
@@ -88,7 +88,7 @@ def source(config: Config, problem: Problem) -> nvrtc.Source:
     p = problem
     macros = {
         "L": p.rank, "FORMAT": _CODES[p.code], "KEPT": _FLOATS[p.kept], "QUERY": _FLOATS[p.dtype], "N": config.rows,
-        "SHARE": config.share, "TEAMS": config.teams, "RING": config.ring(p.rank), "PAGED": int(p.page > 0),
+        "SHARE": config.share, "TEAMS": config.teams, "RING": config.ring(p.rank, p.code), "PAGED": int(p.page > 0),
         "BOX": math.gcd(p.page, TILE), "SHARED": SHARED,
     }  # fmt: skip
     kept = "bf16" if p.kept == torch.bfloat16 else "f16"
@@ -110,7 +110,7 @@ def kernels(config: Config, problem: Problem) -> tuple[driver.Kernel, driver.Ker
 
 def warmup(problems: Iterable[Problem], *, workers: int = 8) -> int:
     """Compile what the problems need into the disk cache; returns how many kernels that are. Needs no GPU."""
-    return nvrtc.compile_all((source(config(p), p) for p in problems if able(p) is None), workers=workers)
+    return nvrtc.compile_all((source(config(p), p) for p in problems if supports(p) is None), workers=workers)
 
 
 def launch(
@@ -145,8 +145,8 @@ def launch(
     device = q_latent.get_device()
     attend.launch(driver.Launch(p.batch * tiles * count, c.threads, 1, SHARED, early=True), params, device)
     if count > 1:
-        grid = p.batch * rows * p.rank // MERGED
-        merge.launch(driver.Launch(grid, MERGERS * MERGED, 1, 0, early=True), params, device)
+        warps = min(16, max(1, count // 4))
+        merge.launch(driver.Launch(p.batch * rows * p.rank // MERGED, 32 * warps, 1, 0, early=True), params, device)
 
 
 def _readable(x: Tensor) -> bool:
