@@ -113,24 +113,29 @@ struct Copies {
   u32 ring, full, to, barrier, scale_to;
   int next, lane;
 
-  static DEVICE u32 barriers(u32 shared, int warp) { return shared + WARPS * RING_BYTES + warp * STAGES * 8; }
-  static DEVICE void init(u32 shared, int warp, int lane) {
-    if (lane == 0) {
-      for (int i = 0; i < STAGES; i++) barrier_init(barriers(shared, warp) + 8 * i, 1);
-      barrier_init_fence();
-    }
-    __syncwarp();
-  }
-
+  // All that is known before anything may be read.
   DEVICE Copies(const Params& p, const Place& here, u32 shared, int warp, int lane_) : lane(lane_) {
     ring = to = shared + warp * RING_BYTES;
-    full = barrier = barriers(shared, warp);
-    next = here.begin + warp * STEP;
+    full = barrier = shared + WARPS * RING_BYTES + warp * STAGES * 8;
+    next = warp * STEP;
     k = p.k + here.head * p.k_head;
     v = p.v + here.head * p.v_head;
     scale = (lane < 16 ? p.k_scale + here.head * p.ks_head : p.v_scale + here.head * p.vs_head) + lane % 16 * 4;
     scale_to = TILES * (K_TILE + V_TILE) + scale_place(lane) + lane / 16 * 64;
     if (!PAGED && !RING) move(p, k, v, scale, here.batch, next);
+    if (lane == 0) {
+      for (int i = 0; i < STAGES; i++) barrier_init(full + 8 * i, 1);
+      barrier_init_fence();
+    }
+    __syncwarp();
+  }
+
+  DEVICE void begin(const Place& here) {
+    next += here.begin;
+    if (!PAGED && !RING) {
+      k += static_cast<i64>(here.begin) * K_ROW, v += static_cast<i64>(here.begin) * V_ROW;
+      scale += static_cast<i64>(here.begin) * 4;
+    }
     pin(k), pin(v), pin(scale);
   }
 
@@ -179,7 +184,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) attention_decode(con
   const u32 arrived = shared_address(&arrived_barrier), ring = shared_address(shared);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   Place here(p);
-  Copies::init(ring, warp, lane);
+  Copies copies(p, here, ring, warp, lane);
   if (p.clustered) {
     if (threadIdx.x == 0) {
       barrier_init(arrived, 1), barrier_init_fence();
@@ -198,7 +203,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) attention_decode(con
   here.bound(p, length, start);
   const int steps = (max(here.end - here.begin, 0) + STEP - 1) / STEP;  // of the CTA
   const int mine = (steps - warp + WARPS - 1) / WARPS;                  // of this warp: warp, warp + WARPS, ...
-  Copies copies(p, here, ring, warp, lane);
+  copies.begin(here);
 #pragma unroll
   for (int i = 0; i < STAGES - 1; i++) {
     if (i < mine) copies.issue(p, here);
