@@ -1,7 +1,7 @@
 """Benchmark cases of attention_decode: 32 query and 8 KV heads of 128 channels; peer: SDPA flash in bfloat16.
 
-Keys have a mean and a scale per channel, as those of models do; formats that keep the first 4 tokens and the newest 64 in
-16 bits there are timed with these too.
+Keys have a mean and a scale per channel, as those of models do; formats that keep the first 4 tokens and the newest 64
+in 16 bits there are timed with these too.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from quantlab_kernels.common.hardware import present_sm
 from quantlab_kernels.common.kv import FORMATS, KVFormat, PackedKV
 
 HEADS_Q, HEADS_KV, D = 32, 8, 128
+# Sequences, and tokens of each.
 SHAPES = [(1, 1024), (16, 1024), (4, 4096), (64, 4096), (128, 8192), (16, 32768), (1, 32768), (1, 131072)]
 BENCHED: tuple[tuple[KVFormat, int, int], ...] = (  # with so many first and newest tokens in 16 bits
     ("fp8", 0, 0), ("fp8", 4, 64), ("int8", 0, 0), ("k8v4", 4, 64), ("int4", 0, 0), ("int4", 4, 64),
