@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
-from quantlab import latent
+from quantlab import decoding, latent
 from quantlab.architecture import meta_model
 from quantlab.cache_layers import (
     FEW,
@@ -37,7 +37,6 @@ from quantlab.cache_layers import (
     StaticPackedLayer,
     WindowPackedLayer,
 )
-from quantlab.decoding import stop_late
 from quantlab.errors import PreflightError, UsageError
 from quantlab_calib import rope
 
@@ -91,7 +90,7 @@ def use(model: Any, kv: KV | str | None, tokens: Tensor | None = None) -> Any:
     keys = {} if latents or kv.format == "16bit" else _keys(model, tokens)
     setattr(model, _PREPARED, Prepared(kv, keys, latents))
     setattr(model, _PREPARE, types.MethodType(_prepare, model))
-    stop_late(model)
+    decoding.prepare(model)
     return model
 
 

@@ -25,8 +25,8 @@ from transformers.utils import is_compressed_tensors_available, logging
 from transformers.utils import quantization_config as stock
 from transformers.utils.quantization_config import QuantizationMethod
 
+from quantlab import decoding
 from quantlab.architecture import load_targets
-from quantlab.decoding import stop_late
 from quantlab.experts import Fp8BlockExperts, Fp8RowExperts, unsupported
 from quantlab.fusion import fuse
 from quantlab.int4_experts import Int4Experts, Int4Fp8Experts
@@ -202,7 +202,7 @@ class KeepsQuantized(HfQuantizer):
         self._cast_the_rest(model)
         self._static_activations(model)
         fuse(model)
-        stop_late(model)
+        decoding.prepare(model)
         return model
 
     def _cast_the_rest(self, model: Any) -> None:
