@@ -372,11 +372,10 @@ def test_a_decoding_step_compiles_whole(checkpoint, codes):
 @pytest.mark.gpu(sm=80)
 @pytest.mark.parametrize(("format", "bound"), [("16bit", 0.02), ("fp8", 0.03), ("int8", 0.02), ("int4", 0.08)])
 @pytest.mark.parametrize("implementation", [None, "static"])
-def test_on_the_gpu(format, bound, implementation, monkeypatch):
+@torch.no_grad()
+def test_on_the_gpu(format, bound, implementation):
     """Kernels of real sizes in a model's hands: logits of all steps until texts part."""
     sizes = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128}
-    for room in ("APPEND", "DECODE"):
-        monkeypatch.setenv(f"QUANTLAB_MLA_{room}_BACKEND", "triton")
     model = tiny("DeepseekV2", first_k_dense_replace=2, **sizes).to("cuda", torch.bfloat16)
     ids = torch.randint(3, 60, (2, 300), generator=torch.Generator().manual_seed(2)).cuda()
     expected = model(ids).logits[:, -20:]
@@ -387,6 +386,21 @@ def test_on_the_gpu(format, bound, implementation, monkeypatch):
     model(ids[:, :begin], past_key_values=past)
     steps = [model(ids[:, begin + i : begin + i + 1], past_key_values=past).logits for i in range(20)]
     assert relative(torch.cat(steps, 1), expected) < bound
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu(sm=80))])
+@torch.no_grad()
+def test_the_norm_of_latents_is_the_same_and_is_taken_back(device):
+    model = tiny("DeepseekV2").to(device, torch.bfloat16)
+    norm = next(latent.modules(model)).kv_a_layernorm
+    norm.weight.uniform_(0.5, 2)
+    x = torch.randn(2, 3, len(norm.weight), device=device, dtype=torch.bfloat16)
+    expected = norm(x)
+    cache.use(model, "fp8")
+    assert "forward" in vars(norm)
+    torch.testing.assert_close(norm(x), expected, atol=0, rtol=2**-6 if device == "cuda" else 0)
+    cache.use(model, None)
+    assert "forward" not in vars(norm)
 
 
 @pytest.mark.gpu(sm=80)
