@@ -94,7 +94,7 @@ def release(model: nn.Module) -> None:
     for module in modules(model):
         for name in ("expand_kv", _ABSORBED):
             module.__dict__.pop(name, None)
-        norm = module.kv_a_layernorm
+        norm: Any = module.kv_a_layernorm
         if getattr(norm.__dict__.get("forward"), "__func__", None) is _norm_at_once:
             del norm.forward
 
