@@ -94,8 +94,8 @@ def release(model: nn.Module) -> None:
     for module in modules(model):
         for name in ("expand_kv", _ABSORBED):
             module.__dict__.pop(name, None)
-        norm: Any = module.kv_a_layernorm
-        if getattr(norm.__dict__.get("forward"), "__func__", None) is _norm_at_once:
+        norm: Any = getattr(module, "kv_a_layernorm", None)
+        if norm is not None and getattr(vars(norm).get("forward"), "__func__", None) is _norm_at_once:
             del norm.forward
 
 
