@@ -287,14 +287,19 @@ def test_splits_fill_the_gpu():
 
 
 def test_few_short_sequences_are_shared_by_clusters():
-    assert [shares(8, tokens, 2, 132) for tokens in (100, 256, 1024, 4096)] == [
-        (1, False),
-        (2, True),
-        (8, True),
-        (8, True),
-    ]
-    assert [shares(pairs, 1024, 2, 132) for pairs in (16, 32, 64)] == [(4, True), (2, True), (4, False)]
-    assert shares(8, 4097, 2, 132) == (splits(8, 4097, 264), False)
+    clusters = [shares(8, tokens, 2, 132, 128) for tokens in (100, 256, 1024, 4096)]
+    assert clusters == [(1, False), (2, True), (8, True), (8, True)]
+    assert [shares(pairs, 1024, 2, 132, 128) for pairs in (16, 32, 64)] == [(4, True), (2, True), (4, False)]
+
+
+def test_shares_are_whole_tiles_of_a_full_wave():
+    assert [shares(8, tokens, 2, 132, tile) for tokens, tile in ((32768, 128), (32768, 256), (131072, 128))] == [
+        (32, False)
+    ] * 3  # 33 would fill the last eight places, and leave warps of others a tile to wait for
+    assert [shares(pairs, tokens, 2, 132, 128)[0] for pairs, tokens in ((512, 4096), (1024, 8192), (128, 32768))] == [
+        1, 1, 2
+    ]  # fmt: skip
+    assert shares(128, 1024, 1, 132, 192) == (1, False)
 
 
 def problem(format: str, d: int = 128, **more) -> Problem:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from quantlab_kernels.attention_decode import triton
 from quantlab_kernels.attention_decode.reference import Attributes
-from quantlab_kernels.attention_decode.splits import FULL, shares
+from quantlab_kernels.attention_decode.splits import shares
 from quantlab_kernels.common import driver, nvrtc
 from quantlab_kernels.common.hardware import gpu_of
 from quantlab_kernels.common.kv import Code, PackedKV
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 _FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _CODES: dict[Code, int] = {"e4m3": 0, "int8": 1, "int4": 2}
 TILE = 16  # tokens of an MMA
+FULL = 0.92  # a wave that is as good as full
 _HEADERS = ("operands.cuh", "tiles.cuh", "sums.cuh")
 _FOLDER = Path(__file__).parent
 
@@ -141,7 +142,7 @@ def launch(
     tiles = -(-rows // (8 * chosen.eights))
     tokens = p.longest if p.window < 0 else min(p.longest, p.window + p.sq)
     pairs = p.batch * p.heads_kv * tiles
-    count, clustered = shares(pairs, tokens, chosen.ctas, sm_count)
+    count, clustered = shares(pairs, tokens, chosen.ctas, sm_count, chosen.warps * chosen.tiles * TILE)
     mergers = 1 if count <= 8 else 4  # threads that add up the shares of one element
     part = sums = None
     if count > 1 and not clustered:

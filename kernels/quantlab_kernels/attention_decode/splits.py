@@ -8,6 +8,7 @@ LEAST = 256  # tokens that are worth a program
 MOST = 128  # parts
 FULL = 0.92  # a last wave that is as good as full
 CLUSTER = 8  # CTAs of a cluster that every GPU runs
+NEARLY = 0.97  # of the least time, which is as good
 SHORT, SHORTEST = 512, 128  # tokens of a part that are quickly read, and that are worth a CTA of a cluster
 
 
@@ -29,13 +30,17 @@ def _fullness(programs: int, slots: int) -> float:
 
 
 @functools.cache
-def shares(pairs: int, tokens: int, ctas: int, processors: int) -> tuple[int, bool]:
+def shares(pairs: int, tokens: int, ctas: int, processors: int, tile: int) -> tuple[int, bool]:
     """(parts, whether they are a cluster's CTAs, which add up by themselves) for programs that run `ctas` at a time on
-    each of the processors.
+    each of the processors and read `tile` tokens at a time, all warps together.
 
     A cluster saves a launch and a way through memory. Few of them run at once, so it is for few and short sequences.
+    Else the smallest number of parts that is nearly as quick as any, time being waves of programs times tiles of each.
     """
     cluster = min(CLUSTER, processors // 2 // pairs, -(-tokens // SHORTEST))
     if cluster > 1 and tokens <= cluster * SHORT:
         return cluster, True
-    return splits(pairs, tokens, ctas * processors), False
+    slots = ctas * processors
+    most = max(1, min(MOST, -(-tokens // LEAST), -(-4 * slots // pairs)))
+    times = [-(-pairs * count // slots) * -(-tokens // (count * tile)) for count in range(1, most + 1)]
+    return next(count for count, time in enumerate(times, 1) if NEARLY * time <= min(times)), False
