@@ -14,7 +14,7 @@ from torch import Tensor
 
 from quantlab_kernels.attention_decode import triton
 from quantlab_kernels.attention_decode.reference import Attributes
-from quantlab_kernels.attention_decode.splits import shares
+from quantlab_kernels.attention_decode.splits import FULL, shares
 from quantlab_kernels.common import driver, nvrtc
 from quantlab_kernels.common.hardware import gpu_of
 from quantlab_kernels.common.kv import Code, PackedKV
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 _FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _CODES: dict[Code, int] = {"e4m3": 0, "int8": 1, "int4": 2}
 TILE = 16  # tokens of an MMA
-FULL = 0.92  # a wave that is as good as full
 _HEADERS = ("operands.cuh", "tiles.cuh", "sums.cuh")
 _FOLDER = Path(__file__).parent
 
