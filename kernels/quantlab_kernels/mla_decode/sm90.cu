@@ -8,8 +8,7 @@
 // 16-bit latents are operands in shared memory of both products, rows along K in the first and along M in the second.
 // Codes are read twice and become float16 in registers, each time as the fragment that the product wants: the contraction
 // of the first and the rows of the second run over channels in any order, so a thread takes what lies side by side. In
-// the first product an INT8 code is 1024 + code, whose 1024 is taken from the score; in the second it is exact. An INT4 code
-// is a subnormal of float16, in place, and what is subtracted of it the sum of queries, or of weights as they are rounded.
+// the first product an integer code is 1024 + code, whose 1024 is taken from the score; in the second it is exact.
 //
 // The scale of a token multiplies its scores and goes into the exponent of its weight; 256 stands for the largest.
 //
@@ -48,11 +47,7 @@ constexpr int CHUNK_BLOCKS = FORMAT == 0 ? 1 : FORMAT == 3 ? 4 : 2;  // blocks o
 constexpr int BLOCKS = MINE * CHUNK_BLOCKS;
 constexpr int GROUPS = N / 8 / SHARE;  // of 8 columns, whose softmax a warpgroup computes
 constexpr int TEAM = 128 * SHARE, CONSUMERS = TEAM * TEAMS, THREADS = CONSUMERS + 128;
-// Registers of a consumer; the producers leave theirs.
-constexpr int REGISTERS = SHARE * TEAMS <= 2 ? 240 : 480 / (SHARE * TEAMS) / 8 * 8;
-// Few registers are left for fragments; with many warps no next one is made while MMAs read the last.
-[[maybe_unused]] constexpr bool LEAN = N > 32 || SHARE * TEAMS > 3;
-[[maybe_unused]] constexpr int DEPTH = SHARE * TEAMS > 3 ? 1 : 2;
+constexpr int REGISTERS = SHARE * TEAMS == 3 ? 160 : 240;  // of a consumer; the producers leave theirs
 constexpr float LOG2E = 1.4426950408889634f;
 constexpr float WEIGHT = 256.0f, LOG2_WEIGHT = 8.0f;
 #define INFINITE __int_as_float(0x7f800000)
@@ -61,19 +56,15 @@ constexpr int Q_CHUNK = N * 128;  // 64 channels of all rows
 constexpr int OFFSET_P = (L + ROPE) / 64 * Q_CHUNK;
 constexpr int OFFSET_RING = OFFSET_P + TEAMS * N * 128;
 constexpr int OFFSET_PARTS = OFFSET_RING + RING * CHUNK;  // of scores, on their way to the other warpgroup
-constexpr int ROUNDS = GROUPS % 2 == 0 && FORMAT == 0 ? 2 : 1;  // of the exchange: 16-bit tiles need the memory
-constexpr int PARTS = SHARE == 2 ? 2 * TILE * (N / 2) * 4 / ROUNDS : 0;
+constexpr int PARTS = SHARE == 2 ? 2 * TILE * (N / 2) * 4 : 0;
 constexpr int OFFSET_TOP = OFFSET_PARTS + TEAMS * PARTS;     // [TEAMS][SHARE][4 warps][8 GROUPS]
-constexpr int OFFSET_RESCALE = OFFSET_TOP + TEAMS * N * 16;  // [TEAMS][N], as are the next three
+constexpr int OFFSET_RESCALE = OFFSET_TOP + TEAMS * N * 16;  // [TEAMS][N], as are the next two
 constexpr int OFFSET_LARGEST = OFFSET_RESCALE + TEAMS * N * 4;
 constexpr int OFFSET_TOTAL = OFFSET_LARGEST + TEAMS * N * 4;
-constexpr int OFFSET_MASS = OFFSET_TOTAL + TEAMS * N * 4;
-constexpr int OFFSET_FACTOR = OFFSET_MASS + (FORMAT == 0 ? 0 : TEAMS * N * 4);
-constexpr int OFFSET_PLACE = OFFSET_FACTOR + N * 4;  // [N], as are the one before and the next
-constexpr int OFFSET_BASE = OFFSET_PLACE + N * 4;
-constexpr int OFFSET_SCALES = OFFSET_BASE + (FORMAT == 0 ? 0 : N * 4);  // [SLOTS][TILE]: of every tile that the ring may hold
-constexpr int SLOTS = RING / CHUNKS + 1;
-constexpr int OFFSET_BARRIERS = OFFSET_SCALES + (FORMAT == 0 ? 0 : SLOTS * TILE * 4);
+constexpr int OFFSET_FACTOR = OFFSET_TOTAL + TEAMS * N * 4;  // [N], as are the next two
+constexpr int OFFSET_BASE = OFFSET_FACTOR + N * 4;
+constexpr int OFFSET_PLACE = OFFSET_BASE + N * 4;
+constexpr int OFFSET_BARRIERS = OFFSET_PLACE + N * 4;
 static_assert(OFFSET_BARRIERS + 16 * RING <= SHARED, "the host allocates what is laid out here");
 static_assert((TEAMS - 1) * BLOCKS * (N / 2) * TEAM * 4 <= RING * CHUNK, "sums of teams meet in the ring");
 static_assert(RING >= CHUNKS * TEAMS, "every team holds a tile");
@@ -156,6 +147,12 @@ DEVICE float write_half(u32 to, float x) {
 
 // ---- codes ----
 
+// (a & mask) | bits
+DEVICE u32 spread(u32 a, u32 mask, u32 bits) {
+  u32 r;
+  asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(r) : "r"(a), "r"(mask), "r"(bits));
+  return r;
+}
 DEVICE u32 fp8_pair(u32 pair) {
   u32 r;
   asm("{.reg .b16 a, b; mov.b32 {a, b}, %1; cvt.rn.f16x2.e4m3x2 %0, a;}" : "=r"(r) : "r"(pair));
@@ -171,6 +168,12 @@ DEVICE u32 minus(u32 a, u32 b) {
   asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
   return r;
 }
+DEVICE u32 times_plus(u32 a, u32 b, u32 c) {
+  u32 r;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
+  return r;
+}
+
 // Scores: thread t of a row holds bytes 32 t to 32 t + 31 of a chunk's 128, and makes its k-steps of 16 of them in order.
 constexpr int STEPS = 4 * CHUNK_BLOCKS;  // of a chunk
 constexpr bool HALVES = FORMAT == 3;     // of channels: a byte holds channels j and j + L / 2
@@ -191,16 +194,17 @@ DEVICE void scores_place(int channel, int& step, int& element) {
     element = 8 * (in / 2) + 2 * t + in % 2;
   }
 }
-// The operand of a code is ``UNIT (unit value + base)``; queries are divided by the unit.
-constexpr float UNIT = HALVES ? 1.0f / (1 << 24) : 1.0f;  // the least float16
+// The operand of a code is (unit code + base); queries are divided by the unit.
 DEVICE float scores_unit(int channel) { return !HALVES ? 1.0f : channel < L / 2 ? 0.5f : 8.0f; }
-DEVICE float scores_base(int channel) { return FORMAT == 2 ? 1152.0f : HALVES ? 15.0f * scores_unit(channel) : 0.0f; }
+DEVICE float scores_base(int channel) {
+  return FORMAT == 2 ? 1152.0f : HALVES ? 1024.0f + 15.0f * scores_unit(channel) : 0.0f;
+}
 // Registers of row half `r` in k-step `step` of a chunk.
 DEVICE void scores_operand(u32 (&a)[4], const u32 (&words)[8], int r, int step) {
   if constexpr (FORMAT == 3) {
     const u32 w = words[step / 2] >> (8 * (step % 2));
-    a[r] = w & 0x000F000Fu;
-    a[2 + r] = w & 0x00F000F0u;
+    a[r] = spread(w, 0x000F000Fu, 0x64006400u);
+    a[2 + r] = spread(w, 0x00F000F0u, 0x64006400u);
   } else if constexpr (FORMAT == 2) {
     const u32 w = words[step] ^ 0x80808080u;
     a[r] = __byte_perm(w, 0x64646464u, 0x4140);
@@ -222,10 +226,10 @@ DEVICE int output_channel(int chunk, int warp, int g, int i) {
 DEVICE void output_operand(u32 (&r)[4], u32 a, u32 b, int part) {
   if constexpr (FORMAT == 3) {
     const u32 w = __byte_perm(a, b, part ? 0x7632 : 0x5410);
-    r[0] = w & 0x000F000Fu;
-    r[1] = w & 0x00F000F0u;
-    r[2] = w >> 8 & 0x000F000Fu;
-    r[3] = w >> 8 & 0x00F000F0u;
+    r[0] = minus(spread(w << 1, 0x001E001Eu, 0x64006400u), 0x640F640Fu);
+    r[1] = times_plus(spread(w, 0x00F000F0u, 0x64006400u), 0x30003000u, 0xD878D878u);
+    r[2] = minus(spread(w >> 7, 0x001E001Eu, 0x64006400u), 0x640F640Fu);
+    r[3] = times_plus(spread(w >> 8, 0x00F000F0u, 0x64006400u), 0x30003000u, 0xD878D878u);
   } else if constexpr (FORMAT == 2) {
     const u32 x = a ^ 0x80808080u, y = b ^ 0x80808080u;
     const u32 low = __byte_perm(x, y, 0x5140), high = __byte_perm(x, y, 0x7362);
@@ -280,68 +284,38 @@ struct Shared {
   DEVICE u32 empty(const Place& at) const { return full(at) + 8; }
 };
 
-// ---- producer: one warp ----
+// ---- producer: one thread ----
 
-// Two scales of a tile for each lane; 1 where there is no token.
-DEVICE float2 load_scales(const Params& p, const Work& work, int position, int lane) {
-  float2 scale = {1.0f, 1.0f};
-#pragma unroll
-  for (int r = 0; r < 2; r++) {
-    const int token = position + lane + 32 * r;
-    if (token < work.low || token >= work.end) continue;
-    i64 at = work.batch * p.scale_row + token;
-    if (PAGED) {
-      const int page = p.table[static_cast<i64>(work.batch) * p.table_row + token / p.capacity];
-      at = page * p.scale_row + token % p.capacity;
-    }
-    (r == 0 ? scale.x : scale.y) = p.scale[at];
-  }
-  return scale;
-}
-
-// One chunk; boxes of it that hold no token of this share are left out.
-DEVICE void load_chunk(const Params& p, const Work& work, const Shared& s, const Place& at, int position, int c) {
-  const TensorMap* map = c == 0 ? &p.rope : &p.latent;
-  const int row = c == 0 ? p.rope_row : p.latent_row, x = c == 0 ? 0 : (c - 1) * (FORMAT == 0 ? 64 : 128);
-  const u64 policy = p.tiles == 1 ? kEvictFirst : kEvictNormal;
-  const int low = max(position, work.low / BOX * BOX), high = min(position + TILE, work.end);
-  barrier_wait(s.empty(at), at.parity ^ 1);
-  barrier_arrive_expect(s.full(at), (high - low + BOX - 1) / BOX * BOX * 128);
-#pragma unroll 1
-  for (int token = low; token < high; token += BOX) {
-    int y = work.batch * row + token;
-    if (PAGED) y = p.table[static_cast<i64>(work.batch) * p.table_row + token / p.capacity] * row + token % p.capacity;
-    tma_load(s.chunk(at) + (token - position) * 128, map, s.full(at), x, y, policy);
-  }
-}
-
-// A full barrier of codes takes two arrivals: the second of the chunk of the position comes with the scales of its tile.
 DEVICE void produce(const Params& p, const Work& work, const Shared& s) {
-  const int lane = threadIdx.x % 32;
+  const u64 policy = p.tiles == 1 ? kEvictFirst : kEvictNormal;
   Place at = {0, 0};
-  float2 scale, next;
-  if (FORMAT != 0) next = load_scales(p, work, work.begin, lane);
-#pragma unroll 1
   for (int tile = 0; tile < work.count; tile++) {
     const int position = work.begin + tile * TILE;
-    const Place first = at;
-    scale = next;
-#pragma unroll 1
+    int from[TILE / BOX], rows = 0;  // slots of the cache
+    bool needed[TILE / BOX];
+#pragma unroll
+    for (int i = 0; i < TILE / BOX; i++) {
+      const int first = position + i * BOX;
+      needed[i] = first < work.end && first + BOX > work.low;
+      rows += needed[i] ? BOX : 0;
+      from[i] = first;
+      if (PAGED && needed[i]) from[i] = p.table[static_cast<i64>(work.batch) * p.table_row + first / p.capacity];
+    }
+#pragma unroll
     for (int c = 0; c < CHUNKS; c++) {
-      if (lane == 0) {
-        load_chunk(p, work, s, at, position, c);
-        if (FORMAT != 0 && c > 0) barrier_arrive(s.full(at));
+      barrier_wait(s.empty(at), at.parity ^ 1);
+      barrier_arrive_expect(s.full(at), rows * 128);
+      const TensorMap* map = c == 0 ? &p.rope : &p.latent;
+      const int row = c == 0 ? p.rope_row : p.latent_row;
+#pragma unroll
+      for (int i = 0; i < TILE / BOX; i++) {
+        if (!needed[i]) continue;
+        const int y = PAGED ? from[i] * row + (position + i * BOX) % p.capacity : work.batch * row + from[i];
+        const int x = c == 0 ? 0 : (c - 1) * (FORMAT == 0 ? 64 : 128);
+        tma_load(s.chunk(at) + i * BOX * 128, map, s.full(at), x, y, policy);
       }
       at.advance(1);
     }
-    if (FORMAT == 0) continue;
-    __syncwarp();
-    const u32 to = s.base + OFFSET_SCALES + (tile % SLOTS * TILE + lane) * 4;
-    write(to, scale.x);
-    write(to + 128, scale.y);
-    next = load_scales(p, work, position + TILE, lane);
-    __syncwarp();
-    if (lane == 0) barrier_arrive(s.full(first));
   }
 }
 
@@ -355,27 +329,29 @@ DEVICE void load_queries(const Params& p, const Work& work, u32 base, int thread
   const int lane = thread % 32;
   for (int n = thread / 32; n < N; n += CONSUMERS / 32) {
     const int row = work.first_row + n, head = row % p.heads, query = row / p.heads;
-    const i64 latent_at = work.batch * p.ql_batch + query * p.ql_token + head * p.ql_head;
+    const i64 latent_at = work.batch * p.ql_batch + query * p.ql_token + head * p.ql_head + lane;
     const i64 rope_at = work.batch * p.qr_batch + query * p.qr_token + head * p.qr_head + lane;
-    float turned[ROPE / 32], most = 0.0f;
+    float x[L / 32], turned[ROPE / 32], most = 0.0f;
 #pragma unroll
-    for (int i = 0; i < L / 32; i++)
-      most = fmaxf(most, row < p.rows ? fabsf(load_float<QUERY>(p.q_latent, latent_at + lane + 32 * i)) : 0.0f);
+    for (int i = 0; i < L / 32; i++) x[i] = row < p.rows ? load_float<QUERY>(p.q_latent, latent_at + 32 * i) : 0.0f;
 #pragma unroll
     for (int i = 0; i < 2; i++) turned[i] = row < p.rows ? load_float<QUERY>(p.q_rope, rope_at + 32 * i) : 0.0f;
+#pragma unroll
+    for (int i = 0; i < L / 32; i++) most = fmaxf(most, fabsf(x[i]));
     most = fmaxf(most, fmaxf(fabsf(turned[0]), fabsf(turned[1])));
 #pragma unroll
     for (int i = 1; i < 32; i *= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, i));
     const u32 exponent = max(__float_as_uint(most) >> 23, 27u);  // 2^(6 - e) times 2^e..2^(e+1)
     const float raised = __uint_as_float((260 - exponent) << 23);
     float sum = 0.0f;
-#pragma unroll 2
-    for (int channel = lane; channel < L; channel += 32) {  // once more, from the L1: little code, which is fetched once
+#pragma unroll
+    for (int i = 0; i < L / 32; i++) {
+      const int channel = lane + 32 * i;
       int step, element;
       scores_place(channel, step, element);
       const u32 to = base + step / 4 * Q_CHUNK + swizzled(n, step % 4 * 16 + element);
-      const float x = row < p.rows ? load_float<QUERY>(p.q_latent, latent_at + channel) : 0.0f;
-      sum += write_half<FORMAT == 0 ? KEPT : 2>(to, x * raised / scores_unit(channel)) * scores_base(channel);
+      const float kept = write_half<FORMAT == 0 ? KEPT : 2>(to, x[i] * raised / scores_unit(channel));
+      sum += kept * scores_base(channel);
     }
 #pragma unroll
     for (int i = 0; i < 2; i++)
@@ -383,8 +359,8 @@ DEVICE void load_queries(const Params& p, const Work& work, u32 base, int thread
 #pragma unroll
     for (int i = 1; i < 32; i *= 2) sum += __shfl_xor_sync(~0u, sum, i);
     if (lane == 0) {
-      write(base + OFFSET_FACTOR + 4 * n, p.factor / (raised * UNIT));
-      if (FORMAT != 0) write(base + OFFSET_BASE + 4 * n, sum * UNIT);
+      write(base + OFFSET_FACTOR + 4 * n, p.factor / raised);
+      write(base + OFFSET_BASE + 4 * n, sum);
       write(base + OFFSET_PLACE + 4 * n, static_cast<float>(work.length - p.sq + min(query, p.sq - 1)));
     }
   }
@@ -407,7 +383,6 @@ struct Thread {
 struct Sums {
   float out[BLOCKS][N / 2];
   float largest[2 * GROUPS], total[2 * GROUPS];  // total: of this thread's tokens
-  float mass[HALVES ? 2 * GROUPS : 1];           // of weights with scales, as they are rounded
 };
 
 template <int n>
@@ -442,6 +417,7 @@ DEVICE void clear_hidden(const Work& work, const Shared& s, const Thread& me, Pl
 
 // Scores of the position, and the inverse scales of tokens make them a start for those of latents.
 DEVICE void score_positions(float (&x)[N / 2], const Shared& s, const Thread& me, Place at, const float (&inverse)[2]) {
+  barrier_wait(s.full(at), at.parity);
   const u32 a = descriptor_low(s.chunk(at)), b = descriptor_low(s.base + L / 64 * Q_CHUNK);
   pin(x);
   wgmma_fence();
@@ -458,10 +434,10 @@ DEVICE void score_positions(float (&x)[N / 2], const Shared& s, const Thread& me
   for (int j = 0; j < N / 8; j++) {
     const float2 base = FORMAT == 1 ? float2{0.0f, 0.0f} : read<float2>(s.base + OFFSET_BASE + 4 * (8 * j + 2 * me.t));
     const float first = me.part == 0 ? base.x : 0.0f, second = me.part == 0 ? base.y : 0.0f;
-    x[4 * j] = x[4 * j] * (inverse[0] * UNIT) - first;
-    x[4 * j + 1] = x[4 * j + 1] * (inverse[0] * UNIT) - second;
-    x[4 * j + 2] = x[4 * j + 2] * (inverse[1] * UNIT) - first;
-    x[4 * j + 3] = x[4 * j + 3] * (inverse[1] * UNIT) - second;
+    x[4 * j] = x[4 * j] * inverse[0] - first;
+    x[4 * j + 1] = x[4 * j + 1] * inverse[0] - second;
+    x[4 * j + 2] = x[4 * j + 2] * inverse[1] - first;
+    x[4 * j + 3] = x[4 * j + 3] * inverse[1] - second;
   }
   release(me, s.empty(at), 1);
 }
@@ -487,31 +463,26 @@ DEVICE void score_latents(float (&x)[N / 2], const Shared& s, const Thread& me, 
 #else
 // The same with codes, which become fragments, a few k-steps at a time.
 DEVICE void score_latents(float (&x)[N / 2], const Shared& s, const Thread& me, Place at) {
-  constexpr int BATCH = LEAN ? 2 : 4;  // k-steps
-  constexpr int READ = LEAN ? STEPS / 2 : STEPS;  // whose codes are read at once
-  u32 fragments[DEPTH][BATCH][4];
+  constexpr int BATCH = N > 32 ? 2 : 4;
+  u32 fragments[2][BATCH][4];
   at.advance(1 + me.part * MINE);
   const int row = 16 * me.warp + me.g;
 #pragma unroll
   for (int c = 0; c < MINE; c++) {
     barrier_wait(s.full(at), at.parity);
     const u32 from = s.chunk(at) + row * 128;
-    u32 words[2][8];  // of two tokens; half of them may not be in use
+    u32 words[2][8];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const uint4 w = read<uint4>(from + i / 2 * 1024 + ((2 * me.t + i % 2) ^ me.g) * 16);
+      words[i / 2][i % 2 * 4] = w.x, words[i / 2][i % 2 * 4 + 1] = w.y;
+      words[i / 2][i % 2 * 4 + 2] = w.z, words[i / 2][i % 2 * 4 + 3] = w.w;
+    }
     const u32 b = descriptor_low(s.base + (me.part * MINE + c) * CHUNK_BLOCKS * Q_CHUNK);
 #pragma unroll
     for (int step = 0; step < STEPS; step += BATCH) {
-      if (step % READ == 0) {
-#pragma unroll
-        for (int i = step / (STEPS / 2); i < (step + READ) / (STEPS / 2); i++) {
-#pragma unroll
-          for (int r = 0; r < 2; r++) {
-            const uint4 w = read<uint4>(from + r * 1024 + ((2 * me.t + i) ^ me.g) * 16);
-            words[r][4 * i] = w.x, words[r][4 * i + 1] = w.y, words[r][4 * i + 2] = w.z, words[r][4 * i + 3] = w.w;
-          }
-        }
-      }
-      auto& a = fragments[step / BATCH % DEPTH];
-      wgmma_wait<DEPTH - 1>();
+      auto& a = fragments[step / BATCH % 2];
+      wgmma_wait<1>();
       pin(a);
 #pragma unroll
       for (int i = 0; i < BATCH; i++) {
@@ -539,28 +510,24 @@ DEVICE void exchange(float (&mine)[4 * GROUPS], const float (&x)[N / 2], const S
 #pragma unroll
     for (int i = 0; i < 4 * GROUPS; i++) mine[i] = x[i];
   } else {
-    constexpr int SECOND = 4 * GROUPS, ROUND = GROUPS / ROUNDS;
     const u32 parts = s.base + OFFSET_PARTS + me.team * PARTS + me.index * 16;
+    const int second = 4 * GROUPS;
     const bool low = me.part == 0;
 #pragma unroll
-    for (int round = 0; round < ROUNDS; round++) {
-      if (round > 0) team_sync(me);
+    for (int j = 0; j < GROUPS; j++) {
+      float give[4];
 #pragma unroll
-      for (int j = round * ROUND; j < (round + 1) * ROUND; j++) {
-        float give[4];
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-          give[i] = low ? x[SECOND + 4 * j + i] : x[4 * j + i];
-          mine[4 * j + i] = low ? x[4 * j + i] : x[SECOND + 4 * j + i];
-        }
-        write(parts + (me.part * ROUND + j % ROUND) * 2048, give[0], give[1], give[2], give[3]);
+      for (int i = 0; i < 4; i++) {
+        give[i] = low ? x[second + 4 * j + i] : x[4 * j + i];
+        mine[4 * j + i] = low ? x[4 * j + i] : x[second + 4 * j + i];
       }
-      team_sync(me);
+      write(parts + (me.part * GROUPS + j) * 2048, give[0], give[1], give[2], give[3]);
+    }
+    team_sync(me);
 #pragma unroll
-      for (int j = round * ROUND; j < (round + 1) * ROUND; j++) {
-        const float4 got = read<float4>(parts + ((1 - me.part) * ROUND + j % ROUND) * 2048);
-        mine[4 * j] += got.x, mine[4 * j + 1] += got.y, mine[4 * j + 2] += got.z, mine[4 * j + 3] += got.w;
-      }
+    for (int j = 0; j < GROUPS; j++) {
+      const float4 got = read<float4>(parts + ((1 - me.part) * GROUPS + j) * 2048);
+      mine[4 * j] += got.x, mine[4 * j + 1] += got.y, mine[4 * j + 2] += got.z, mine[4 * j + 3] += got.w;
     }
   }
 }
@@ -592,7 +559,8 @@ DEVICE void column_largest(float (&top)[2 * GROUPS], const float (&x)[4 * GROUPS
 DEVICE int column_of(const Thread& me, int j) { return 8 * (me.part * GROUPS + j / 2) + 2 * me.t + j % 2; }
 
 // Powers of two of scores go to shared memory as the second product's operand [rows, tokens]; outputs are rescaled.
-DEVICE void softmax(Sums& sums, float (&x)[4 * GROUPS], const Shared& s, const Thread& me, const float (&inverse)[2]) {
+DEVICE void softmax(Sums& sums, float (&x)[4 * GROUPS], const Shared& s, const Thread& me, const float (&scale)[2],
+                    const float (&inverse)[2]) {
   float top[2 * GROUPS], rescale[2 * GROUPS];
   column_largest(top, x, s, me);
 #pragma unroll
@@ -608,7 +576,6 @@ DEVICE void softmax(Sums& sums, float (&x)[4 * GROUPS], const Shared& s, const T
       sum += FORMAT == 0 ? weight : weight * inverse[r];
     }
     sums.total[j] = sums.total[j] * rescale[j] + sum;
-    if (HALVES) sums.mass[HALVES ? j : 0] *= rescale[j];
     if (SHARE == 2 && me.g == 0 && me.warp == 0)
       write(s.base + OFFSET_RESCALE + (me.team * N + column_of(me, j)) * 4, rescale[j]);
   }
@@ -617,13 +584,8 @@ DEVICE void softmax(Sums& sums, float (&x)[4 * GROUPS], const Shared& s, const T
 #pragma unroll
   for (int j = 0; j < GROUPS; j++) {
     const int n = 8 * (me.part * GROUPS + j) + me.lane % 8, block = 2 * me.warp + me.lane / 8 % 2;
-    const u32 above = pack<KIND>(x[4 * j], x[4 * j + 1]), below = pack<KIND>(x[4 * j + 2], x[4 * j + 3]);
     asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(to + n * 128 + (block ^ n % 8) * 16),
-                 "r"(above), "r"(below) : "memory");
-    if constexpr (HALVES) {
-      sums.mass[2 * j] += Float16::unpack(above & 0xFFFF) + Float16::unpack(below & 0xFFFF);
-      sums.mass[2 * j + 1] += Float16::unpack(above >> 16) + Float16::unpack(below >> 16);
-    }
+                 "r"(pack<KIND>(x[4 * j], x[4 * j + 1])), "r"(pack<KIND>(x[4 * j + 2], x[4 * j + 3])) : "memory");
   }
   async_proxy_fence();
   team_sync(me);
@@ -673,10 +635,10 @@ DEVICE void add_outputs(Sums& sums, const Shared& s, const Thread& me, Place at)
 #else
 DEVICE void add_outputs(Sums& sums, const Shared& s, const Thread& me, Place at) {
   const u32 b = descriptor_low(s.base + OFFSET_P + me.team * N * 128);
-  constexpr int AHEAD = LEAN ? 1 : HALVES ? 2 : 4;  // k-steps whose codes are read at once
+  constexpr int AHEAD = N > 32 ? 1 : 4;  // k-steps whose codes are read at once
   at.advance(1 + me.part * MINE);
-  constexpr int BATCH = LEAN ? 2 : CHUNK_BLOCKS;  // blocks at once
-  u32 fragments[DEPTH][BATCH][4];
+  constexpr int BATCH = N > 32 ? 2 : CHUNK_BLOCKS;  // blocks at once
+  u32 fragments[2][BATCH][4];
   const int piece = 2 * me.warp + me.g / 4;
   const u32 even = 2 * me.t * 128 + (piece ^ (2 * me.t)) * 16 + me.g % 4 * 4;
   const u32 odd = (2 * me.t + 1) * 128 + (piece ^ (2 * me.t + 1)) * 16 + me.g % 4 * 4;
@@ -697,8 +659,8 @@ DEVICE void add_outputs(Sums& sums, const Shared& s, const Thread& me, Place at)
       if (i == 4 - AHEAD) release(me, s.empty(at), SHARE);
 #pragma unroll
       for (int m = 0; m < CHUNK_BLOCKS; m += BATCH) {
-        auto& a = fragments[(i * CHUNK_BLOCKS + m) / BATCH % DEPTH];
-        wgmma_wait<DEPTH - 1>();
+        auto& a = fragments[(i * CHUNK_BLOCKS + m) / BATCH % 2];
+        wgmma_wait<1>();
         pin(a);
 #pragma unroll
         for (int pair = 0; pair < BATCH / 2; pair++) {
@@ -728,15 +690,30 @@ DEVICE void add_outputs(Sums& sums, const Shared& s, const Thread& me, Place at)
 }
 #endif
 
-DEVICE void attend_tile(Sums& sums, const Params& p, const Work& work, const Shared& s, const Thread& me, Place at,
-                        int position, int slot) {
-  const bool masked = position < work.low || position + TILE > work.length - p.sq + 1;
-  if (masked) clear_hidden(work, s, me, at, position);
-  float scale[2], inverse[2], shift[2];
-  barrier_wait(s.full(at), at.parity);
+// Scales of this thread's two tokens of a tile; 1 where there is none.
+DEVICE void load_scales(float (&scale)[2], const Params& p, const Work& work, const Thread& me, int position) {
+  if (FORMAT == 0) return;
 #pragma unroll
   for (int r = 0; r < 2; r++) {
-    if (FORMAT != 0) scale[r] = read<float>(s.base + OFFSET_SCALES + (slot * TILE + 16 * me.warp + me.g + 8 * r) * 4);
+    const int token = position + 16 * me.warp + me.g + 8 * r;
+    scale[r] = 1.0f;
+    if (token < work.low || token >= work.end) continue;
+    i64 at = work.batch * p.scale_row + token;
+    if (PAGED) {
+      const int page = p.table[static_cast<i64>(work.batch) * p.table_row + token / p.capacity];
+      at = page * p.scale_row + token % p.capacity;
+    }
+    scale[r] = p.scale[at];
+  }
+}
+
+DEVICE void attend_tile(Sums& sums, const Params& p, const Work& work, const Shared& s, const Thread& me, Place at,
+                        int position, const float (&scale)[2]) {
+  const bool masked = position < work.low || position + TILE > work.length - p.sq + 1;
+  if (masked) clear_hidden(work, s, me, at, position);
+  float inverse[2], shift[2];
+#pragma unroll
+  for (int r = 0; r < 2; r++) {
     inverse[r] = FORMAT == 0 ? 1.0f : reciprocal(scale[r]);
     shift[r] = FORMAT == 0 ? 0.0f : log2_(scale[r]);
   }
@@ -764,61 +741,33 @@ DEVICE void attend_tile(Sums& sums, const Params& p, const Work& work, const Sha
       }
     }
   }
-  softmax(sums, x, s, me, inverse);
+  softmax(sums, x, s, me, scale, inverse);
   add_outputs(sums, s, me, at);
 }
 
 // ---- results ----
 
-// Adds a number of every column over all tokens of this warpgroup, to shared memory.
-DEVICE void add_columns(const float* numbers, u32 to, const Shared& s, const Thread& me) {
-  const u32 parts = s.base + OFFSET_TOP + (me.team * SHARE + me.part) * 4 * (8 * GROUPS) * 4;
+// Totals over all tokens, and the largest of each column, to shared memory.
+DEVICE void publish(Sums& sums, const Shared& s, const Thread& me) {
+  const u32 to = s.base + OFFSET_TOP + (me.team * SHARE + me.part) * 4 * (8 * GROUPS) * 4;
   group_sync(me);
 #pragma unroll
   for (int j = 0; j < 2 * GROUPS; j++) {
-    float sum = numbers[j];
+    float total = sums.total[j];
 #pragma unroll
-    for (int i = 4; i < 32; i *= 2) sum += __shfl_xor_sync(~0u, sum, i);
-    if (me.g == 0) write(parts + (me.warp * 8 * GROUPS + j / 2 * 8 + 2 * me.t + j % 2) * 4, sum);
+    for (int i = 4; i < 32; i *= 2) total += __shfl_xor_sync(~0u, total, i);
+    if (me.g == 0) write(to + (me.warp * 8 * GROUPS + j / 2 * 8 + 2 * me.t + j % 2) * 4, total);
   }
   group_sync(me);
-  if (me.index < 8 * GROUPS) {
-    float sum = 0.0f;
+  if (me.warp != 0 || me.g != 0) return;
 #pragma unroll
-    for (int w = 0; w < 4; w++) sum += read<float>(parts + (w * 8 * GROUPS + me.index) * 4);
-    write(to + (me.team * N + me.part * 8 * GROUPS + me.index) * 4, sum * (1.0f / WEIGHT));
-  }
-}
-
-// A thread for each column: what all teams have, by what each has to be multiplied (in place of its largest), and the
-// log-sum-exp, or what the other kernel makes it of. In place of the first mass stands that of all.
-DEVICE void settle(const Params& p, const Work& work, const Shared& s, int n) {
-  const u32 at = s.base + 4 * n;
-  float top = -INFINITE, whole = 0.0f, mass = 0.0f;
+  for (int j = 0; j < 2 * GROUPS; j++) {
+    float total = 0.0f;
 #pragma unroll
-  for (int team = 0; team < TEAMS; team++) top = fmaxf(top, read<float>(at + OFFSET_LARGEST + team * N * 4));
-  const float reference = top == -INFINITE ? 0.0f : top;
-  float share[TEAMS];
-#pragma unroll
-  for (int team = 0; team < TEAMS; team++) {
-    share[team] = exp2_(read<float>(at + OFFSET_LARGEST + team * N * 4) - reference);
-    whole += share[team] * read<float>(at + OFFSET_TOTAL + team * N * 4);
-    if (HALVES) mass += share[team] * read<float>(at + OFFSET_MASS + team * N * 4);
-  }
-  const bool some = whole > 0.0f;
-  const float by = p.splits > 1 ? 1.0f : some ? 1.0f / whole : 0.0f;
-#pragma unroll
-  for (int team = 0; team < TEAMS; team++) write(at + OFFSET_LARGEST + team * N * 4, share[team] * by * (1.0f / WEIGHT));
-  if (HALVES) write(at + OFFSET_MASS, mass * by);
-  const int row = work.first_row + n;
-  if (row >= p.rows) return;
-  if (p.splits > 1) {
-    const i64 sums = (static_cast<i64>(work.split) * p.batches + work.batch) * p.rows + row;
-    p.sums[2 * sums] = top, p.sums[2 * sums + 1] = whole;
-  } else {
-    const int head = row % p.heads, query = row / p.heads;
-    p.lse[(static_cast<i64>(work.batch) * p.heads + head) * p.sq + query] =
-        some ? (top + log2_(whole)) / LOG2E : -INFINITE;
+    for (int w = 0; w < 4; w++) total += read<float>(to + (w * 8 * GROUPS + j / 2 * 8 + 2 * me.t + j % 2) * 4);
+    const int at = 4 * (me.team * N + column_of(me, j));
+    write(s.base + OFFSET_LARGEST + at, sums.largest[j]);
+    write(s.base + OFFSET_TOTAL + at, total * (1.0f / WEIGHT));
   }
 }
 
@@ -836,53 +785,72 @@ DEVICE void store_four(char* base, i64 index, const float (&x)[4]) {
 
 // A column's outputs of this thread.
 template <int KIND>
-DEVICE void store_column(char* to, i64 row, const Sums& sums, const Thread& me, int j, int e) {
+DEVICE void store_column(char* to, i64 row, const Sums& sums, const Thread& me, int j, int e, float by) {
 #pragma unroll
   for (int c = 0; c < MINE; c++) {
     float x[CODES];
 #pragma unroll
-    for (int i = 0; i < CODES; i++) x[i] = sums.out[c * CHUNK_BLOCKS + i / 2][4 * j + e + 2 * (i % 2)];
+    for (int i = 0; i < CODES; i++) x[i] = sums.out[c * CHUNK_BLOCKS + i / 2][4 * j + e + 2 * (i % 2)] * by;
     const int chunk = me.part * MINE + c;
     if constexpr (FORMAT == 0) {
 #pragma unroll
       for (int i = 0; i < 2; i++) store_float<KIND>(to, row + output_channel(chunk, me.warp, me.g, i), x[i]);
     } else {
-      constexpr int HALF = CODES / 4;  // codes 0, 2, 4, 6 of INT4 lie side by side
 #pragma unroll
-      for (int half = 0; half < HALF; half++) {
-        const float four[4] = {x[half], x[HALF + half], x[2 * HALF + half], x[3 * HALF + half]};
+      for (int half = 0; half < CODES / 4; half++) {  // of INT4: codes 0, 2, 4, 6 lie side by side
+        const int by_two = CODES / 4;
+        const float four[4] = {x[half], x[by_two + half], x[2 * by_two + half], x[3 * by_two + half]};
         store_four<KIND>(to, row + output_channel(chunk, me.warp, me.g, half), four);
       }
     }
   }
 }
 
-// Sums of all teams, relative to the largest of any, are those of the first, which stores them.
-DEVICE void finish(Sums& sums, const Params& p, const Work& work, const Shared& s, const Thread& me) {
-  if (me.warp == 0 && me.g == 0) {
+DEVICE void store(const Params& p, const Work& work, const Shared& s, const Sums& sums, const Thread& me,
+                  const float (&top)[N / 4], const float (&whole)[N / 4]) {
 #pragma unroll
-    for (int j = 0; j < 2 * GROUPS; j++)
-      write(s.base + OFFSET_LARGEST + 4 * (me.team * N + column_of(me, j)), sums.largest[j]);
-  }
-  add_columns(sums.total, s.base + OFFSET_TOTAL, s, me);
-  if (HALVES) add_columns(sums.mass, s.base + OFFSET_MASS, s, me);
-  named_barrier_sync(15, CONSUMERS);
-  if (threadIdx.x < N) settle(p, work, s, threadIdx.x);
-  named_barrier_sync(15, CONSUMERS);
-#pragma unroll
-  for (int j = 0; j < N / 8; j++) {
-    const u32 at = s.base + 4 * (8 * j + 2 * me.t);
-    const float2 by = read<float2>(at + OFFSET_LARGEST + me.team * N * 4);
-    const float2 mass = HALVES && me.team == 0 ? read<float2>(at + OFFSET_MASS) : float2{0.0f, 0.0f};
-#pragma unroll
-    for (int block = 0; block < BLOCKS; block++) {
-      float(&out)[N / 2] = sums.out[block];
-#pragma unroll
-      for (int i = 0; i < 4; i++) {
-        const float unit = HALVES ? (i < 2 ? 2.0f : 0.125f) / UNIT : 1.0f;  // of a low nibble, of a high one
-        out[4 * j + i] = out[4 * j + i] * ((i % 2 ? by.y : by.x) * unit) - 15.0f * (i % 2 ? mass.y : mass.x);
-      }
+  for (int j = 0; j < N / 4; j++) {
+    const int row = work.first_row + j / 2 * 8 + 2 * me.t + j % 2;
+    if (row >= p.rows) continue;
+    const bool some = whole[j] > 0.0f, teller = me.part == 0 && me.warp == 0 && me.g == 0;
+    if (p.splits == 1) {
+      const int head = row % p.heads, query = row / p.heads;
+      const i64 at = static_cast<i64>(work.batch) * p.rows + row;
+      store_column<QUERY>(p.out, at * L, sums, me, j / 2, j % 2, some ? 1.0f / (WEIGHT * whole[j]) : 0.0f);
+      if (teller)
+        p.lse[(static_cast<i64>(work.batch) * p.heads + head) * p.sq + query] =
+            some ? (top[j] + log2_(whole[j])) / LOG2E : -INFINITE;
+    } else {
+      const i64 at = (static_cast<i64>(work.split) * p.batches + work.batch) * p.rows + row;
+      store_column<0>(reinterpret_cast<char*>(p.part), at * L, sums, me, j / 2, j % 2, 1.0f / WEIGHT);
+      if (teller) p.sums[2 * at] = top[j], p.sums[2 * at + 1] = whole[j];
     }
+  }
+}
+
+// Sums of all teams, relative to the largest of any, become those of the first, which stores them.
+DEVICE void finish(Sums& sums, const Params& p, const Work& work, const Shared& s, const Thread& me) {
+  publish(sums, s, me);
+  named_barrier_sync(15, CONSUMERS);
+  float top[N / 4], whole[N / 4];
+#pragma unroll
+  for (int j = 0; j < N / 4; j++) {
+    const u32 at = s.base + 4 * (j / 2 * 8 + 2 * me.t + j % 2);
+    top[j] = -INFINITE, whole[j] = 0.0f;
+#pragma unroll
+    for (int team = 0; team < TEAMS; team++) top[j] = fmaxf(top[j], read<float>(at + OFFSET_LARGEST + team * N * 4));
+    const float reference = top[j] == -INFINITE ? 0.0f : top[j];
+    float mine = 1.0f;
+#pragma unroll
+    for (int team = 0; team < TEAMS; team++) {
+      const float share = exp2_(read<float>(at + OFFSET_LARGEST + team * N * 4) - reference);
+      whole[j] += share * read<float>(at + OFFSET_TOTAL + team * N * 4);
+      if (team == me.team) mine = share;
+    }
+    if (TEAMS == 1) continue;
+#pragma unroll
+    for (int block = 0; block < BLOCKS; block++)
+      sums.out[block][j / 2 * 4 + j % 2] *= mine, sums.out[block][j / 2 * 4 + j % 2 + 2] *= mine;
   }
   if (TEAMS > 1) {
     constexpr int ROW = TEAM * 4, WHOLE = BLOCKS * (N / 2) * ROW;
@@ -898,17 +866,7 @@ DEVICE void finish(Sums& sums, const Params& p, const Work& work, const Shared& 
       for (int i = 0; i < BLOCKS * (N / 2); i++)
         sums.out[i / (N / 2)][i % (N / 2)] += read<float>(at + (team - 1) * WHOLE + i * ROW);
   }
-  const i64 above = p.splits > 1 ? static_cast<i64>(work.split) * p.batches : 0;
-#pragma unroll
-  for (int j = 0; j < N / 4; j++) {
-    const int row = work.first_row + j / 2 * 8 + 2 * me.t + j % 2;
-    if (row >= p.rows) continue;
-    const i64 at = ((above + work.batch) * p.rows + row) * L;
-    if (p.splits > 1)
-      store_column<0>(reinterpret_cast<char*>(p.part), at, sums, me, j / 2, j % 2);
-    else
-      store_column<QUERY>(p.out, at, sums, me, j / 2, j % 2);
-  }
+  store(p, work, s, sums, me, top, whole);
 }
 
 DEVICE void consume(const Params& p, const Work& work, const Shared& s) {
@@ -920,8 +878,8 @@ DEVICE void consume(const Params& p, const Work& work, const Shared& s) {
     for (int i = 0; i < N / 2; i++) sums.out[block][i] = 0.0f;
 #pragma unroll
   for (int j = 0; j < 2 * GROUPS; j++) sums.largest[j] = -INFINITE, sums.total[j] = 0.0f;
-#pragma unroll
-  for (float& mass : sums.mass) mass = 0.0f;
+  float next[2] = {1.0f, 1.0f};
+  load_scales(next, p, work, me, work.begin + me.team * TILE);
   load_queries(p, work, s.base, threadIdx.x);
   async_proxy_fence();
   named_barrier_sync(15, CONSUMERS);
@@ -929,7 +887,10 @@ DEVICE void consume(const Params& p, const Work& work, const Shared& s) {
   at.advance(me.team * CHUNKS);
 #pragma unroll 1
   for (int tile = me.team; tile < work.count; tile += TEAMS) {
-    attend_tile(sums, p, work, s, me, at, work.begin + tile * TILE, tile % SLOTS);
+    const float scale[2] = {next[0], next[1]};
+    const int position = work.begin + tile * TILE;
+    load_scales(next, p, work, me, position + TEAMS * TILE);
+    attend_tile(sums, p, work, s, me, at, position, scale);
     at.advance(TEAMS * CHUNKS);
   }
   finish(sums, p, work, s, me);
@@ -940,7 +901,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) mla_decode(const __grid
   const Shared s = {shared_address(memory)};
   if (threadIdx.x == 0) {
     for (int slot = 0; slot < RING; slot++) {
-      barrier_init(s.base + OFFSET_BARRIERS + 16 * slot, FORMAT == 0 ? 1 : 2);
+      barrier_init(s.base + OFFSET_BARRIERS + 16 * slot, 1);
       barrier_init(s.base + OFFSET_BARRIERS + 16 * slot + 8, 4 * SHARE);
     }
     barrier_init_fence();
@@ -955,52 +916,61 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) mla_decode(const __grid
     if (SHARE * TEAMS > 1) registers_increase<REGISTERS>();
     consume(p, work, s);
   } else {
-    if (SHARE * TEAMS > 1) registers_decrease<32>();
-    if (threadIdx.x < CONSUMERS + 32) produce(p, work, s);
+    if (SHARE * TEAMS > 1) registers_decrease<24>();
+    if (threadIdx.x == CONSUMERS) produce(p, work, s);
   }
 }
 
-// A CTA for 128 channels of a row: adds the parts of all splits, every warp some of them, four channels a lane.
-constexpr int MERGED = 128, MOST_WARPS = 16;
-extern "C" __global__ void __launch_bounds__(32 * MOST_WARPS) merge(const __grid_constant__ Params p) {
-  __shared__ float4 partial[MOST_WARPS][32];
+// One CTA for 128 channels of a row: adds the parts of all splits, every thread those of its own splits first.
+constexpr int MERGERS = 4, COLUMNS = 128, MOST_SPLITS = 128;
+extern "C" __global__ void __launch_bounds__(MERGERS* COLUMNS) merge(const __grid_constant__ Params p) {
+  __shared__ float shares[MOST_SPLITS];
+  __shared__ float both[2];
+  __shared__ float partial[MERGERS][COLUMNS];
   wait_for_previous_kernel();
   let_next_kernel_start();
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-  const i64 pairs = static_cast<i64>(p.batches) * p.rows, at = blockIdx.x / (L / MERGED);
-  const int column = blockIdx.x % (L / MERGED) * MERGED + 4 * lane;
-  const float2* sums = reinterpret_cast<const float2*>(p.sums) + at;
-  float top = -INFINITE, whole = 0.0f;
-  for (int split = lane; split < p.splits; split += 32) top = fmaxf(top, sums[split * pairs].x);
+  const i64 pairs = static_cast<i64>(p.batches) * p.rows, at = blockIdx.x / (L / COLUMNS);
+  const int column = blockIdx.x % (L / COLUMNS) * COLUMNS + threadIdx.x % COLUMNS, mine = threadIdx.x / COLUMNS;
+  float values[MOST_SPLITS / MERGERS];  // on their way while the shares are computed
 #pragma unroll
-  for (int i = 1; i < 32; i *= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, i));
-  const float reference = top == -INFINITE ? 0.0f : top;
-  for (int split = lane; split < p.splits; split += 32) {
-    const float2 sum = sums[split * pairs];
-    whole += exp2_(sum.x - reference) * sum.y;
+  for (int i = 0; i < MOST_SPLITS / MERGERS; i++) {
+    const int split = mine + i * MERGERS;
+    values[i] = split < p.splits ? p.part[(split * pairs + at) * L + column] : 0.0f;
   }
+  if (threadIdx.x < 32) {
+    float tops[MOST_SPLITS / 32], totals[MOST_SPLITS / 32], top = -INFINITE, whole = 0.0f;
 #pragma unroll
-  for (int i = 1; i < 32; i *= 2) whole += __shfl_xor_sync(~0u, whole, i);
-  float4 result = {0.0f, 0.0f, 0.0f, 0.0f};
-#pragma unroll 8
-  for (int split = warp; split < p.splits; split += warps) {
-    const float4 part = *reinterpret_cast<const float4*>(p.part + (split * pairs + at) * L + column);
-    const float share = exp2_(sums[split * pairs].x - reference);
-    result.x += share * part.x, result.y += share * part.y, result.z += share * part.z, result.w += share * part.w;
+    for (int j = 0; j < MOST_SPLITS / 32; j++) {
+      const int split = threadIdx.x + 32 * j;
+      tops[j] = split < p.splits ? p.sums[2 * (split * pairs + at)] : -INFINITE;
+      totals[j] = split < p.splits ? p.sums[2 * (split * pairs + at) + 1] : 0.0f;
+      top = fmaxf(top, tops[j]);
+    }
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, step));
+    const float reference = top == -INFINITE ? 0.0f : top;
+#pragma unroll
+    for (int j = 0; j < MOST_SPLITS / 32; j++) {
+      const float share = exp2_(tops[j] - reference);
+      whole += share * totals[j];
+      shares[threadIdx.x + 32 * j] = share;
+    }
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) whole += __shfl_xor_sync(~0u, whole, step);
+    if (threadIdx.x == 0) both[0] = reference, both[1] = whole;
   }
-  partial[warp][lane] = result;
   __syncthreads();
-  if (warp != 0) return;
-  for (int i = 1; i < warps; i++) {
-    const float4 other = partial[i][lane];
-    result.x += other.x, result.y += other.y, result.z += other.z, result.w += other.w;
-  }
-  const bool some = whole > 0.0f;
-  const float by = some ? 1.0f / whole : 0.0f;
+  float result = 0.0f;
+#pragma unroll
+  for (int i = 0; i < MOST_SPLITS / MERGERS; i++) result += shares[mine + i * MERGERS] * values[i];
+  partial[mine][threadIdx.x % COLUMNS] = result;
+  __syncthreads();
+  if (mine != 0) return;
+#pragma unroll
+  for (int i = 1; i < MERGERS; i++) result += partial[i][threadIdx.x];
   const int row = at % p.rows, head = row % p.heads, query = row / p.heads;
   const i64 batch = at / p.rows;
-  if (column == 0)
-    p.lse[(batch * p.heads + head) * p.sq + query] = some ? (reference + log2_(whole)) / LOG2E : -INFINITE;
-  const float four[4] = {result.x * by, result.y * by, result.z * by, result.w * by};
-  store_four<QUERY>(p.out, at * L + column, four);
+  const bool some = both[1] > 0.0f;
+  if (column == 0) p.lse[(batch * p.heads + head) * p.sq + query] = some ? (both[0] + log2_(both[1])) / LOG2E : -INFINITE;
+  store_float<QUERY>(p.out, at * L + column, some ? result / both[1] : 0.0f);
 }

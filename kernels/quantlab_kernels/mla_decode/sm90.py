@@ -29,7 +29,7 @@ _CODES: dict[Code, int] = {"float": 0, "e4m3": 1, "int8": 2, "int4": 3}
 _MAPPED = {torch.bfloat16: driver.BFLOAT16, torch.float16: driver.FLOAT16}
 _FOLDER = Path(__file__).parent
 TILE, CHUNK, ROPE = 64, 8192, 64  # tokens of a tile, bytes of 64 tokens in the ring, channels of the position
-MERGED = 128  # channels of a row that a CTA of the second kernel adds
+MERGED, MERGERS = 128, 4  # channels that a CTA of the second kernel adds, threads for each
 SHARED = 232448  # bytes of shared memory that a CTA may have
 
 
@@ -46,14 +46,10 @@ class Config:
     def threads(self) -> int:
         return 128 * self.share * self.teams + 128
 
-    def ring(self, rank: int, code: Code) -> int:
+    def ring(self, rank: int) -> int:
         """Chunks in flight: what the rest leaves of shared memory."""
-        exchanged = 0 if self.share == 1 else 128 if code == "float" and self.rows % 32 == 0 else 256
-        fixed = (rank + ROPE) // 64 * 128 * self.rows + 8 * self.rows
-        team = self.rows * (128 + 16 + 12 + exchanged)
-        if code != "float":  # bases of scores, scales of all tiles that there is room for, sums of weights
-            slots = 10 if rank == 512 else 16
-            fixed, team = fixed + 4 * self.rows + slots * 4 * TILE, team + 4 * self.rows
+        fixed = (rank + ROPE) // 64 * 128 * self.rows + 12 * self.rows
+        team = self.rows * (128 + 16 + 12 + (256 if self.share == 2 else 0))
         return (SHARED - fixed - self.teams * team) // (CHUNK + 16)
 
 
@@ -65,8 +61,8 @@ def supports(problem: Problem) -> str | None:
         return f"{p.rank} latent channels and {p.rope} of the position, needs 256 or 512 and {ROPE}"
     if p.kept not in _MAPPED:
         return f"the cache keeps {p.kept}, needs bfloat16 or float16"
-    if p.page % 8 or (p.page % TILE and TILE % p.page):
-        return f"pages of {p.page} tokens, needs multiples of {TILE}, or 8, 16, 32"
+    if p.page % 16 or (p.page % TILE and TILE % p.page):
+        return f"pages of {p.page} tokens, needs multiples of {TILE}, or 16, 32"
     return nvrtc.missing()
 
 
@@ -88,7 +84,7 @@ def source(config: Config, problem: Problem) -> nvrtc.Source:
     p = problem
     macros = {
         "L": p.rank, "FORMAT": _CODES[p.code], "KEPT": _FLOATS[p.kept], "QUERY": _FLOATS[p.dtype], "N": config.rows,
-        "SHARE": config.share, "TEAMS": config.teams, "RING": config.ring(p.rank, p.code), "PAGED": int(p.page > 0),
+        "SHARE": config.share, "TEAMS": config.teams, "RING": config.ring(p.rank), "PAGED": int(p.page > 0),
         "BOX": math.gcd(p.page, TILE), "SHARED": SHARED,
     }  # fmt: skip
     kept = "bf16" if p.kept == torch.bfloat16 else "f16"
@@ -145,8 +141,8 @@ def launch(
     device = q_latent.get_device()
     attend.launch(driver.Launch(p.batch * tiles * count, c.threads, 1, SHARED, early=True), params, device)
     if count > 1:
-        warps = min(16, max(1, count // 4))
-        merge.launch(driver.Launch(p.batch * rows * p.rank // MERGED, 32 * warps, 1, 0, early=True), params, device)
+        grid = p.batch * rows * p.rank // MERGED
+        merge.launch(driver.Launch(grid, MERGERS * MERGED, 1, 0, early=True), params, device)
 
 
 def _readable(x: Tensor) -> bool:
