@@ -90,7 +90,7 @@ def use(model: Any, kv: KV | str | None, tokens: Tensor | None = None) -> Any:
     keys = {} if latents or kv.format == "16bit" else _keys(model, tokens)
     setattr(model, _PREPARED, Prepared(kv, keys, latents))
     setattr(model, _PREPARE, types.MethodType(_prepare, model))
-    decoding.prepare(model)
+    decoding.stop_late(model)
     return model
 
 

@@ -124,7 +124,7 @@ def load(
         _require_ours(path, model)
     _require_complete(path, info)
     if attention not in (None, "none"):
-        decoding.prepare(model)
+        decoding.stop_late(model)
     if warmup:
         warm_up(model)
     return with_kv(model, path, kv)

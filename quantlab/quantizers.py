@@ -202,7 +202,7 @@ class KeepsQuantized(HfQuantizer):
         self._cast_the_rest(model)
         self._static_activations(model)
         fuse(model)
-        decoding.prepare(model)
+        decoding.stop_late(model)
         return model
 
     def _cast_the_rest(self, model: Any) -> None:

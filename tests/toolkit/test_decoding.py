@@ -1,13 +1,12 @@
-"""Decoding steps that the GPU does not wait for: late stops, steps without guards on modules."""
+"""The stop of `generate` that is read one step late."""
 
 from __future__ import annotations
 
 import copy
-from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import CompileConfig, DynamicCache, LlamaConfig, LlamaForCausalLM, LlamaModel
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, LlamaModel
 from transformers.generation import utils
 
 import quantlab
@@ -28,7 +27,7 @@ def model():
             vocab_size=96, max_position_embeddings=256, eos_token_id=5, pad_token_id=0, bos_token_id=1,
         )
     )  # fmt: skip
-    decoding.prepare(made.eval())
+    decoding.stop_late(made.eval())
     return made
 
 
@@ -57,10 +56,10 @@ def test_generate_asks_inside(model, monkeypatch):
 
 def test_models_that_cannot_generate_and_second_calls_change_nothing(model):
     before = model.generate
-    decoding.prepare(model)
+    decoding.stop_late(model)
     assert model.generate == before
     backbone = LlamaModel(model.config)
-    decoding.prepare(backbone)
+    decoding.stop_late(backbone)
     assert "generate" not in backbone.__dict__
 
 
@@ -72,74 +71,6 @@ def test_quantized_models_and_caches_have_it(model, tmp_path):
     assert "generate" not in quantlab.load(tmp_path / "model").__dict__  # plain transformers, to compare with
     quantlab.quantize(tmp_path / "model", "fp8-dynamic", tmp_path / "quantized")
     assert "generate" in LlamaForCausalLM.from_pretrained(tmp_path / "quantized").__dict__
-
-
-CHANGES = {
-    "another layer": lambda m: setattr(m.model.layers[1], "mlp", copy.deepcopy(m.model.layers[1].mlp)),
-    "another parameter": lambda m: setattr(m.lm_head, "weight", torch.nn.Parameter(m.lm_head.weight.clone())),
-    "another dtype": lambda m: m.to(torch.float16),
-    "a mode": lambda m: m.model.layers[0].train(),
-    "a number": lambda m: setattr(m.model.layers[0].self_attn, "scaling", 0.5),
-    "a hook": lambda m: m.model.norm.register_forward_hook(lambda *_: None),
-    "a list": lambda m: m.config.__dict__.setdefault("layer_types", []).append("more"),
-    "attention": lambda m: m.set_attn_implementation("eager"),
-    "a new forward": lambda m: setattr(m.model.norm, "forward", lambda x: x),
-}
-
-
-@pytest.mark.parametrize("change", CHANGES)
-def test_a_step_is_compiled_again_after(change, model, monkeypatch):
-    made = []
-    monkeypatch.setattr(
-        torch, "compile", lambda call, **options: made.append(options) or (lambda *a, **k: call(*a, **k))
-    )
-    first = model.get_compiled_call(None)
-    model.lm_head.weight.data.add_(0.5)
-    assert model.get_compiled_call(None) is first
-    CHANGES[change](model)
-    second = model.get_compiled_call(None)
-    assert second is not first
-    assert model.get_compiled_call(None) is second
-    ours = [options["backend"] for options in made if isinstance(options.get("backend"), decoding._Graphs)]
-    assert len(ours) == 2
-    assert ours[0] is not ours[1]
-
-
-def test_other_ways_of_compiling_stay(model):
-    usual = LlamaForCausalLM(model.config).eval()
-    decoding.prepare(usual)
-    assert usual.get_compiled_call(CompileConfig(mode="default")) is usual._compiled_call
-    usual.generation_config.compile_config = CompileConfig(mode="default")
-    assert usual.get_compiled_call(None) is usual._compiled_call
-    assert model.get_compiled_call(None) is not model._compiled_call
-    model.model.rotary_emb.rope_type = "dynamic"  # its forward replaces frequencies
-    assert model.get_compiled_call(None) is model._compiled_call
-
-
-def test_guards_of_inputs_stay():
-    modules = ["L['self']._modules['model']", "L['self']._modules['lm_head']._parameters['weight']"]
-    others = ["L['input_ids']", "L['past_key_values'].layers[0].keys", "L['self'].training", "G['torch']"]
-    guards = [SimpleNamespace(name=name) for name in modules + others]
-    assert decoding._on_inputs(guards) == [False, False, True, True, True, True]
-
-
-def test_two_models_of_a_class_do_not_share_steps(model, monkeypatch):
-    """Without guards on modules nothing but the backend tells their compiled steps apart."""
-    graphs = []
-    monkeypatch.setattr(decoding._Graphs, "__call__", lambda self, graph, inputs: graphs.append(self) or graph.forward)
-    torch.manual_seed(7)
-    other = LlamaForCausalLM(LlamaConfig(**model.config.to_diff_dict() | {"num_hidden_layers": 3})).eval()
-    decoding.prepare(other)
-    tokens = torch.tensor([[3, 4, 5]])
-    with torch.inference_mode():
-        for made in (model, other, model):
-            found = made.get_compiled_call(None)(tokens, use_cache=False).logits
-            assert torch.allclose(found, made(tokens, use_cache=False).logits, atol=1e-5)
-        model.model.layers[0].mlp.act_fn = torch.nn.Tanh()
-        found = model.get_compiled_call(None)(tokens, use_cache=False).logits
-        assert torch.allclose(found, model(tokens, use_cache=False).logits, atol=1e-5)
-    assert len(graphs) == 3
-    torch._dynamo.reset()
 
 
 @gpu
