@@ -189,7 +189,7 @@ def test_on_the_gpu(backend: str, d: int, fmt: str, dtype: torch.dtype, monkeypa
 # Backend, D, channels that turn, interleaved, dtype.
 TURNING = [("sm90", 128, 128, False, torch.bfloat16), ("sm90", 128, 64, True, torch.bfloat16)]
 TURNING += [("sm90", 64, 16, False, torch.float16), ("sm90", 96, 96, False, torch.bfloat16)]
-TURNING += [("triton", 128, 128, False, torch.bfloat16), ("triton", 80, 20, True, torch.float16)]
+TURNING += [("triton", 80, 20, True, torch.float16)]
 
 
 @pytest.mark.gpu(sm=80)
@@ -197,7 +197,7 @@ TURNING += [("triton", 128, 128, False, torch.bfloat16), ("triton", 80, 20, True
 def test_rotary_embedding_on_the_gpu(
     backend: str, d: int, r: int, interleaved: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ):
-    """The same codes as of what was turned before. Bit for bit from `sm90`; Triton may add in another order."""
+    """The same codes as of what was turned before by torch, all of them: the embedding is exact."""
     if backend == "sm90" and torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("needs sm_90")
     monkeypatch.setenv("QUANTLAB_ATTENTION_QUANTIZE_BACKEND", backend)
@@ -208,9 +208,8 @@ def test_rotary_embedding_on_the_gpu(
         turned = reference.Rotary(cos, sin, interleaved)
         made = attention_quantize(q, k, v, key_range=key_range, cos=cos, sin=sin, interleaved=interleaved)
         expected = attention_quantize(turned.embed(q), turned.embed(k), v, key_range=key_range)
-        close(made, expected)
         for name, a, b in zip(Quantized._fields, made, expected, strict=True):
-            assert backend != "sm90" or torch.equal(a, b), name
+            assert torch.equal(a, b), name
 
 
 @pytest.mark.gpu(sm=80)

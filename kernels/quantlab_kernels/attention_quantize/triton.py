@@ -41,21 +41,19 @@ def _matrix(d: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 def launch(
     q: Tensor, k: Tensor, v: Tensor, key_range: Tensor | None, out: tuple[Tensor, ...], rotary: Rotary | None = None
 ) -> None:
-    """Fill the eight outputs of `op.attention_quantize`."""
+    """Fill the eight outputs of `op.attention_quantize`; a rotary embedding is torch's, before all else."""
+    if rotary is not None:
+        q, k = rotary.embed(q), rotary.embed(k)
     (batch, _, sq, d), (_, heads_kv, skv, _) = q.shape, k.shape
     padded = triton.next_power_of_2(d)
     matrix = _matrix(d, q.dtype, q.device)
     turned = torch.empty((2, batch, heads_kv, d), dtype=torch.float32, device=q.device)
     unit = (d & -d) ** -0.5
     native = q.is_cuda and torch.cuda.get_device_capability(q.device) >= (8, 9)
-    # Without a rotary embedding the tables are not looked at.
-    cos, sin = (q, q) if rotary is None else (x[:, None].expand(batch, 1, -1, -1) for x in rotary[:2])
-    tables = cos, sin, *cos.stride()[::2], cos.stride(3), *sin.stride()[::2], sin.stride(3)
-    turning = (0, False) if rotary is None else (cos.shape[3], rotary.interleaved)
     if batch * heads_kv:
         _means[(batch * heads_kv, 2)](
-            k, v, key_range, matrix, out[7], turned, *tables, *k.stride(), *v.stride(), batch, heads_kv, skv, d,
-            padded, 64, SAMPLES, key_range is not None, *turning, num_warps=8,
+            k, v, key_range, matrix, out[7], turned, *k.stride(), *v.stride(), batch, heads_kv, skv, d,
+            padded, 64, SAMPLES, key_range is not None, num_warps=8,
         )  # fmt: skip
     q_codes, q_scale, q_shift, k_codes, k_scale, v_codes, v_scale, _ = (
         t.view(torch.uint8) if t.dtype == torch.float8_e4m3fn and not native else t for t in out
@@ -67,40 +65,19 @@ def launch(
         ("values", v, turned[1], v_codes, v_scale, None, blocks),
     )
     for kind, x, mean, codes, scale, shift, tiles in kinds:
-        turns = (0, False) if kind == "values" else turning
         if x.numel():
             _quantize[(tiles, batch * x.shape[1])](
-                x, key_range, matrix, mean, codes, scale, shift, *tables, *x.stride(), x.shape[1], heads_kv, x.shape[2],
-                blocks, unit, kind, d, padded, min(padded, 64), key_range is not None, codes.dtype == torch.int8,
-                native, *turns, num_warps=4 if padded <= 128 else 8, num_stages=1,
+                x, key_range, matrix, mean, codes, scale, shift, *x.stride(), x.shape[1], heads_kv, x.shape[2], blocks,
+                unit, kind, d, padded, min(padded, 64), key_range is not None, codes.dtype == torch.int8, native,
+                num_warps=4 if padded <= 128 else 8, num_stages=1,
             )  # fmt: skip
 
 
 @triton.jit
-def _embed(
-    x, x_ptr, token_stride, column_stride, token, column, valid, tables, ROTARY: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-):  # fmt: skip
-    """x [tokens, columns], as loaded from there, turned; products and sum are rounded to its dtype, as `rope` does."""
-    cos_ptr, sin_ptr, cos_s, cos_d, sin_s, sin_d = tables
-    distance: tl.constexpr = 1 if INTERLEAVED else ROTARY // 2
-    first = column // distance % 2 == 0
-    other = tl.where(first, column + distance, column - distance)
-    mask = valid[:, None] & (column < ROTARY)[None, :]
-    y = tl.load(x_ptr + token[:, None] * token_stride + other[None, :] * column_stride, mask=mask, other=0.0)
-    cos = tl.load(cos_ptr + token[:, None] * cos_s + column[None, :] * cos_d, mask=mask, other=1.0).to(tl.float32)
-    sin = tl.load(sin_ptr + token[:, None] * sin_s + column[None, :] * sin_d, mask=mask, other=0.0).to(tl.float32)
-    y = tl.where(first[None, :], -y.to(tl.float32), y.to(tl.float32))
-    turned = (x.to(tl.float32) * cos).to(x.dtype).to(tl.float32) + (y * sin).to(x.dtype).to(tl.float32)
-    return turned.to(x.dtype)
-
-
-@triton.jit
 def _means(
-    k_ptr, v_ptr, range_ptr, matrix_ptr, v_mean_ptr, turned_ptr, cos_ptr, sin_ptr,
-    cos_b, cos_s, cos_d, sin_b, sin_s, sin_d, k_b, k_h, k_s, k_d, v_b, v_h, v_s, v_d, batch, heads, length,
+    k_ptr, v_ptr, range_ptr, matrix_ptr, v_mean_ptr, turned_ptr,
+    k_b, k_h, k_s, k_d, v_b, v_h, v_s, v_d, batch, heads, length,
     D: tl.constexpr, DP: tl.constexpr, CHUNK: tl.constexpr, SAMPLES: tl.constexpr, RANGE: tl.constexpr,
-    ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
     head, values = tl.program_id(0).to(tl.int64), tl.program_id(1)
     b, h = head // heads, head % heads
@@ -117,11 +94,7 @@ def _means(
         token = start + i * count // tl.maximum(samples, 1)
         mask = (i < samples)[:, None] & (column < D)[None, :]
         if values == 0:
-            row_ptr = k_ptr + b * k_b + h * k_h
-            x = tl.load(row_ptr + token[:, None] * k_s + column[None, :] * k_d, mask=mask, other=0.0)
-            if ROTARY:
-                tables = (cos_ptr + b * cos_b, sin_ptr + b * sin_b, cos_s, cos_d, sin_s, sin_d)
-                x = _embed(x, row_ptr, k_s, k_d, token, column, i < samples, tables, ROTARY, INTERLEAVED)
+            x = tl.load(k_ptr + b * k_b + h * k_h + token[:, None] * k_s + column[None, :] * k_d, mask=mask, other=0.0)
             total += tl.sum(x.to(tl.float32), 0)
         else:
             x = tl.load(v_ptr + b * v_b + h * v_h + token[:, None] * v_s + column[None, :] * v_d, mask=mask, other=0.0)
@@ -162,9 +135,8 @@ def _codes(x, inverse, INT8: tl.constexpr, NATIVE: tl.constexpr):
 
 @triton.jit
 def _turned_rows(
-    x_ptr, token_stride, column_stride, token, valid, matrix_ptr, tables, D: tl.constexpr, DP: tl.constexpr,
-    DK: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
-):  # fmt: skip
+    x_ptr, token_stride, column_stride, token, valid, matrix_ptr, D: tl.constexpr, DP: tl.constexpr, DK: tl.constexpr
+):
     """[64, DP] float32: the tokens' rows times the matrix."""
     out = tl.zeros((64, DP), tl.float32)
     column = tl.arange(0, DP)
@@ -172,10 +144,6 @@ def _turned_rows(
         inner = first + tl.arange(0, DK)
         mask = valid[:, None] & (inner < D)[None, :]
         x = tl.load(x_ptr + token[:, None] * token_stride + inner[None, :] * column_stride, mask=mask, other=0.0)
-        if ROTARY:
-            x = _embed(
-                x, x_ptr, token_stride, column_stride, token, inner, valid, tables, ROTARY, INTERLEAVED
-            )  # fmt: skip
         square = (inner < D)[:, None] & (column < D)[None, :]
         matrix = tl.load(matrix_ptr + inner[:, None] * D + column[None, :], mask=square, other=0.0)
         out = tl.dot(x, matrix, out)
@@ -185,14 +153,11 @@ def _turned_rows(
 @triton.jit
 def _queries(
     q_ptr, matrix_ptr, mean_ptr, codes_ptr, scale_ptr, shift_ptr, token_stride, column_stride, row, block, sq, unit,
-    tables, D: tl.constexpr, DP: tl.constexpr, DK: tl.constexpr, INT8: tl.constexpr, NATIVE: tl.constexpr,
-    ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, DK: tl.constexpr, INT8: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     token = block * 64 + tl.arange(0, 64)
     valid, column = token < sq, tl.arange(0, DP)
-    x = _turned_rows(
-        q_ptr, token_stride, column_stride, token, valid, matrix_ptr, tables, D, DP, DK, ROTARY, INTERLEAVED
-    ) * unit  # fmt: skip
+    x = _turned_rows(q_ptr, token_stride, column_stride, token, valid, matrix_ptr, D, DP, DK) * unit
     scale = _scale(tl.max(tl.abs(x), 1), INT8)
     scale_ptr, shift_ptr, codes_ptr = scale_ptr + row * sq, shift_ptr + row * sq, codes_ptr + row * sq * D
     tl.store(scale_ptr + token, scale, mask=valid)
@@ -207,8 +172,7 @@ def _queries(
 @triton.jit
 def _keys(
     k_ptr, matrix_ptr, turned_ptr, codes_ptr, scale_ptr, token_stride, column_stride, row, block, blocks, skv, start,
-    end, unit, tables, D: tl.constexpr, DP: tl.constexpr, DK: tl.constexpr, INT8: tl.constexpr, NATIVE: tl.constexpr,
-    ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
+    end, unit, D: tl.constexpr, DP: tl.constexpr, DK: tl.constexpr, INT8: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     column = tl.arange(0, DP)
     turned = tl.load(turned_ptr + column, mask=column < D, other=0.0)
@@ -216,9 +180,7 @@ def _keys(
     for half in range(2):
         token = block * 128 + half * 64 + tl.arange(0, 64)
         valid = (token >= start) & (token < end)
-        x = _turned_rows(
-            k_ptr, token_stride, column_stride, token, valid, matrix_ptr, tables, D, DP, DK, ROTARY, INTERLEAVED
-        )
+        x = _turned_rows(k_ptr, token_stride, column_stride, token, valid, matrix_ptr, D, DP, DK)
         largest = tl.where(valid, tl.max(tl.abs(x - turned[None, :]), 1), 0.0)
         amax = tl.maximum(amax, tl.max(tl.max(tl.reshape(largest, (8, 4, 2)), 2), 0))
     scale = _scale(amax * unit, INT8)
@@ -228,9 +190,7 @@ def _keys(
     for half in range(2):
         token = block * 128 + half * 64 + tl.arange(0, 64)
         valid = (token >= start) & (token < end)
-        x = _turned_rows(
-            k_ptr, token_stride, column_stride, token, valid, matrix_ptr, tables, D, DP, DK, ROTARY, INTERLEAVED
-        )
+        x = _turned_rows(k_ptr, token_stride, column_stride, token, valid, matrix_ptr, D, DP, DK)
         x = tl.where(valid[:, None], x - turned[None, :], 0.0)
         inside = (token < skv)[:, None] & (column < D)[None, :]
         codes = _codes(x, inverse[:, None], INT8, NATIVE)
@@ -249,7 +209,7 @@ def _values(
     for half in range(2):
         token = block * 128 + half * 64 + key
         valid = (token >= start) & (token < end)
-        x = _turned_rows(v_ptr, token_stride, column_stride, token, valid, matrix_ptr, (), D, DP, DK, 0, False)
+        x = _turned_rows(v_ptr, token_stride, column_stride, token, valid, matrix_ptr, D, DP, DK)
         amax = tl.maximum(amax, tl.where(valid, tl.max(tl.abs(x - turned[None, :]), 1), 0.0))
     scale = _scale(tl.max(amax, 0) * unit, INT8)
     tl.store(scale_ptr + row * blocks + block, scale)
@@ -257,7 +217,7 @@ def _values(
     for half in range(2):
         token = block * 128 + half * 64 + key
         valid = (token >= start) & (token < end)
-        x = _turned_rows(v_ptr, token_stride, column_stride, token, valid, matrix_ptr, (), D, DP, DK, 0, False)
+        x = _turned_rows(v_ptr, token_stride, column_stride, token, valid, matrix_ptr, D, DP, DK)
         codes = tl.trans(_codes(tl.where(valid[:, None], x - turned[None, :], 0.0), unit / scale, INT8, NATIVE))
         at = codes_ptr + column[:, None] * (blocks * 128) + (half * 64 + place)[None, :]
         tl.store(at, codes, mask=(column < D)[:, None] & (place >= 0)[None, :])
@@ -265,20 +225,18 @@ def _values(
 
 @triton.jit
 def _quantize(
-    x_ptr, range_ptr, matrix_ptr, turned_ptr, codes_ptr, scale_ptr, shift_ptr, cos_ptr, sin_ptr,
-    cos_b, cos_s, cos_d, sin_b, sin_s, sin_d, x_b, x_h, x_s, x_d, heads, heads_kv,
+    x_ptr, range_ptr, matrix_ptr, turned_ptr, codes_ptr, scale_ptr, shift_ptr, x_b, x_h, x_s, x_d, heads, heads_kv,
     length, blocks, unit, KIND: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DK: tl.constexpr,
-    RANGE: tl.constexpr, INT8: tl.constexpr, NATIVE: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
+    RANGE: tl.constexpr, INT8: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     block, row = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     b, h = row // heads, row % heads
     x_ptr += b * x_b + h * x_h
-    tables = (cos_ptr + b * cos_b, sin_ptr + b * sin_b, cos_s, cos_d, sin_s, sin_d)
     if KIND == "queries":
         mean_ptr = turned_ptr + (b * heads_kv + h // (heads // heads_kv)) * D
         _queries(
-            x_ptr, matrix_ptr, mean_ptr, codes_ptr, scale_ptr, shift_ptr, x_s, x_d, row, block, length, unit, tables,
-            D, DP, DK, INT8, NATIVE, ROTARY, INTERLEAVED,
+            x_ptr, matrix_ptr, mean_ptr, codes_ptr, scale_ptr, shift_ptr, x_s, x_d, row, block, length, unit, D, DP, DK,
+            INT8, NATIVE,
         )  # fmt: skip
     else:
         start, end = 0, length
@@ -288,7 +246,7 @@ def _quantize(
         if KIND == "keys":
             _keys(
                 x_ptr, matrix_ptr, turned_ptr + row * D, codes_ptr, scale_ptr, x_s, x_d, row, block, blocks, length,
-                start, end, unit, tables, D, DP, DK, INT8, NATIVE, ROTARY, INTERLEAVED,
+                start, end, unit, D, DP, DK, INT8, NATIVE,
             )  # fmt: skip
         else:
             _values(
