@@ -173,7 +173,7 @@ def test_hopper_is_inside_the_bound(dtype, count):
     from quantlab_kernels.common import nvrtc
 
     every = (p for m in (13, 1, 70) for p in problems([m], dtype, 90))
-    posed = [p for p in every if backend.supports(p) is None][:count]
+    posed = [p for p in every if backend.able(p) is None][:count]
     assert len(posed) == count
     nvrtc.compile_all([backend.source(*key) for key in {backend.key(p, c) for p in posed for c in hopper_configs(p)}])
     for at, problem in enumerate(posed):
@@ -185,15 +185,20 @@ def test_hopper_shares_out_tokens_where_heads_are_few(monkeypatch):
     from quantlab_kernels.bmm_fp8 import sm90 as backend
 
     keys = op.Problem(128, 16, 256, 512, 0, 128, False)
-    assert backend.config(keys) == backend.Config(4, 2, 8)
-    assert backend.config(replace(keys, heads=128)) == backend.Config(4, 2, 1)
+    assert backend.config(keys) == backend.Config(2, 2, 8)
+    assert backend.config(replace(keys, heads=128)) == backend.Config(2, 2, 1)
     assert backend.config(replace(keys, m=1)) == backend.Config(8, 1, 1)
+    assert backend.config(replace(keys, rows=448, count=192)) == backend.Config(4, 2, 8)
     assert backend.config(replace(keys, rows=160, first=64, count=96)) == backend.Config(8, 1, 8)
+    assert backend.config(replace(keys, m=16, first=128, transposed=True)) == backend.Config(2, 2, 1)
     assert "compiled for sm_90 only, the GPU is sm_80" in backend.supports(replace(keys, sm=80))
     assert "multiples of 32" in backend.supports(replace(keys, count=48))
     monkeypatch.setattr(backend.nvrtc, "missing", lambda: None)
-    assert backend.supports(replace(keys, m=128)) is None
-    assert "more than 128 tokens, these are 129" in backend.supports(replace(keys, m=129))
+    for few, transposed, most in ((False, False, 128), (False, True, 64), (True, False, 8), (True, True, 16)):
+        changes = {"heads": 16 if few else 128, "transposed": transposed}
+        assert backend.supports(replace(keys, m=most, **changes)) is None
+        refused = backend.supports(replace(keys, m=most + 1, **changes))
+        assert f"more than {most} tokens, these are {most + 1}" in refused
 
 
 @pytest.mark.gpu(sm=90)

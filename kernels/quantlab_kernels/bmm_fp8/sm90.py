@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,8 @@ _FOLDER = Path(__file__).parent
 _INPUT = {torch.bfloat16: 1, torch.float16: 2}
 _WARPS = 4
 _CTAS = 528  # four on each multiprocessor of an H200
-MOST = 128  # tokens
+# Most tokens for which nothing faster was measured: with few heads, and with many; not transposed, transposed.
+_MOST = {(True, False): 8, (True, True): 16, (False, False): 128, (False, True): 64}
 
 
 @dataclass(frozen=True)
@@ -38,8 +40,9 @@ class Config:
 
 def supports(problem: Problem) -> str | None:
     reason = able(problem)
-    if reason is None and problem.m > MOST:
-        return f"Triton is faster with more than {MOST} tokens, these are {problem.m}"
+    most = _MOST[problem.heads < 64, problem.transposed]
+    if reason is None and problem.m > most:
+        return f"left to Triton with more than {most} tokens, these are {problem.m}"
     return reason
 
 
@@ -57,15 +60,17 @@ def able(problem: Problem) -> str | None:
 
 @functools.cache
 def config(problem: Problem) -> Config:
-    """Tokens shared out while there are multiprocessors for it."""
+    """Wide loads for few tokens, else all of K in a warp, where blocks of scales allow it. Tokens are shared out while
+    there are multiprocessors for it."""
     p = problem
-    tokens = 1 if p.m <= 8 else 2
-    chosen = Config(2 if p.transposed else 8 if tokens == 1 else 4, tokens)
-    if not p.transposed and any(x % 64 for x in (p.rows, p.first, p.count)):
-        chosen = Config(8, 1)  # the shortest part of K
-    tiles = p.heads * p.n // chosen.columns(p.transposed)
-    groups = -(-p.m // (8 * chosen.tokens))
-    return Config(chosen.tiles, chosen.tokens, max(1, min(groups, _CTAS // tiles)))
+    if p.transposed:
+        tiles, tokens = 2, 1 if p.m <= 8 else 2
+    else:
+        unit = math.gcd(128, p.rows, p.first, p.count)  # of K, never crosses a border of blocks
+        tiles, tokens = (8, 1) if p.m <= 8 or unit == 32 else (256 // unit, 2)
+    columns = Config(tiles, tokens).columns(p.transposed)
+    groups = -(-p.m // (8 * tokens))
+    return Config(tiles, tokens, max(1, min(groups, _CTAS // (p.heads * p.n // columns))))
 
 
 def source(transposed: bool, n: int, k: int, dtype: torch.dtype, tiles: int, tokens: int) -> nvrtc.Source:
