@@ -46,9 +46,10 @@ def test_illegal_configurations_have_a_reason(config: Config, reason: str):
         (Config(token_scales=8192), Int4Problem(1, 4096, 4096), "copied at once of one tile's tokens"),
         (Config(token_scales=8192), Int4Problem(17, 4096, 4096, grouped=True), "copied at once of one tile's tokens"),
         (Config(token_scales=64), Int4Problem(16, 4096, 4096, grouped=True), "64 bytes for the scales of the tokens"),
+        (Config(3, 1, 128, stages=6, prefetch=0, stream=1), Int4Problem(256, 4096, 4096, grouped=True), "wrong sums"),
     ],
 )
-def test_scales_that_are_copied_at_once_fit(config: Config, problem: Int4Problem, reason: str):
+def test_scales_of_tokens_that_do_not_fit_the_configuration(config: Config, problem: Int4Problem, reason: str):
     assert reason in (reject(config, problem) or "")
 
 

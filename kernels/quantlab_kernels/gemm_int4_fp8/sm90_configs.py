@@ -100,6 +100,8 @@ def reject(config: Config, problem: Int4Problem) -> str | None:
         return f"about {needed} registers a thread, {_REGISTERS[config.math_groups]} are there"
     if config.split > 1 and (config.stream or problem.experts or problem.k // GROUP < config.split):
         return f"{config.split} CTAs for each tile, whose K of {problem.k} is cut otherwise"
+    if problem.grouped and config.stream == 1 and config.math_groups == 3 and config.by >= 128:
+        return "tiles in parts before whole ones gave wrong sums with this shape and scales of groups (see the README)"
     if config.token_scales and (not problem.grouped or problem.experts or problem.m > config.by):
         return "scales are copied at once of one tile's tokens, if those have any for each group of K"
     if 0 < config.token_scales < _token_scale_bytes(problem):
@@ -155,7 +157,7 @@ def default(problem: Int4Problem) -> Config:
     else:
         chosen = Config(1, 2, by, stream=0 if problem.k <= 4096 else 2)
         if chosen.stream and _pairs_fill(chosen, problem):
-            chosen = replace(chosen, stream=0, split=2, k_groups=4 if by == 16 else 2)
+            chosen = replace(chosen, stream=0, split=2, k_groups=4 if by * problem.x.itemsize == 16 else 2)
     if problem.grouped and _token_scale_bytes(problem) <= _TOKEN_SCALES:
         chosen = replace(chosen, token_scales=_TOKEN_SCALES)
     return deepest(chosen, problem)
@@ -165,10 +167,12 @@ def _many(problem: Int4Problem) -> Config:
     """For more than 64 tokens: the widest tile that the registers hold, and ends of waves cut along K."""
     if problem.x.itemsize > 1:
         return Config(2, 1, 128, prefetch=0, stream=2 if problem.m <= 512 else 1)
-    if problem.m > 512 or problem.n >= 16384:
-        return Config(3, 1, 128, prefetch=0, stream=1)
-    if problem.grouped and problem.k >= 8192:
+    if problem.m > 512:
+        return Config(3, 1, 128, prefetch=0, stream=0 if problem.grouped else 1)
+    if problem.grouped and (problem.n >= 16384 or problem.k >= 8192):
         return Config(2, 1, 128, prefetch=0, early=1)
+    if problem.n >= 16384:
+        return Config(3, 1, 128, prefetch=0, stream=1)
     chosen = Config(2, 1, 128)
     return replace(chosen, stream=0, split=2) if _pairs_fill(chosen, problem) else chosen
 

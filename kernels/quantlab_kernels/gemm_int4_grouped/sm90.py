@@ -31,8 +31,9 @@ def config(problem: Int4Problem) -> Config:
         wide, narrower = (Config(groups, 1, 128, prefetch=0, stream=0) for groups in (3, 2))
         return deepest(wide if reject(deepest(wide, problem), problem) is None else narrower, problem)
     by = 16 if mean <= 12 else 32 if mean <= 32 else 64
-    shape = Config(2, 2, by, prefetch=0, stream=0) if by < 64 else Config(4, 1, by, prefetch=0, stream=0)
-    return deepest(shape, problem)
+    if by < 64 and problem.k > 2048:
+        return deepest(Config(2, 2, by, prefetch=0, stream=0), problem)
+    return deepest(Config(4, 1, by, prefetch=0, stream=0, early=int(by < 64)), problem)
 
 
 def warmup(problems: Iterable[Int4Problem]) -> int:
