@@ -172,6 +172,30 @@ def test_many_tiles_for_each_cta(x, grouped):
 
 
 @hopper
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize(
+    ("m", "n", "k"), [(256, 28672, 4096), (640, 28672, 4096), (256, 4096, 14336), (1, 4096, 14336)]
+)
+def test_sums_of_other_ctas_are_there_when_they_are_read(m, n, k, grouped, monkeypatch):
+    """What CTAs leave for each other starts as NaN, where the launch before would have left plausible sums."""
+    handover = sm90.handover
+
+    def poisoned(config, x):
+        partials, flags = handover(config, x)
+        return (None if partials is None else partials.fill_(torch.nan)), flags
+
+    monkeypatch.setattr(sm90, "handover", poisoned)
+    codes, words, b_scale = weight(n, k)
+    a, a_scale = activations("normal", m, k, E4M3, grouped)
+    tiles = tiles_for(words, E4M3)
+    config = sm90.config(Int4Problem(m, n, k, E4M3, grouped=grouped))
+    first = run(config, a, a_scale, tiles, b_scale)
+    check(first, a, a_scale, codes, b_scale)
+    for _ in range(6):
+        assert torch.equal(run(config, a, a_scale, tiles, b_scale), first)
+
+
+@hopper
 def test_nothing_outside_the_result_is_written():
     codes, words, b_scale = weight(200, 512)
     a, a_scale = activations("normal", 37, 512, E4M3)
