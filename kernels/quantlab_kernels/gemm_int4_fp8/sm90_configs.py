@@ -100,7 +100,7 @@ def reject(config: Config, problem: Int4Problem) -> str | None:
         return f"about {needed} registers a thread, {_REGISTERS[config.math_groups]} are there"
     if config.split > 1 and (config.stream or problem.experts or problem.k // GROUP < config.split):
         return f"{config.split} CTAs for each tile, whose K of {problem.k} is cut otherwise"
-    if problem.grouped and config.stream == 1 and config.math_groups == 3 and config.by >= 128:
+    if problem.grouped and config.stream == 1 and config.row_groups == 3:
         return "tiles in parts before whole ones gave wrong sums with this shape and scales of groups (see the README)"
     if config.token_scales and (not problem.grouped or problem.experts or problem.m > config.by):
         return "scales are copied at once of one tile's tokens, if those have any for each group of K"
