@@ -167,11 +167,9 @@ def _many(problem: Int4Problem) -> Config:
     """For more than 64 tokens: the widest tile that the registers hold, and ends of waves cut along K."""
     if problem.x.itemsize > 1:
         return Config(2, 1, 128, prefetch=0, stream=2 if problem.m <= 512 else 1)
-    if problem.m > 512:
-        return Config(3, 1, 128, prefetch=0, stream=0 if problem.grouped else 1)
-    if problem.grouped and (problem.n >= 16384 or problem.k >= 8192):
-        return Config(2, 1, 128, prefetch=0, early=1)
-    if problem.n >= 16384:
+    if problem.grouped and (problem.m > 512 or problem.n >= 16384 or problem.k >= 8192):
+        return Config(2, 1, 128, prefetch=0, early=1)  # scales arrive under the MMA, before their stage is given back
+    if problem.m > 512 or problem.n >= 16384:
         return Config(3, 1, 128, prefetch=0, stream=1)
     chosen = Config(2, 1, 128)
     return replace(chosen, stream=0, split=2) if _pairs_fill(chosen, problem) else chosen
