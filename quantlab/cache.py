@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
@@ -40,8 +42,9 @@ from quantlab.cache_layers import (
 from quantlab.errors import PreflightError, UsageError
 from quantlab_calib import rope
 
-__all__ = ["FEW", "KV", "PackedCache", "Prepared", "new_cache", "packed", "prepared", "use"]
+__all__ = ["FEW", "KV", "PackedCache", "Prepared", "load_keys", "new_cache", "packed", "prepared", "save_keys", "use"]
 
+KEYS_FILE = Path("quantlab") / "key_statistics.safetensors"  # beside a checkpoint
 FLOOR = 1 / 64  # least scale of a channel, of the head's largest: what hardly moved while measuring still may
 _PREPARED = "quantlab_kv"  # of a model: `Prepared`
 _PREPARE = "_prepare_cache_for_generation"
@@ -67,10 +70,11 @@ class Prepared:
         return PackedCache.like(cache, self.kv, self.keys)
 
 
-def use(model: Any, kv: KV | str | None, tokens: Tensor | None = None) -> Any:
+def use(model: Any, kv: KV | str | None, tokens: Tensor | None = None, keys: dict[int, Keys] | None = None) -> Any:
     """Let `model.generate` make quantized caches, dynamic or static as it is asked for; None takes that back.
 
     tokens  [pieces, length] int64: texts to measure keys on, by default random tokens
+    keys    what was measured before, from `load_keys`; then nothing is measured
 
     A cache that is given to `generate` or to the model itself stays what it is; `new_cache` makes one of ours. Returns
     the model. Raises UsageError for models whose attention cannot read a quantized cache.
@@ -87,7 +91,12 @@ def use(model: Any, kv: KV | str | None, tokens: Tensor | None = None) -> Any:
     kv = latent.use(model, kv) if latents else KV.of(kv)
     if not str(model.config._attn_implementation).startswith("quantlab"):
         model.set_attn_implementation("quantlab")
-    keys = {} if latents or kv.format == "16bit" else _keys(model, tokens)
+    if latents or kv.format == "16bit":
+        keys = {}
+    elif keys is None:
+        keys = _keys(model, tokens)
+    elif not set(keys) <= set(range(model.config.get_text_config(decoder=True).num_hidden_layers)):
+        raise UsageError(f"keys of layer {max(keys)} were measured, which {type(model).__name__} does not have")
     setattr(model, _PREPARED, Prepared(kv, keys, latents))
     setattr(model, _PREPARE, types.MethodType(_prepare, model))
     decoding.stop_late(model)
@@ -104,6 +113,42 @@ def new_cache(model: Any) -> Cache:
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
     found = prepared(model)
     return cache if found is None else found.like(cache)
+
+
+def save_keys(model: Any, folder: str | Path) -> Path:
+    """Write what was measured on keys beside the model's checkpoint, where `quantlab.load` finds it; returns the path.
+
+    One safetensors file, `<layer>.mean` and `<layer>.scale`, each [1, Hkv, D] float32; other loaders do not read it.
+    Raises UsageError for a model without a quantized cache, and for a folder that holds no checkpoint.
+    """
+    found, path = prepared(model), Path(folder) / KEYS_FILE
+    if found is None or not found.keys:
+        raise UsageError("nothing was measured on this model's keys; load it with kv = 'fp8', 'int8', 'int4' or 'k8v4'")
+    if not (Path(folder) / "config.json").is_file():
+        raise UsageError(f"{folder}: no config.json there; give the folder of the model's checkpoint")
+    tensors = {
+        f"{layer}.{name}": tensor.float().cpu().contiguous()
+        for layer, pair in found.keys.items()
+        for name, tensor in zip(("mean", "scale"), pair, strict=True)
+    }
+    path.parent.mkdir(exist_ok=True)
+    part = path.with_suffix(".part")
+    save_file(tensors, part, metadata={"format": "pt"})
+    part.replace(path)
+    return path
+
+
+def load_keys(folder: str | Path) -> dict[int, Keys] | None:
+    """What `save_keys` has written beside a checkpoint, or None. Raises UsageError for a file that is not whole."""
+    path = Path(folder) / KEYS_FILE
+    if not path.is_file():
+        return None
+    try:
+        tensors = load_file(path)
+        layers = sorted({int(name.partition(".")[0]) for name in tensors})
+        return {layer: (tensors[f"{layer}.mean"], tensors[f"{layer}.scale"]) for layer in layers}
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise UsageError(f"{path}: cannot be read ({error}); remove it, and keys are measured at load") from None
 
 
 def _keys(model: Any, tokens: Tensor | None) -> dict[int, Keys]:

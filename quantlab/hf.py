@@ -156,6 +156,9 @@ def with_kv(model: Any, path: str | Path, kv: Any) -> Any:
     from quantlab import cache
     from quantlab_calib import data, rope
 
+    keys = cache.load_keys(path)
+    if keys is not None:
+        return cache.use(model, kv, keys=keys)
     try:
         tokenizer = data.load_tokenizer(path)
         tokens = data.windows("bundled", tokenizer, "calibration", count=rope.PIECES, length=rope.PIECE)
