@@ -1,16 +1,6 @@
 // Conversions of codes and 16-bit numbers, loads, and the MMA: what a tile is made of.
 
 DEVICE float as_float(u32 bits) { return __uint_as_float(bits); }
-DEVICE float exp2_(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-DEVICE float log2_(float x) {
-  float y;
-  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
 DEVICE u32 half2_of(float low, float high) {
   u32 r;
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
@@ -94,27 +84,6 @@ DEVICE u32 transposed(u32 a) {
 }
 // Keeps a value in its register: the compiler would rather compute addresses anew in every step.
 DEVICE void pin(const char*& pointer) { asm volatile("" : "+l"(pointer)); }
-// (a & mask) | bits
-DEVICE u32 spread(u32 a, u32 mask, u32 bits) {
-  u32 r;
-  asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(r) : "r"(a), "r"(mask), "r"(bits));
-  return r;
-}
-DEVICE u32 fp8_pair(u32 pair) {
-  u32 r;
-  asm("{.reg .b16 a, b; mov.b32 {a, b}, %1; cvt.rn.f16x2.e4m3x2 %0, a;}" : "=r"(r) : "r"(pair));
-  return r;
-}
-DEVICE u32 minus(u32 a, u32 b) {
-  u32 r;
-  asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
-  return r;
-}
-DEVICE u32 times_plus(u32 a, u32 b, u32 c) {
-  u32 r;
-  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
-  return r;
-}
 
 // ---- keys: where code `index` of a thread's piece lies in a row, and what value stands for it ----
 

@@ -74,6 +74,7 @@ constexpr float LOG2E = 1.4426950408889634f;
 constexpr float WEIGHT = 1024.0f, LIMIT = 32768.0f;  // of a weight, in float16
 constexpr float LOWEST = -1e30f;  // a reference before any score
 
+#include "attention.cuh"
 #include "operands.cuh"
 
 struct Place {

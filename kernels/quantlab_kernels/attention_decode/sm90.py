@@ -90,7 +90,7 @@ def source(config: Config, problem: Problem) -> nvrtc.Source:
         "STAGES": config.stages, "TILES": config.tiles, "CTAS": config.ctas,
     }  # fmt: skip
     headers = {name: (_FOLDER / name).read_text() for name in _HEADERS}
-    headers["sm90.cuh"] = (_FOLDER.parent / "common" / "sm90.cuh").read_text()
+    headers |= {name: (_FOLDER.parent / "common" / name).read_text() for name in ("sm90.cuh", "attention.cuh")}
     return nvrtc.Source("attention_decode", (_FOLDER / "sm90.cu").read_text(), headers, macros)
 
 

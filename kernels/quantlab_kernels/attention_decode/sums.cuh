@@ -152,28 +152,7 @@ extern "C" __global__ void __launch_bounds__(MOST_MERGERS * D) merge(const __gri
     const int split = mine + i * mergers;
     values[i] = split < p.splits ? p.part[(split * pairs + at) * D + column] : 0.0f;
   }
-  if (threadIdx.x < 32) {
-    float tops[MOST_SPLITS / 32], totals[MOST_SPLITS / 32], top = -INFINITE, whole = 0.0f;
-#pragma unroll
-    for (int j = 0; j < MOST_SPLITS / 32; j++) {
-      const int split = threadIdx.x + 32 * j;
-      tops[j] = split < p.splits ? p.sums[2 * (split * pairs + at)] : -INFINITE;
-      totals[j] = split < p.splits ? p.sums[2 * (split * pairs + at) + 1] : 0.0f;
-      top = fmaxf(top, tops[j]);
-    }
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, step));
-    const float reference = top == -INFINITE ? 0.0f : top;
-#pragma unroll
-    for (int j = 0; j < MOST_SPLITS / 32; j++) {
-      const float share = exp2_(tops[j] - reference);
-      whole += share * totals[j];
-      shares[threadIdx.x + 32 * j] = share;
-    }
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) whole += __shfl_xor_sync(~0u, whole, step);
-    if (threadIdx.x == 0) both[0] = reference, both[1] = whole;
-  }
+  if (threadIdx.x < 32) weigh_parts<MOST_SPLITS>(p.sums, pairs, at, p.splits, shares, both);
   __syncthreads();
   float result = 0.0f;
 #pragma unroll

@@ -22,6 +22,7 @@
 //   OUTPUT     1 bfloat16, 2 float16
 //   SHARED     bytes of dynamic shared memory that the launch provides
 #include "sm90.cuh"
+#include "attention.cuh"
 #include "wgmma.cuh"
 
 constexpr int BK = 128;              // keys of a block
@@ -226,18 +227,6 @@ DEVICE void pin(int (&registers)[n]) {
   for (int i = 0; i < n; ++i) asm volatile("" : "+r"(registers[i])::"memory");
 }
 
-DEVICE float exp2_fast(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-DEVICE float reciprocal(float x) {
-  float y;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
 DEVICE u32 permute(u32 a, u32 b, u32 selector) {
   u32 r;
   asm("prmt.b32 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(selector));
@@ -344,7 +333,7 @@ DEVICE void cap_scores(const Score (&scores)[SCORES], float (&x)[SCORES], const 
   for (int i = 0; i < SCORES; ++i) {  // tanh(y) = 1 - 2 / (1 + exp(2 y)), to_log2 holds 2 log2(e) / softcap
     const int r = i / 2 % 2;
     const float y = fmaf(to_float(scores[i]), rows.scale[r] * k_scale, rows.shift[r]);
-    x[i] = cap - 2.f * cap * reciprocal(1.f + exp2_fast(y));
+    x[i] = cap - 2.f * cap * reciprocal(1.f + exp2_(y));
   }
 }
 using Value = float;
@@ -358,7 +347,7 @@ struct Powers {
   float value[4];
   DEVICE void start(const float (&x)[4]) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) value[i] = exp2_fast(x[i]);
+    for (int i = 0; i < 4; ++i) value[i] = exp2_(x[i]);
   }
   DEVICE void finish(u32& codes, float& sum) const {
     asm("{\n.reg .b16 low, high;\ncvt.rn.satfinite.e4m3x2.f32 low, %2, %1;\n"
@@ -375,7 +364,7 @@ struct Powers {
   float value[4];
   DEVICE void start(const float (&x)[4]) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) value[i] = exp2_fast(x[i]);
+    for (int i = 0; i < 4; ++i) value[i] = exp2_(x[i]);
   }
   DEVICE static u32 pack(float low, float high) {
     return __float_as_uint(fmaf(high + 8388608.f, 256.f, 8388608.f - 2147483648.f) + low);
@@ -412,8 +401,8 @@ struct Pending {
     for (int r = 0; r < 2; ++r) {
       const float largest = fmaxf(rows.largest[r], block.largest[r]);
       const float safe = largest == kHidden ? 0.f : largest;
-      rescale[r] = exp2_fast(rows.largest[r] - safe);
-      weight[r] = exp2_fast(block.largest[r] - safe);
+      rescale[r] = exp2_(rows.largest[r] - safe);
+      weight[r] = exp2_(block.largest[r] - safe);
       rows.largest[r] = largest;
       rows.total[r] = rows.total[r] * rescale[r] + static_cast<float>(sum[r]) * weight[r];
       weight[r] *= v_scale;

@@ -75,7 +75,8 @@ def source(
         wgmma_variant("wgmma_pv", d, *sums, registers=True),
         wgmma_variant("wgmma_turn", d, "f32", "f16", "f16", registers=True),
     ]
-    headers = {"sm90.cuh": (_FOLDER.parent / "common/sm90.cuh").read_text(), "wgmma.cuh": "".join(wgmma)}
+    headers = {name: (_FOLDER.parent / "common" / name).read_text() for name in ("sm90.cuh", "attention.cuh")}
+    headers["wgmma.cuh"] = "".join(wgmma)
     return nvrtc.Source("attention_prefill", (_FOLDER / "sm90.cu").read_text(), headers, macros)
 
 

@@ -19,6 +19,7 @@
 //   N       rows of a tile;   SHARE  warpgroups of a team, 1 or 2;   TEAMS;   RING  chunks
 //   BOX     tokens of a copy;   PAGED;   SHARED  bytes that the launch provides
 #include "sm90.cuh"
+#include "attention.cuh"
 #include "wgmma.cuh"
 
 using i64 = long long;
@@ -69,21 +70,6 @@ static_assert(OFFSET_BARRIERS + 16 * RING <= SHARED, "the host allocates what is
 static_assert((TEAMS - 1) * BLOCKS * (N / 2) * TEAM * 4 <= RING * CHUNK, "sums of teams meet in the ring");
 static_assert(RING >= CHUNKS * TEAMS, "every team holds a tile");
 
-DEVICE float exp2_(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-DEVICE float log2_(float x) {
-  float y;
-  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-DEVICE float reciprocal(float x) {
-  float y;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
 template <class T>
 DEVICE T read(u32 from);
 template <>
@@ -147,30 +133,9 @@ DEVICE float write_half(u32 to, float x) {
 
 // ---- codes ----
 
-// (a & mask) | bits
-DEVICE u32 spread(u32 a, u32 mask, u32 bits) {
-  u32 r;
-  asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(r) : "r"(a), "r"(mask), "r"(bits));
-  return r;
-}
-DEVICE u32 fp8_pair(u32 pair) {
-  u32 r;
-  asm("{.reg .b16 a, b; mov.b32 {a, b}, %1; cvt.rn.f16x2.e4m3x2 %0, a;}" : "=r"(r) : "r"(pair));
-  return r;
-}
 DEVICE u32 fp8_upper_pair(u32 pair) {
   u32 r;
   asm("{.reg .b16 a, b; mov.b32 {a, b}, %1; cvt.rn.f16x2.e4m3x2 %0, b;}" : "=r"(r) : "r"(pair));
-  return r;
-}
-DEVICE u32 minus(u32 a, u32 b) {
-  u32 r;
-  asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
-  return r;
-}
-DEVICE u32 times_plus(u32 a, u32 b, u32 c) {
-  u32 r;
-  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
   return r;
 }
 
@@ -937,28 +902,7 @@ extern "C" __global__ void __launch_bounds__(MERGERS* COLUMNS) merge(const __gri
     const int split = mine + i * MERGERS;
     values[i] = split < p.splits ? p.part[(split * pairs + at) * L + column] : 0.0f;
   }
-  if (threadIdx.x < 32) {
-    float tops[MOST_SPLITS / 32], totals[MOST_SPLITS / 32], top = -INFINITE, whole = 0.0f;
-#pragma unroll
-    for (int j = 0; j < MOST_SPLITS / 32; j++) {
-      const int split = threadIdx.x + 32 * j;
-      tops[j] = split < p.splits ? p.sums[2 * (split * pairs + at)] : -INFINITE;
-      totals[j] = split < p.splits ? p.sums[2 * (split * pairs + at) + 1] : 0.0f;
-      top = fmaxf(top, tops[j]);
-    }
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, step));
-    const float reference = top == -INFINITE ? 0.0f : top;
-#pragma unroll
-    for (int j = 0; j < MOST_SPLITS / 32; j++) {
-      const float share = exp2_(tops[j] - reference);
-      whole += share * totals[j];
-      shares[threadIdx.x + 32 * j] = share;
-    }
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) whole += __shfl_xor_sync(~0u, whole, step);
-    if (threadIdx.x == 0) both[0] = reference, both[1] = whole;
-  }
+  if (threadIdx.x < 32) weigh_parts<MOST_SPLITS>(p.sums, pairs, at, p.splits, shares, both);
   __syncthreads();
   float result = 0.0f;
 #pragma unroll

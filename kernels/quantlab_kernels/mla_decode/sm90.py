@@ -93,7 +93,8 @@ def source(config: Config, problem: Problem) -> nvrtc.Source:
         wgmma_variant("wgmma_turned", config.rows, "f32", kept, kept, registers=False, turned=True),
         wgmma_variant("wgmma_codes", config.rows, "f32", "f16", "f16", registers=True),
     ]
-    headers = {"sm90.cuh": (_FOLDER.parent / "common" / "sm90.cuh").read_text(), "wgmma.cuh": "".join(wgmma)}
+    headers = {name: (_FOLDER.parent / "common" / name).read_text() for name in ("sm90.cuh", "attention.cuh")}
+    headers["wgmma.cuh"] = "".join(wgmma)
     return nvrtc.Source("mla_decode", (_FOLDER / "sm90.cu").read_text(), headers, macros)
 
 
