@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
-from quantlab import decoding, latent
+from quantlab import checkpoint, decoding, latent
 from quantlab.architecture import meta_model
 from quantlab.cache_layers import (
     FEW,
@@ -44,7 +44,6 @@ from quantlab_calib import rope
 
 __all__ = ["FEW", "KV", "PackedCache", "Prepared", "load_keys", "new_cache", "packed", "prepared", "save_keys", "use"]
 
-KEYS_FILE = Path("quantlab") / "key_statistics.safetensors"  # beside a checkpoint
 FLOOR = 1 / 64  # least scale of a channel, of the head's largest: what hardly moved while measuring still may
 _PREPARED = "quantlab_kv"  # of a model: `Prepared`
 _PREPARE = "_prepare_cache_for_generation"
@@ -121,7 +120,7 @@ def save_keys(model: Any, folder: str | Path) -> Path:
     One safetensors file, `<layer>.mean` and `<layer>.scale`, each [1, Hkv, D] float32; other loaders do not read it.
     Raises UsageError for a model without a quantized cache, and for a folder that holds no checkpoint.
     """
-    found, path = prepared(model), Path(folder) / KEYS_FILE
+    found, path = prepared(model), Path(folder) / checkpoint.KEY_STATISTICS
     if found is None or not found.keys:
         raise UsageError("nothing was measured on this model's keys; load it with kv = 'fp8', 'int8', 'int4' or 'k8v4'")
     if not (Path(folder) / "config.json").is_file():
@@ -140,7 +139,7 @@ def save_keys(model: Any, folder: str | Path) -> Path:
 
 def load_keys(folder: str | Path) -> dict[int, Keys] | None:
     """What `save_keys` has written beside a checkpoint, or None. Raises UsageError for a file that is not whole."""
-    path = Path(folder) / KEYS_FILE
+    path = Path(folder) / checkpoint.KEY_STATISTICS
     if not path.is_file():
         return None
     try:

@@ -21,7 +21,8 @@ Despite its name `weight_scale_inv` multiplies. Scales are powers of two (blocks
 vLLM requantizes to the former at load, and compressed-tensors in transformers casts to the model's dtype; so every
 reader computes with the very same weights. Scales of groups also survive vLLM's conversion to E4M3
 (`quantlab_calib.rounding`). What is ours alone lies in the sub-folder `quantlab/`, where no loader
-looks for weights: `manifest.json`, `recipe.toml`, `summary.json`, `eval*.json`, `activation_scales.safetensors`.
+looks for weights: `manifest.json`, `recipe.toml`, `summary.json`, `eval*.json`, `activation_scales.safetensors`,
+`key_statistics.safetensors`.
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ MANIFEST = f"{OURS}/manifest.json"
 RECIPE = f"{OURS}/recipe.toml"
 SUMMARY = f"{OURS}/summary.json"
 ACTIVATION_SCALES = f"{OURS}/activation_scales.safetensors"
+KEY_STATISTICS = f"{OURS}/key_statistics.safetensors"
 
 PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 OTHER_WEIGHTS = PICKLES | {".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".ot", ".tflite", ".mlmodel", ".npz"}

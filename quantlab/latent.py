@@ -161,7 +161,8 @@ class Absorbed:
         self.heads, self.nope, self.latent = keys.shape
         self.v = values.shape[2]
         self.crossover = crossover(self.nope, self.v, self.latent)
-        self.codes = self._are_codes(keys, values) and (self._has_kernel() if codes is None else codes)
+        wanted = self._has_kernel() if codes is None else codes
+        self.codes = wanted and self._are_codes(keys, values)
         self.keys, self.values = (None, None) if self.codes else (keys, values)
 
     @torch.no_grad()
@@ -208,7 +209,8 @@ class Absorbed:
         key, value = self._expanded(latent, rope)
         if not torch.equal(key[..., -self.rope :], rope.expand_as(key[..., -self.rope :])):
             return math.inf
-        turned, (keys, values) = self.turned(latent), self.matrices()
+        turned = self.turned(latent)
+        keys, values = self.matrices() if self.keys is None or self.values is None else (self.keys, self.values)
         ours = torch.cat((turned @ keys.transpose(1, 2), turned @ values), -1).float()
         theirs = torch.cat((key[0, ..., : -self.rope], value[0]), -1).float()
         return float((ours - theirs).norm() / theirs.norm()) if float(theirs.norm()) else 0.0
