@@ -17,7 +17,6 @@ into the projections around them; where those are quantized, each new latent is 
 from __future__ import annotations
 
 import math
-import os
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -145,7 +144,7 @@ class Absorbed:
              values [B, H, S, V]
     turn     [L, L], orthogonal: cached latents are turned by it; None where the module makes turned ones
     codes    whether FP8 codes that the projection holds are multiplied as they are, where they are all of it; None
-             does so where QUANTLAB_BMM_FP8_BACKEND in the environment asks for it and there is a kernel
+             does so where there is a kernel
     keys     [H, nope, L], values [H, L, V], in the dtype in which the module computes; as large as a 16-bit projection,
              which stays for prompts. None of both where codes are multiplied.
     """
@@ -183,9 +182,8 @@ class Absorbed:
         return torch.equal(both, projection.dequantize(self.dtype))
 
     def _has_kernel(self) -> bool:
-        """Whether codes are asked for, and a GPU has a kernel that reads them; elsewhere they would be dequantized in
-        every step. Not by default: models with them have yet to pass their test on a GPU."""
-        if self.device.type != "cuda" or not os.environ.get(bmm_fp8_op.BACKENDS.variable):
+        """Whether a GPU has a kernel that reads codes; elsewhere they would be dequantized in every step."""
+        if self.device.type != "cuda":
             return False
         rows, sm = self.nope + self.v, gpu(self.device.index or 0).sm
         problems = (

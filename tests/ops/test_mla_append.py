@@ -105,16 +105,14 @@ def test_refusals():
         mla_append(x, r, replace(cache, scale=None), length)
 
 
-def test_what_no_gpu_has_verified_is_refused_but_can_be_forced():
+def test_sizes_without_a_kernel_have_a_reason():
     op = importlib.import_module("quantlab_kernels.mla_append.op")
     backend = importlib.import_module("quantlab_kernels.mla_append.triton")
-    verified = op.Problem(16, 1, 512, 64, "e4m3")
-    assert backend.supports(verified) is None
-    for other in ({"dtype": torch.float32}, {"rank": 256}, {"sm": 80}):
-        problem = replace(verified, **other)
-        assert "QUANTLAB_MLA_APPEND_BACKEND=triton runs others" in str(backend.supports(problem))
-        assert backend.able(problem) is None
-    assert "needs powers of two" in str(backend.able(replace(verified, rank=96)))
+    problem = op.Problem(16, 1, 512, 64, "e4m3")
+    for able in ({}, {"dtype": torch.float32}, {"rank": 256, "rope": 32}, {"sm": 80}):
+        assert backend.supports(replace(problem, **able)) is None
+    assert "needs powers of two" in str(backend.supports(replace(problem, rank=96)))
+    assert "needs sm_80" in str(backend.supports(replace(problem, sm=75)))
 
 
 INTERPRETED = """
@@ -139,10 +137,11 @@ def test_triton_logic_in_the_interpreter(interpreted: Callable[[str], str]):
 
 @pytest.mark.gpu(sm=80)
 @pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_on_the_gpu(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(("rank", "rope"), [(512, 64), (256, 32), (128, 64), (64, 16), (1024, 128)])
+def test_on_the_gpu(name: str, dtype: torch.dtype, rank: int, rope: int, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("QUANTLAB_MLA_APPEND_BACKEND", "triton")
-    check(name, dtype, "cuda", 512, 64)
+    check(name, dtype, "cuda", rank, rope)
 
 
 @pytest.mark.gpu(sm=80)

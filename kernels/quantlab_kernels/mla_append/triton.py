@@ -19,19 +19,6 @@ if TYPE_CHECKING:
 
 
 def supports(problem: Problem) -> str | None:
-    """What has been held against the definition on a GPU; the rest of what it is able to do waits for that."""
-    p, reason = problem, able(problem)
-    if reason is not None:
-        return reason
-    if p.sm != 90 or (p.rank, p.rope) != (512, 64) or p.dtype == torch.float32:
-        return (
-            "verified on Hopper for 16-bit rows of 512 + 64 channels alone; "
-            "QUANTLAB_MLA_APPEND_BACKEND=triton runs others"
-        )
-    return None
-
-
-def able(problem: Problem) -> str | None:
     """Rows of a power of two of channels, from sm_80 on."""
     if problem.sm < 80:
         return f"needs sm_80 or newer, the GPU is sm_{problem.sm}"
