@@ -453,11 +453,25 @@ struct TokenScales {
   }
 };
 
+// An arrival at a barrier does not wait for reads of shared memory that are still on their way. Codes and scales of rows
+// are read before the MMA of their block and have long arrived when it has ended. Scales of tokens are read late: their
+// stage is given back when the next block's MMA is under way. That writes the sums which the scales were multiplied with,
+// so they must have arrived.
+constexpr bool GIVE_BACK_LATE = TOKEN_SCALE_BYTES > 0;
+static_assert(!GIVE_BACK_LATE || STAGES >= 2 * K_GROUPS, "a group holds one stage while it waits for the next");
+
+// A warp gives a stage back to the producers.
+DEVICE void give_back(const Shared& s, const Position& at, int stage) {
+  if (GIVE_BACK_LATE) __syncwarp();  // else all lanes have just waited for the MMA
+  if (at.lane == 0) barrier_arrive(s.empty(stage));
+}
+
 // The sums of `blocks` blocks of K, of which this group takes every K_GROUPS-th.
 DEVICE void accumulate(float (&sum)[ACCUMULATORS], const Shared& s, const Position& at, Ring ring, int blocks,
                        const TokenScales& scales) {
   float part[ACCUMULATORS];
   Block block;
+  int held = 0;
   if (K_GROUPS > 1) ring.skip(at.k_group);
   if (PREFETCH && at.k_group < blocks) {
     barrier_wait(s.full(ring.stage), ring.phase);
@@ -473,29 +487,27 @@ DEVICE void accumulate(float (&sum)[ACCUMULATORS], const Shared& s, const Positi
     for (int step = 0; step < STEPS; ++step) decode(block.words, step, a[step]);
     const float scale[2] = {block.scale[0], block.scale[1]};
     multiply(part, a, s, ring.stage);
-    const int stage = ring.stage;
+    if (GIVE_BACK_LATE && i > at.k_group) give_back(s, at, held);
+    held = ring.stage;
     ring.skip(K_GROUPS);
     if (PREFETCH && i + K_GROUPS < blocks) {
       barrier_wait(s.full(ring.stage), ring.phase);
       block.load(at, ring.stage);
     }
     ColumnScales tokens;
-    if (GROUPED && EARLY) tokens.load(scales.of(s, stage, i), at);
+    if (GROUPED && EARLY) tokens.load(scales.of(s, held, i), at);
     wgmma_wait<0>();
     pin(part);
     pin_operands(a);
-    if (GROUPED && !EARLY) tokens.load(scales.of(s, stage, i), at);
-    constexpr bool held = TOKEN_SCALE_BYTES > 0 && !EARLY;  // the stage, for its scales
-    if (TOKEN_SCALE_BYTES > 0 && !held) __syncwarp();
-    if (!held && at.lane == 0) barrier_arrive(s.empty(stage));
+    if (GROUPED && !EARLY) tokens.load(scales.of(s, held, i), at);
+    if (!GIVE_BACK_LATE) give_back(s, at, held);
     if constexpr (GROUPED) {
       promote_grouped(sum, part, scale, tokens);
     } else {
       promote(sum, part, scale);
     }
-    if (held) __syncwarp();
-    if (held && at.lane == 0) barrier_arrive(s.empty(stage));
   }
+  if (GIVE_BACK_LATE && at.k_group < blocks) give_back(s, at, held);
 }
 
 // ---- sums of several groups and CTAs ----

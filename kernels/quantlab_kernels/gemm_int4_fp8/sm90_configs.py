@@ -106,7 +106,8 @@ def reject(config: Config, problem: Int4Problem) -> str | None:
         return "scales are copied at once of one tile's tokens, if those have any for each group of K"
     if 0 < config.token_scales < _token_scale_bytes(problem):
         return f"{config.token_scales} bytes for the scales of the tokens, which take {_token_scale_bytes(problem)}"
-    if config.stages % config.k_groups or not config.stages:
+    turns = 2 if problem.grouped and not config.token_scales else 1  # a stage is given back behind the next MMA
+    if config.stages % config.k_groups or config.stages < turns * config.k_groups:
         return f"{config.stages} stages for {config.k_groups} groups that take them in turns"
     return None
 
