@@ -18,11 +18,9 @@ def pack_int4(codes: Tensor) -> Tensor:
         raise ValueError(f"pack_int4: got {codes.dtype} {tuple(codes.shape)}, needs int8 with two dimensions")
     if codes.numel() and (int(codes.min()) < -8 or int(codes.max()) > 7):
         raise ValueError(f"pack_int4: codes reach from {int(codes.min())} to {int(codes.max())}, needs -8 to 7")
-    padded = torch.nn.functional.pad(codes, (0, -codes.shape[1] % _PER_WORD))
-    nibbles = (padded.to(torch.int64) + 8).unflatten(1, (-1, _PER_WORD))
-    shifts = torch.arange(0, 32, 4, device=codes.device)
-    words = (nibbles << shifts).sum(dim=2)  # 0 to 2**32 - 1
-    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+    padded = torch.nn.functional.pad(codes, (0, -codes.shape[1] % _PER_WORD)).contiguous()
+    nibbles = padded.view(torch.uint8).add(8).unflatten(1, (-1, 4, 2))  # modulo 256: -8 becomes 0
+    return (nibbles[..., 1] << 4).bitwise_or_(nibbles[..., 0]).view(torch.int32).squeeze(2)
 
 
 def unpack_int4(words: Tensor, columns: int) -> Tensor:
@@ -30,6 +28,6 @@ def unpack_int4(words: Tensor, columns: int) -> Tensor:
     if words.dtype != torch.int32 or words.ndim != 2 or words.shape[1] != -(-columns // _PER_WORD):
         needed = -(-columns // _PER_WORD)
         raise ValueError(f"unpack_int4: got {words.dtype} {tuple(words.shape)}, needs int32 [N, {needed}]")
-    shifts = torch.arange(0, 32, 4, device=words.device, dtype=torch.int32)
-    nibbles = (words.unsqueeze(2) >> shifts) & 0xF
-    return (nibbles.flatten(1)[:, :columns] - 8).to(torch.int8)
+    pairs = words.contiguous().view(torch.uint8)
+    nibbles = torch.stack((pairs & 0xF, pairs >> 4), dim=2).flatten(1)
+    return nibbles[:, :columns].sub(8).view(torch.int8)
