@@ -1,13 +1,16 @@
-"""What the GEMM rooms share: the problem as a value, and the layout of activation scales."""
+"""What the GEMM rooms share: the problem as a value, the layout of activation scales, the op itself."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from quantlab_kernels.common.ops import require
+from quantlab_kernels.common.hardware import device_of
+from quantlab_kernels.common.ops import define, require
 
 OUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -108,3 +111,44 @@ def _check_scale(name: str, codes: Tensor, scale: Tensor, block: tuple[int, int]
         scale.dtype == torch.float32 and tuple(scale.shape) == (rows, columns),
         lambda: f"{name} is {scale.dtype} {tuple(scale.shape)}, needs float32 {(rows, columns)}",
     )
+
+
+def define_gemm(
+    name: str,
+    *,
+    check: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, torch.dtype], int],
+    reference: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, torch.dtype], Tensor],
+    launch: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor], None],
+) -> Any:
+    """Register ``quantlab::name(a, a_scale, b, b_scale, bias, out_dtype)``, a [M, K], and return the operator.
+
+    check      refuses what no backend takes, and returns N
+    reference  the result [M, N] computed in the dtype that is its last argument
+    launch     selects a backend and writes the result to its last argument [M, N]; M, N and K are not 0
+    """
+
+    def fake(
+        a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype
+    ) -> Tensor:
+        return a.new_empty((a.shape[0], check(a, a_scale, b, b_scale, bias, out_dtype)), dtype=out_dtype)
+
+    def cpu(
+        a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype
+    ) -> Tensor:
+        check(a, a_scale, b, b_scale, bias, out_dtype)
+        return reference(a, a_scale, b, b_scale, bias, torch.float32).to(out_dtype)
+
+    def cuda(
+        a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype
+    ) -> Tensor:
+        out = fake(a, a_scale, b, b_scale, bias, out_dtype)
+        if out.numel() == 0:
+            return out
+        if a.shape[1] == 0:
+            return out.zero_() if bias is None else out.copy_(bias.expand_as(out))
+        with device_of(a):
+            launch(a, a_scale, b, b_scale, bias, out)
+        return out
+
+    schema = "(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, Tensor? bias, ScalarType out_dtype) -> Tensor"
+    return define(name + schema, fake=fake, cpu=cpu, cuda=cuda)

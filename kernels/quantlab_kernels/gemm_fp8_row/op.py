@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from quantlab_kernels.common.backends import Backends
-from quantlab_kernels.common.gemm import GemmProblem, check_operands
-from quantlab_kernels.common.hardware import device_of, gpu_of
-from quantlab_kernels.common.ops import define
+from quantlab_kernels.common.gemm import GemmProblem, check_operands, define_gemm
+from quantlab_kernels.common.hardware import gpu_of
 from quantlab_kernels.gemm_fp8_row import reference
 
 # Order: see the README's table. `scaled_mm` takes what it wins, `triton` the rest.
@@ -40,9 +39,10 @@ def gemm_fp8_row(
     return _OP(a, a_scale, b, b_scale, bias, out_dtype)
 
 
-def check(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> None:
-    """Refuse what no backend takes. Shapes may be symbolic."""
+def check(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> int:
+    """Refuse what no backend takes; returns N. Shapes may be symbolic."""
     check_operands("gemm_fp8_row", ((1, -1), (1, -1)), a, a_scale, b, b_scale, bias, out_dtype)
+    return b.shape[0]
 
 
 def problem_of(a: Tensor, b: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> GemmProblem:
@@ -52,37 +52,11 @@ def problem_of(a: Tensor, b: Tensor, bias: Tensor | None, out_dtype: torch.dtype
     )
 
 
-def _fake(
-    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype
-) -> Tensor:
-    check(a, a_scale, b, b_scale, bias, out_dtype)
-    return a.new_empty((a.shape[0], b.shape[0]), dtype=out_dtype)
-
-
-def _cpu(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
-    check(a, a_scale, b, b_scale, bias, out_dtype)
-    return reference.gemm(a, a_scale, b, b_scale, bias, torch.float32).to(out_dtype)
-
-
-def _cuda(
-    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype
-) -> Tensor:
-    out = _fake(a, a_scale, b, b_scale, bias, out_dtype)
-    if out.numel() == 0:
-        return out
-    if a.shape[1] == 0:
-        return out.zero_() if bias is None else out.copy_(bias.expand_as(out))
-    problem = problem_of(a, b, bias, out_dtype)
+def _launch(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    problem = problem_of(a, b, bias, out.dtype)
     backend = BACKENDS.select(problem)
-    with device_of(a):
-        backend.launch(
-            a.contiguous(), a_scale.contiguous(), b.contiguous(), b_scale.contiguous(), bias, out,
-            backend.config(problem),
-        )  # fmt: skip
-    return out
+    operands = a.contiguous(), a_scale.contiguous(), b.contiguous(), b_scale.contiguous(), bias
+    backend.launch(*operands, out, backend.config(problem))
 
 
-_OP = define(
-    "gemm_fp8_row(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, Tensor? bias, ScalarType out_dtype) -> Tensor",
-    fake=_fake, cpu=_cpu, cuda=_cuda,
-)  # fmt: skip
+_OP = define_gemm("gemm_fp8_row", check=check, reference=reference.gemm, launch=_launch)

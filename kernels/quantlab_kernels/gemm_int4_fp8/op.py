@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 
 from quantlab_kernels.common.backends import Backends
-from quantlab_kernels.common.gemm import as_group_scale
+from quantlab_kernels.common.gemm import as_group_scale, define_gemm
 from quantlab_kernels.common.hardware import gpu_of
 from quantlab_kernels.common.int4 import GROUP, Int4Problem, check_out_dtype, check_weight
-from quantlab_kernels.common.ops import define
 from quantlab_kernels.gemm_int4_fp8 import reference
 
 BACKENDS = Backends("gemm_int4_fp8", ("sm90", "triton", "eager"), last_resort="eager")
@@ -40,8 +39,8 @@ def gemm_int4_fp8(
     return _OP(a, a_scale, b, b_scale, bias, out_dtype)
 
 
-def check(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> None:
-    """Refuse what no backend takes. Shapes may be symbolic."""
+def check(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> int:
+    """Refuse what no backend takes; returns N. Shapes may be symbolic."""
     op, fp8 = "gemm_int4_fp8", torch.float8_e4m3fn
     torch._check(a.dtype == fp8, lambda: f"{op}: a is {a.dtype}, needs {fp8}")
     check_weight(op, 8, a, b, b_scale, bias)
@@ -51,6 +50,7 @@ def check(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, bias: Tensor |
         lambda: f"{op}: a_scale is {a_scale.dtype} {tuple(a_scale.shape)}, needs float32 {(m, 1)} or {(m, groups)}",
     )
     check_out_dtype(op, out_dtype)
+    return b_scale.shape[0]
 
 
 def problem_of(
@@ -63,37 +63,12 @@ def problem_of(
     )  # fmt: skip
 
 
-def _fake(
-    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype
-) -> Tensor:
-    check(a, a_scale, b, b_scale, bias, out_dtype)
-    return a.new_empty((a.shape[0], b_scale.shape[0]), dtype=out_dtype)
-
-
-def _cpu(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
-    check(a, a_scale, b, b_scale, bias, out_dtype)
-    return reference.gemm(a, a_scale, b, b_scale, bias, torch.float32).to(out_dtype)
-
-
-def _cuda(
-    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype
-) -> Tensor:
-    out = _fake(a, a_scale, b, b_scale, bias, out_dtype)
-    if out.numel() == 0:
-        return out
-    if a.shape[1] == 0:
-        return out.zero_() if bias is None else out.copy_(bias.expand_as(out))
-    problem = problem_of(a, a_scale, b, b_scale, bias, out_dtype)
+def _launch(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    problem = problem_of(a, a_scale, b, b_scale, bias, out.dtype)
     backend = BACKENDS.select(problem)
     scale = as_group_scale(a_scale) if problem.grouped else a_scale.contiguous()
-    with torch.cuda.device(a.device):
-        backend.launch(
-            a.contiguous(), scale, b.contiguous(), as_group_scale(b_scale), bias, out, backend.config(problem)
-        )
-    return out
+    operands = a.contiguous(), scale, b.contiguous(), as_group_scale(b_scale), bias
+    backend.launch(*operands, out, backend.config(problem))
 
 
-_OP = define(
-    "gemm_int4_fp8(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, Tensor? bias, ScalarType out_dtype) -> Tensor",
-    fake=_fake, cpu=_cpu, cuda=_cuda,
-)  # fmt: skip
+_OP = define_gemm("gemm_int4_fp8", check=check, reference=reference.gemm, launch=_launch)
