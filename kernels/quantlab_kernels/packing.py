@@ -28,6 +28,6 @@ def unpack_int4(words: Tensor, columns: int) -> Tensor:
     if words.dtype != torch.int32 or words.ndim != 2 or words.shape[1] != -(-columns // _PER_WORD):
         needed = -(-columns // _PER_WORD)
         raise ValueError(f"unpack_int4: got {words.dtype} {tuple(words.shape)}, needs int32 [N, {needed}]")
-    pairs = words.contiguous().view(torch.uint8)
-    nibbles = torch.stack((pairs & 0xF, pairs >> 4), dim=2).flatten(1)
+    pairs = words.contiguous().unsqueeze(2).view(torch.uint8)
+    nibbles = torch.stack((pairs & 0xF, pairs >> 4), dim=3).flatten(1)
     return nibbles[:, :columns].sub(8).view(torch.int8)
