@@ -14,9 +14,7 @@ Matrices come in batches: the experts of a block are rounded in one go.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -145,7 +143,7 @@ def _feedback(w: Tensor, step: Tensor, pass_on: Tensor) -> Tensor:
     for begin in range(0, w.shape[1], GROUP):
         end = min(begin + GROUP, w.shape[1])
         block = w[:, begin:end]
-        codes, errors = _graphed(_round_columns)(block, step[:, begin:end], pass_on[:, begin:end, begin:end])
+        codes, errors = _columns(block, step[:, begin:end], pass_on[:, begin:end, begin:end])
         block.copy_(codes)
         if end < w.shape[1]:
             w[:, end:].baddbmm_(pass_on[:, begin:end, end:].mT, errors, alpha=-1)
@@ -155,60 +153,27 @@ def _feedback(w: Tensor, step: Tensor, pass_on: Tensor) -> Tensor:
 def _sweep(w: Tensor, step: Tensor, moments: Tensor, codes: Tensor) -> Tensor:
     """Visit every channel once more: the best code for it, all others as they are, so the error can only fall."""
     codes = codes.clone()
+    diagonal = moments.diagonal(dim1=1, dim2=2)[:, :, None]
     pull = moments @ (w - codes * step)  # half the gradient of the error
     for begin in range(0, w.shape[1], GROUP):
         end = min(begin + GROUP, w.shape[1])
         band = slice(begin, end)
-        codes[:, band], change = _graphed(_sweep_columns)(
-            codes[:, band], pull[:, band], step[:, band], moments[:, band, band]
-        )
+        old = codes[:, band] * step[:, band]
+        best = old + pull[:, band] / diagonal[:, band]
+        pass_on = -(moments[:, band, band] / diagonal[:, band]).mT
+        codes[:, band], change = _columns(best, step[:, band], pass_on, old)
         if end < w.shape[1]:
             pull[:, end:].baddbmm_(moments[:, end:, band], change)
     return codes
 
 
-def _sweep_columns(codes: Tensor, pull: Tensor, step: Tensor, moments: Tensor) -> tuple[Tensor, Tensor]:
-    """New codes of some channels [B, C, N], one after the other, and by how much their values fell. `codes` and `pull`
-    are used up."""
-    change = torch.empty_like(codes)
-    for j in range(codes.shape[1]):
-        best = _nearest(codes[:, j] + pull[:, j] / moments[:, j, j, None] / step[:, j])
-        change[:, j] = (codes[:, j] - best) * step[:, j]
-        codes[:, j] = best
-        pull[:, j + 1 :] += moments[:, j + 1 :, j, None] * change[:, None, j]
-    return codes, change
+def _columns(w: Tensor, step: Tensor, pass_on: Tensor, old: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """`round_columns` for INT4; w may be used up."""
+    if w.is_cuda:
+        from quantlab_calib import columns
 
-
-def _round_columns(w: Tensor, step: Tensor, pass_on: Tensor) -> tuple[Tensor, Tensor]:
-    return round_columns(w, step, pass_on, _nearest)
-
-
-def _graphed(function: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
-    """On a GPU a function of hundreds of small steps, as one graph for each shape: launching them one by one takes four
-    times as long. Results lie in buffers that the next call overwrites."""
-
-    def call(*given: Tensor) -> tuple[Tensor, Tensor]:
-        if not given[0].is_cuda:
-            return function(*(t.clone() for t in given))
-        key = (function, given[0].device, *(tuple(t.shape) for t in given))
-        if key not in _graphs:
-            buffers = [t.clone() for t in given]
-            for _ in range(2):
-                function(*buffers)  # libraries initialize themselves outside of the capture
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                results = function(*buffers)
-            _graphs[key] = graph, buffers, results
-        graph, buffers, results = _graphs[key]
-        for buffer, tensor in zip(buffers, given, strict=True):
-            buffer.copy_(tensor)
-        graph.replay()
-        return results
-
-    return call
-
-
-_graphs: dict[tuple[Any, ...], tuple[torch.cuda.CUDAGraph, list[Tensor], tuple[Tensor, Tensor]]] = {}
+        return columns.round_columns(w, step, pass_on, old)
+    return round_columns(w, step, pass_on, _nearest, old)
 
 
 def _nearest(x: Tensor) -> Tensor:

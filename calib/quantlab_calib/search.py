@@ -73,14 +73,15 @@ class Feedback:
 
 
 def round_columns(
-    w: Tensor, step: Tensor, pass_on: Tensor, nearest: Callable[[Tensor], Tensor]
+    w: Tensor, step: Tensor, pass_on: Tensor, nearest: Callable[[Tensor], Tensor], old: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Round the channels of weights w [B, C, N] one after the other, each passing its error on to the later ones.
 
     w        float32, is used up
     step     scale of each weight, like w
-    pass_on  [B, C, C], upper triangular with diagonal 1
+    pass_on  [B, C, C]; of it the part above the diagonal
     nearest  values in units of the step -> the code next to them, as float32
+    old      what errors are taken against, like w; None: what a channel is when its turn comes
 
     Returns the codes and the errors that rounding made, float32, like w.
     """
@@ -89,7 +90,7 @@ def round_columns(
         end = min(begin + STEP, w.shape[1])
         for j in range(begin, end):
             codes[:, j] = nearest(w[:, j] / step[:, j])
-            errors[:, j] = w[:, j] - codes[:, j] * step[:, j]
+            errors[:, j] = (w if old is None else old)[:, j] - codes[:, j] * step[:, j]
             w[:, j + 1 : end] -= pass_on[:, j, j + 1 : end, None] * errors[:, j, None]
         w[:, end:] -= pass_on[:, begin:end, end:].mT @ errors[:, begin:end]
     return codes, errors
