@@ -135,6 +135,15 @@ def load_targets(model: Any, names: Iterable[str]) -> dict[str, LoadTarget]:
     return targets
 
 
+def counterpart(path: str, modules: Iterable[tuple[str, str]]) -> str | None:
+    """What a module is called elsewhere, in a model or a checkpoint, from names of modules below it (here, there)."""
+    for here, there in modules:
+        below = here.removeprefix(path)
+        if here.startswith(f"{path}.") and there.endswith(below):
+            return there.removesuffix(below)
+    return None
+
+
 def keeps_rows_together(converter: Any) -> bool:
     """Whether a conversion only stacks, joins or splits along rows: then the same conversion holds for the scales."""
     row_wise = {"Concatenate", "Chunk", "Split"}

@@ -15,38 +15,42 @@ written after a short one. Losses of all ways are in `calib/README.md`.
 from __future__ import annotations
 
 import inspect
+import shutil
 import types
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
-from quantlab import checkpoint, decoding, latent
+from quantlab import checkpoint, decoding, kinds, latent
+from quantlab import keys as kept_keys
 from quantlab.architecture import meta_model
 from quantlab.cache_layers import (
     FEW,
     KV,
     DynamicPackedLayer,
     Handle,
-    Keys,
     PackedLayer,
     StaticPackedLayer,
     WindowPackedLayer,
 )
 from quantlab.errors import PreflightError, UsageError
+from quantlab.keys import Keys, channel_scale
 from quantlab_calib import rope
 
-__all__ = ["FEW", "KV", "PackedCache", "Prepared", "load_keys", "new_cache", "packed", "prepared", "save_keys", "use"]
+__all__ = [
+    "FEW", "KV", "PackedCache", "Prepared", "channel_scale", "load_keys", "new_cache", "packed", "prepared",
+    "save_keys", "use",
+]  # fmt: skip
 
-FLOOR = 1 / 64  # least scale of a channel, of the head's largest: what hardly moved while measuring still may
 _PREPARED = "quantlab_kv"  # of a model: `Prepared`
 _PREPARE = "_prepare_cache_for_generation"
+_SAVE = "save_pretrained"
 
 
 def packed(key: Any) -> Handle | None:
@@ -56,11 +60,16 @@ def packed(key: Any) -> Handle | None:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A format and what the keys of a model need for it: mean and scale of each layer's channels."""
+    """A format and what the keys of a model need for it: mean and scale of each layer's channels.
+
+    latent   the model caches latents
+    sample   of the weights that keys were measured on
+    """
 
     kv: KV
     keys: dict[int, Keys]
-    latent: bool = False  # the model caches latents
+    latent: bool = False
+    sample: Tensor | None = None
 
     def like(self, cache: Cache) -> PackedCache:
         """An empty quantized cache in the shape of one of transformers'."""
@@ -75,10 +84,11 @@ def use(model: Any, kv: KV | str | None, tokens: Tensor | None = None, keys: dic
     tokens  [pieces, length] int64: texts to measure keys on, by default random tokens
     keys    what was measured before, from `load_keys`; then nothing is measured
 
-    A cache that is given to `generate` or to the model itself stays what it is; `new_cache` makes one of ours. Returns
-    the model. Raises UsageError for models whose attention cannot read a quantized cache.
+    A cache that is given to `generate` or to the model itself stays what it is; `new_cache` makes one of ours. The
+    model's `save_pretrained` carries what was measured. Returns the model. Raises UsageError for models whose attention
+    cannot read a quantized cache.
     """
-    for name in (_PREPARE, _PREPARED):
+    for name in (_PREPARE, _PREPARED, _SAVE):
         model.__dict__.pop(name, None)
     latent.release(model)
     if kv is None or kv == "none":
@@ -96,8 +106,9 @@ def use(model: Any, kv: KV | str | None, tokens: Tensor | None = None, keys: dic
         keys = _keys(model, tokens)
     elif not set(keys) <= set(range(model.config.get_text_config(decoder=True).num_hidden_layers)):
         raise UsageError(f"keys of layer {max(keys)} were measured, which {type(model).__name__} does not have")
-    setattr(model, _PREPARED, Prepared(kv, keys, latents))
+    setattr(model, _PREPARED, Prepared(kv, keys, latents, _sample(model) if keys else None))
     setattr(model, _PREPARE, types.MethodType(_prepare, model))
+    setattr(model, _SAVE, types.MethodType(_save, model))
     decoding.stop_late(model)
     return model
 
@@ -117,37 +128,24 @@ def new_cache(model: Any) -> Cache:
 def save_keys(model: Any, folder: str | Path) -> Path:
     """Write what was measured on keys beside the model's checkpoint, where `quantlab.load` finds it; returns the path.
 
-    One safetensors file, `<layer>.mean` and `<layer>.scale`, each [1, Hkv, D] float32; other loaders do not read it.
-    Raises UsageError for a model without a quantized cache, and for a folder that holds no checkpoint.
+    One safetensors file (`quantlab.keys`), which other loaders do not read. It is for the weights that lie in the
+    folder: give the one that the model was loaded from or saved to. Raises UsageError for a model without a quantized
+    cache, and for a folder that holds no checkpoint.
     """
     found, path = prepared(model), Path(folder) / checkpoint.KEY_STATISTICS
     if found is None or not found.keys:
         raise UsageError("nothing was measured on this model's keys; load it with kv = 'fp8', 'int8', 'int4' or 'k8v4'")
     if not (Path(folder) / "config.json").is_file():
         raise UsageError(f"{folder}: no config.json there; give the folder of the model's checkpoint")
-    tensors = {
-        f"{layer}.{name}": tensor.float().cpu().contiguous()
-        for layer, pair in found.keys.items()
-        for name, tensor in zip(("mean", "scale"), pair, strict=True)
-    }
-    path.parent.mkdir(exist_ok=True)
-    part = path.with_suffix(".part")
-    save_file(tensors, part, metadata={"format": "pt"})
-    part.replace(path)
-    return path
+    return kept_keys.write(path, found.keys, kept_keys.digest(folder))
 
 
 def load_keys(folder: str | Path) -> dict[int, Keys] | None:
-    """What `save_keys` has written beside a checkpoint, or None. Raises UsageError for a file that is not whole."""
-    path = Path(folder) / checkpoint.KEY_STATISTICS
-    if not path.is_file():
-        return None
-    try:
-        tensors = load_file(path)
-        layers = sorted({int(name.partition(".")[0]) for name in tensors})
-        return {layer: (tensors[f"{layer}.mean"], tensors[f"{layer}.scale"]) for layer in layers}
-    except (SafetensorError, KeyError, ValueError) as error:
-        raise UsageError(f"{path}: cannot be read ({error}); remove it, and keys are measured at load") from None
+    """What was kept beside a checkpoint; None where nothing was, or with a warning where it is of other weights.
+
+    Raises UsageError for a file that is not whole.
+    """
+    return kept_keys.load(folder)
 
 
 def _keys(model: Any, tokens: Tensor | None) -> dict[int, Keys]:
@@ -161,16 +159,44 @@ def _keys(model: Any, tokens: Tensor | None) -> dict[int, Keys]:
         raise UsageError(
             f"{type(model).__name__} cannot have a quantized KV cache: it does not run at given places ({reason})"
         ) from None
-    return {layer: (mean, channel_scale(spread)) for layer, (mean, spread) in found.items()}
+    return kept_keys.of_statistics(found)
 
 
-def channel_scale(spread: Tensor) -> Tensor:
-    """[1, Hkv, D] scale of each channel from how far it strays; all ones where nothing strays.
+@torch.no_grad()
+def _sample(model: Any) -> Tensor:
+    """A few numbers of every weight but routed experts', which say whether the model was changed. Devices and dtypes
+    may change."""
+    found = []
+    for name, weight in model.named_parameters():
+        if not weight.is_meta and weight.numel() and kinds.experts_of(checkpoint.module_of(name)) is None:
+            few = weight.detach().reshape(-1)[:8]
+            found.append((few.view(torch.uint8) if few.element_size() == 1 else few).to(torch.bfloat16).cpu())
+    return torch.cat(found)
 
-    SmoothQuant's migration (arXiv 2211.10438) with all of it on the keys' side: queries are not quantized.
-    """
-    largest = spread.amax(-1, keepdim=True)
-    return torch.where(largest > 0, spread.maximum(FLOOR * largest), 1.0)
+
+def _save(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+    """transformers' own saving, and then what was measured on keys, for the weights as they were written, and the
+    recipe."""
+    result = getattr(type(self), _SAVE)(self, save_directory, *args, **kwargs)
+    found = prepared(self)
+    if found is None or not kwargs.get("is_main_process", True):
+        return result
+    recipe, saved = (Path(folder) / checkpoint.RECIPE for folder in (self.name_or_path, save_directory))
+    if recipe.is_file() and not saved.exists():  # it names the format that loading takes
+        saved.parent.mkdir(exist_ok=True)
+        shutil.copyfile(recipe, saved)
+    if found.sample is None:
+        return result
+    if torch.equal(found.sample, _sample(self)):
+        save_keys(self, save_directory)
+    else:
+        warnings.warn(
+            f"{save_directory}: weights were changed since keys were measured, which are not saved; "
+            "quantlab.cache.use measures them again",
+            kept_keys.StaleKeysWarning,
+            stacklevel=2,
+        )
+    return result
 
 
 def require_support(folder: Path, kv: str, trust_remote_code: bool = False) -> None:

@@ -16,6 +16,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from quantlab import masks
 from quantlab.errors import UsageError
+from quantlab.keys import Keys
 from quantlab.scheme import did_you_mean
 from quantlab_kernels import attention_decode, kv_append
 from quantlab_kernels.common.kv import FORMATS, KVFormat, PackedKV, dequantize_rows, quantize_rows
@@ -27,7 +28,6 @@ FEW = 16  # queries up to which reading the packed tokens beats dequantizing the
 # Format -> tokens at the start (attention sinks) and the newest that are read in 16 bits. They get most of the
 # attention, so they cause most of the loss, of three mantissa bits as of four-bit codes. INT8 loses little without.
 NEAR = {"fp8": (4, 64), "k8v4": (4, 64), "int4": (4, 64)}
-Keys = tuple[Tensor, Tensor]  # of a layer: mean and scale per channel, each [1, Hkv, D] float32
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ class PackedLayer(CacheLayerMixin):
             first=self.kv.first, newest=self._newest(), ring=self.window is not None,
         )  # fmt: skip
         if self.channels is not None:
-            mean, scale = (x.to(self.device) for x in self.channels)
+            mean, scale = (x.to(self.device) for x in self.channels[:2])
             if mean.shape[1:] != (heads, d):
                 raise UsageError(f"statistics of {tuple(mean.shape[1:])} heads and channels for keys of {(heads, d)}")
             self.cache = self.cache.with_keys(mean, scale)

@@ -141,7 +141,7 @@ def run(
             f"leave out --calib, --effort and --steps"
         )
     windows = _windows(source, lazy, calibration, trust_remote_code)
-    wanted, listed = _wanted(lazy, plan), _blocks(lazy.model)
+    wanted, listed = _wanted(lazy, plan), blocks_of(lazy.model)
     steps = steps_of(plan.stored, calibration)
     if steps is not None:
         if listed is None:
@@ -185,7 +185,7 @@ def steps_of(stored: Stored, calibration: Calibration) -> Steps | None:
     )
 
 
-def _blocks(model: Any) -> str | None:
+def blocks_of(model: Any) -> str | None:
     """Path of the blocks that text goes through: a model of several modalities has other towers beside them."""
     decoder = None if model.config.is_encoder_decoder else model.get_decoder()
     paths = {module: path for path, module in model.named_modules()}

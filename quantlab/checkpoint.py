@@ -15,7 +15,10 @@ A checkpoint is a folder in the Hugging Face layout: `config.json`, safetensors 
                       X.weight_shape      I64 [2] = N, K
 
 A checkpoint that mixes the latter two is `mixed-precision`: one config group for all Linear, one more for the names of
-each kind that is an exception.
+each kind that is an exception. Where the KV cache is to be FP8, the latter two also hold one scale for all keys of a
+layer and one for all values, beside the projections of its attention module `A`, for engines that read them:
+
+    A.k_scale, A.v_scale  BF16 [1]                                            kv_cache_scheme: FP8, static, per tensor
 
 Despite its name `weight_scale_inv` multiplies. Scales are powers of two (blocks) or bfloat16 values (rows, groups):
 vLLM requantizes to the former at load, and compressed-tensors in transformers casts to the model's dtype; so every
@@ -242,6 +245,8 @@ def to_json(data: Any) -> str:
 QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 WEIGHT = ".weight"
 PACKED, SHAPE = ".weight_packed", ".weight_shape"
+KV_SCALES = (".k_scale", ".v_scale")
+KV_SPEC = TensorSpec(E4M3, (-1, -1))
 SCALE = {"fp8": ".weight_scale_inv", "float-quantized": ".weight_scale", "pack-quantized": ".weight_scale"}
 
 
@@ -254,6 +259,7 @@ class Stored:
     input   spec of the activations, None for 16 bits
     skip    names of the modules that are not quantized
     others  (names of modules, how these are stored instead), of a checkpoint of several kinds
+    kv      whether there are scales of an FP8 KV cache, `KV_SCALES`
     """
 
     layout: str
@@ -261,6 +267,7 @@ class Stored:
     input: TensorSpec | None
     skip: tuple[str, ...] = ()
     others: tuple[tuple[tuple[str, ...], Stored], ...] = ()
+    kv: bool = False
 
     @classmethod
     def of(cls, scheme: Scheme, skip: Iterable[str] = ()) -> Stored:
@@ -358,7 +365,7 @@ def quantization_config(stored: Stored) -> dict[str, Any]:
         "quantization_status": "compressed",
         "config_groups": {f"group_{i}": group for i, group in enumerate(groups)},
         "ignore": list(stored.skip),
-        "kv_cache_scheme": None,
+        "kv_cache_scheme": _compressed_tensors_args(KV_SPEC) if stored.kv else None,
         "global_compression_ratio": None,
         "sparsity_config": {},
         "transform_config": {},
@@ -436,7 +443,15 @@ def _stored_as_compressed_tensors(found: dict[str, Any]) -> Stored | None:
         return None  # which modules those are would have to be found out by their names
     found_main = kinds[main[0]]
     assert found_main is not None
-    return replace(found_main, skip=_names(found.get("ignore")), others=tuple(others))  # type: ignore[arg-type]
+    kv = has_kv_scales(found)
+    return replace(found_main, skip=_names(found.get("ignore")), others=tuple(others), kv=kv)  # type: ignore[arg-type]
+
+
+def has_kv_scales(found: dict[str, Any]) -> bool:
+    """Whether a compressed-tensors config says that there are `KV_SCALES` of FP8, one number each."""
+    scheme = found.get("kv_cache_scheme") or {}
+    keys = ("num_bits", "type", "strategy", "symmetric", "dynamic")
+    return {key: scheme.get(key) for key in keys} == {key: _compressed_tensors_args(KV_SPEC)[key] for key in keys}
 
 
 def _stored_of_group(group: dict[str, Any], layout: Any) -> Stored | None:

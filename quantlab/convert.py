@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from quantlab import checkpoint, stream
-from quantlab.checkpoint import ACTIVATION_SCALES, RECIPE, SHAPE, SUMMARY, Source, Stored, module_of
+from quantlab import checkpoint, keys, stream
+from quantlab.architecture import meta_model
+from quantlab.checkpoint import ACTIVATION_SCALES, KV_SCALES, RECIPE, SHAPE, SUMMARY, Source, Stored, module_of
 from quantlab.errors import UsageError, VerificationError
-from quantlab.jobs import Copy, Dequantize, Job, Widen
+from quantlab.jobs import Copy, Dequantize, Job, Replace, Widen
 from quantlab.loaders import View
 from quantlab.output import Output, check_outside, check_space, check_writable, fingerprint, output_folder
+from quantlab.preflight import known_architecture
 from quantlab.scheme import SCHEMES, Recipe, did_you_mean
 from quantlab.summary import Summary
 from quantlab.verify import verify_weights
@@ -54,10 +56,12 @@ def convert(
     stored = checkpoint.stored_in(source.config)
     if stored is None:
         raise UsageError(f"{folder}: is not quantized; `quantlab quantize` makes quantized checkpoints")
-    target = _target(source, stored, to)
-    jobs = list(_jobs(source, stored, target))
     kept = source.folder / RECIPE
-    recipe = _recipe(Recipe.from_toml(kept), to) if target and kept.is_file() else None
+    recipe = Recipe.from_toml(kept) if kept.is_file() else None
+    known = keys.load(source.folder)
+    target, scales = _with_kv(source, stored, _target(source, stored, to), known, recipe)
+    jobs = [*_jobs(source, stored, target), *scales]
+    recipe = _recipe(recipe, to) if target and recipe else None
     destination = output_folder(folder, to, output)
     where = stream.pick_device(device)
     bytes_after = sum(slot.nbytes for job in jobs for slot in job.slots)
@@ -65,7 +69,7 @@ def convert(
     check_outside(destination, source.folder)
     check_space(destination, bytes_after)
 
-    with Output.open(destination, fingerprint(source, to), overwrite=overwrite) as out:
+    with Output.open(destination, fingerprint(source, [to, len(scales)]), overwrite=overwrite) as out:
         resumed = out.finished_shards
         stages = stream.run(jobs, source.reader, out, device=where, workers=workers, progress=progress)
         checkpoint.write_side_files(out, source, target)
@@ -73,6 +77,8 @@ def convert(
             out.copy_file(source.folder / ACTIVATION_SCALES, ACTIVATION_SCALES)
         if recipe is not None:
             out.write_text(RECIPE, recipe.to_toml())
+        if known:
+            keys.keep(out, known)
         problems = verify_weights(out.partial) if target else []
         if problems:
             raise VerificationError(f"{destination}: what was written is wrong, nothing is kept: {problems[0]}")
@@ -101,6 +107,29 @@ def _recipe(recipe: Recipe, to: str) -> Recipe:
 
     rules = tuple(replace(rule, scheme=name(rule.scheme)) for rule in recipe.rules)
     return replace(recipe, scheme=name(recipe.scheme), rules=rules)
+
+
+def _with_kv(
+    source: Source, stored: Stored, target: Stored | None, known: dict[int, keys.Keys] | None, recipe: Recipe | None
+) -> tuple[Stored | None, tuple[Replace, ...]]:
+    """The target with what is known of the KV cache, and scales for it that the source does not have.
+
+    `fp8` has no field that speaks of the cache, and transformers complains of tensors that no layer takes: there the
+    scales stay behind, and come back from the key statistics.
+    """
+    found = checkpoint.config_of_quantization(source.config) or {}
+    if found.get("kv_cache_scheme") and not stored.kv:
+        raise UsageError(
+            f"{source.model}: its kv_cache_scheme is not FP8 per tensor, which quantlab does not carry over"
+        )
+    if target is None or target.layout == "fp8":
+        return target and replace(target, kv=False), ()
+    if stored.kv or not known or recipe is None or recipe.kv != "fp8":
+        return target, ()
+    architecture, model = known_architecture(source)[0], meta_model(source.folder)
+    modules = [(path, module_of(tensor)) for tensor, path in (architecture.modules if architecture else {}).items()]
+    scales = keys.engine_scales(model, known, modules) if model is not None else ()
+    return replace(target, kv=bool(scales)), scales
 
 
 def _target(source: Source, stored: Stored, to: str) -> Stored | None:
@@ -143,9 +172,12 @@ def _jobs(source: Source, stored: Stored, target: Stored | None) -> Iterator[Job
     """A job for every tensor; scales that go into a weight have none of their own."""
     scales = {name for name in source.tensors if name.endswith(stored.scale_suffix)}
     renamed = target is not None and target.layout != stored.layout
+    left = KV_SCALES if target is None or not target.kv else ()
     for name, info in source.tensors.items():
         module = module_of(name)
         scale = module + stored.scale_suffix
+        if name.endswith(left):
+            continue
         if target is not None:
             yield Widen(info, module + target.scale_suffix) if renamed and name in scales else Copy(info, name)
         elif scale in scales and name == module + stored.kind(module).weight_suffix:
@@ -155,7 +187,7 @@ def _jobs(source: Source, stored: Stored, target: Stored | None) -> Iterator[Job
 
 
 def _groups(jobs: list[Job]) -> dict[str, tuple[int, int]]:
-    names = {Copy: "copied", Widen: "scales renamed", Dequantize: "multiplied out"}
+    names = {Copy: "copied", Widen: "scales renamed", Dequantize: "multiplied out", Replace: "scales of the KV cache"}
     groups: dict[str, tuple[int, int]] = {}
     for job in jobs:
         count, nbytes = groups.get(names[type(job)], (0, 0))

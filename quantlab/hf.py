@@ -153,15 +153,14 @@ def with_kv(model: Any, path: str | Path, kv: Any) -> Any:
         kv = Recipe.from_toml(recipe).kv if recipe.is_file() else "none"
     if kv == "none":
         return model
-    from quantlab import cache
-    from quantlab_calib import data, rope
+    from quantlab import cache, keys
+    from quantlab_calib import data
 
-    keys = cache.load_keys(path)
-    if keys is not None:
-        return cache.use(model, kv, keys=keys)
+    found = cache.load_keys(path)
+    if found is not None:
+        return cache.use(model, kv, keys=found)
     try:
-        tokenizer = data.load_tokenizer(path)
-        tokens = data.windows("bundled", tokenizer, "calibration", count=rope.PIECES, length=rope.PIECE)
+        tokens = keys.texts(path, model.config)
     except data.DataError:  # no tokenizer: random tokens do nearly as well
         tokens = None
     return cache.use(model, kv, tokens)

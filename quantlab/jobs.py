@@ -123,7 +123,7 @@ class Copy:
 
 @dataclass(frozen=True)
 class Replace:
-    """A tensor that calibration changed: like the source's, with other values."""
+    """A tensor that calibration changed or added: `info` is that of the source's, or would be."""
 
     info: TensorInfo
     value: Tensor

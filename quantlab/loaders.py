@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from quantlab import kinds
-from quantlab.checkpoint import PACKED, SHAPE, WEIGHT, Source, Stored, module_of
+from quantlab.checkpoint import KV_SCALES, PACKED, SHAPE, WEIGHT, Source, Stored, module_of
 from quantlab.shards import TAGS, TensorInfo
 
 if TYPE_CHECKING:
@@ -45,6 +45,11 @@ class View:
         """module -> scale of its weight."""
         suffix = self.stored.scale_suffix  # the same of all kinds that mix
         return {n.removesuffix(suffix): t for n, t in self.source.tensors.items() if n.endswith(suffix)}
+
+    @cached_property
+    def kv_scales(self) -> dict[str, TensorInfo]:
+        """Scales of an FP8 KV cache, by their names."""
+        return {name: info for name, info in self.source.tensors.items() if name.endswith(KV_SCALES)}
 
     @cached_property
     def plain(self) -> dict[str, str]:
@@ -107,6 +112,22 @@ def _scales_have_weights(view: View) -> Iterator[str]:
         if module not in view.quantized:
             found = view.source.tensors.get(module + WEIGHT)
             yield f"{module}: has a scale, but its weight is {found.dtype if found else 'missing'}"
+
+
+def _kv_scales_fit(view: View) -> Iterator[str]:
+    model = kinds.Model.of(view.source.config)
+    modules = {module_of(name) for name in view.kv_scales}
+    if view.stored.kv:
+        keys = (m for m in (*view.quantized, *view.plain) if kinds.leaf_of(m) in ("k_proj", "qkv_proj"))
+        modules |= {module_of(m) for m in keys if not kinds.in_tower(m, model) and not kinds.is_mtp(m, model)}
+    elif modules and view.stored.layout != "fp8":  # vLLM reads them beside `fp8` too
+        yield f"{min(modules)}: has scales of the KV cache, but config.json has no kv_cache_scheme of FP8 per tensor"
+    for name in (module + suffix for module in sorted(modules) for suffix in KV_SCALES):
+        info = view.kv_scales.get(name)
+        if info is None:
+            yield f"{name}: is missing"
+        elif info.elements != 1 or info.dtype not in kinds.FLOATS:
+            yield f"{name}: is {info.dtype} {list(info.shape)}, needs one floating-point number"
 
 
 class SkipList:
@@ -213,6 +234,12 @@ RULES = (
     LoaderRule("all", "every scale has its quantized weight", "checkpoint.py", _scales_have_weights),
     LoaderRule(
         "compressed-tensors", "packed weights have their shape", "compressors/pack_quantized", _packed_have_shapes
+    ),
+    LoaderRule(
+        "vLLM",
+        "every layer has its scales of an FP8 KV cache",
+        "quantization/kv_cache.py: BaseKVCacheMethod",
+        _kv_scales_fit,
     ),
     LoaderRule(
         "transformers",

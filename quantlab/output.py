@@ -29,7 +29,7 @@ from quantlab.shards import ShardLayout
 
 JOURNAL = f"{OURS}/journal.jsonl"
 HASH_CHUNK = 1 << 22
-FORMAT_VERSION = 1  # raised whenever the same plan gives other bytes than before
+FORMAT_VERSION = 2  # raised whenever the same plan gives other bytes than before
 SPARE_BYTES = 32_000_000  # side files, headers, folders
 
 

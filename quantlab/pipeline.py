@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -59,7 +60,7 @@ def quantize(
     The same call continues an interrupted run. Raises UsageError, PreflightError or VerificationError, each one line;
     the output then does not exist.
     """
-    from quantlab import stream
+    from quantlab import keys, stream
     from quantlab.verify import verify_weights
 
     start = time.perf_counter()
@@ -86,6 +87,7 @@ def quantize(
                 folder=out.kept,
                 trust_remote_code=trust_remote_code,
             )
+        measured = keys.for_run(made, where, out.kept, progress, trust_remote_code=trust_remote_code)
         stages = stream.convert(
             made,
             out,
@@ -94,11 +96,14 @@ def quantize(
             progress=progress,
             rounded=found.rounded if found else None,
             replacements=found.replacements if found else None,
+            added=measured.scales,
         )
-        checkpoint.write_side_files(out, made.source, made.stored)
+        checkpoint.write_side_files(out, made.source, replace(made.stored, kv=bool(measured.scales)))
         out.write_text(checkpoint.RECIPE, recipe.to_toml())
         if found:
             found.save(out)
+        if measured.keys:
+            keys.keep(out, measured.keys)
         problems = verify_weights(out.partial)
         if problems:
             raise VerificationError(f"{folder}: what was written is wrong, nothing is kept: {problems[0]}")
@@ -106,15 +111,15 @@ def quantize(
             output=str(folder),
             scheme=recipe.scheme,
             bytes_before=made.bytes_before,
-            bytes_after=made.bytes_after,
+            bytes_after=made.bytes_after + sum(job.info.nbytes for job in measured.scales),
             groups=made.by_reason(),
             tensor_parallel=made.tensor_parallel,
             seconds=time.perf_counter() - start,
             stages=stages,
             device=str(where),
             resumed=resumed,
-            warnings=made.warnings,
-            calibration=found.summary() if found else {},
+            warnings=(*made.warnings, *measured.warnings),
+            calibration=(found.summary() if found else {}) | measured.summary(),
         )
         out.write_text(checkpoint.SUMMARY, checkpoint.to_json(summary.to_dict()))
         out.publish()

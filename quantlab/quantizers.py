@@ -26,7 +26,8 @@ from transformers.utils import quantization_config as stock
 from transformers.utils.quantization_config import QuantizationMethod
 
 from quantlab import decoding
-from quantlab.architecture import load_targets
+from quantlab.architecture import counterpart, load_targets
+from quantlab.checkpoint import KV_SCALES, has_kv_scales, module_of
 from quantlab.experts import Fp8BlockExperts, Fp8RowExperts, unsupported
 from quantlab.fusion import fuse
 from quantlab.int4_experts import Int4Experts, Int4Fp8Experts
@@ -153,11 +154,21 @@ class KeepsQuantized(HfQuantizer):
         for path, module in modules.items():
             if module in swaps:
                 model.set_submodule(path, swaps[module])
+        self._hold_kv_scales(model, names, found)
         self.dtypes = {name: t.dtype for name, t in chain(model.named_parameters(), model.named_buffers())}
         self.converted = {p for target in targets.values() for p in target.patterns}
         self.folder = Path(files[0]).parent
         self.paths = {name.removesuffix(".weight"): t.parameter.rpartition(".")[0] for name, t in targets.items()}
         return None
+
+    def _hold_kv_scales(self, model: Any, names: Iterable[str], found: dict[str, Any]) -> None:
+        """Parameters for the scales of an FP8 cache of engines: nothing here reads them, saving writes them again."""
+        places = [(module_of(name), target.parameter.rpartition(".")[0]) for name, target in found.items()]
+        for name in names:
+            path = counterpart(module_of(name), places) if name.endswith(KV_SCALES) else None
+            if path is not None:
+                scale = nn.Parameter(torch.empty(1, device="meta"), requires_grad=False)
+                model.get_submodule(path).register_parameter(name.rpartition(".")[2], scale)
 
     def _scale_of(self, weight: str) -> str:
         return weight.removesuffix("weight") + self.scale_name
@@ -292,8 +303,8 @@ def compressed_tensors_layers(config: dict[str, Any]) -> tuple[dict[str, Layers]
     groups = [_plain(group) for group in (config.get("config_groups") or {}).values()]
     if _plain(config.get("quantization_status", "compressed")) != "compressed" or not groups:
         return {}, "its weights are not stored compressed"
-    if config.get("kv_cache_scheme"):
-        return {}, "it has scales for the KV cache"
+    if config.get("kv_cache_scheme") and not has_kv_scales({"kv_cache_scheme": _plain(config["kv_cache_scheme"])}):
+        return {}, "its kv_cache_scheme is not FP8 per tensor"
     known: dict[str, Layers] = {}
     for group in groups:
         layers = _group_layers(group, group.get("format") or config.get("format"))

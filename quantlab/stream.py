@@ -42,17 +42,19 @@ def convert(
     progress: Progress | None = None,
     rounded: Rounded | None = None,
     replacements: Mapping[str, Tensor] | None = None,
+    added: Sequence[Job] = (),
 ) -> dict[str, float]:
     """Carry out the plan's decisions; shards that the output has finished before are not made again.
 
     rounded  (module, rows of its weight, number of the first) -> those rows quantized; None, or no such function,
              rounds to nearest
     replacements  tensors of the source that are not quantized, but are no longer what they were
+    added    tensors that the source does not have
 
     Returns seconds spent reading, quantizing and writing, summed over the workers.
     """
     return run(
-        list(_jobs(plan, rounded, replacements or {})),
+        [*_jobs(plan, rounded, replacements or {}), *added],
         plan.source.reader,
         output,
         device=device,

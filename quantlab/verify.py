@@ -9,14 +9,17 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from quantlab.checkpoint import MANIFEST, Source, stored_in
+from quantlab import keys
+from quantlab.checkpoint import KEY_STATISTICS, MANIFEST, Source, stored_in
 from quantlab.errors import PreflightError, VerificationError
+from quantlab.kinds import FLOATS
 from quantlab.loaders import RULES, View
 from quantlab.output import hash_file
 from quantlab.preflight import known_architecture
@@ -90,6 +93,8 @@ def _view(folder: Path) -> View:
 
 def _structure(view: View) -> list[Check]:
     checks = [Check("scales are positive and finite", tuple(_bad_scales(view)))]
+    if (view.source.folder / KEY_STATISTICS).is_file():
+        checks.append(Check("key statistics are of these weights", tuple(keys.problems(view.source))))
     if not view.quantized:
         checks.append(Check("something is quantized", (f"{view.source.folder}: holds no quantized weight",)))
     return checks + [Check(f"{rule.reader}: {rule.says}", tuple(rule.broken(view))) for rule in RULES]
@@ -119,7 +124,8 @@ def _manifest(folder: Path) -> Iterator[Check]:
 
 
 def _bad_scales(view: View) -> Iterator[str]:
-    for module, values in _scale_values(view):
+    of_cache = ((name, view.source.read(name).float()) for name, i in view.kv_scales.items() if i.dtype in FLOATS)
+    for module, values in chain(_scale_values(view), of_cache):
         bad = int((~(torch.isfinite(values) & (values > 0))).sum())
         if bad:
             yield f"{module}: {bad:,} of {values.numel():,} scales are not positive and finite"
@@ -127,7 +133,7 @@ def _bad_scales(view: View) -> Iterator[str]:
 
 def _scale_values(view: View) -> Iterator[tuple[str, Tensor]]:
     for module, info in view.scales.items():
-        if info.dtype in ("F32", "BF16", "F16"):
+        if info.dtype in FLOATS:
             yield module, view.source.read(info.name).to(torch.float32)
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -131,11 +131,14 @@ class LeaveError(Exception):
 class Walk:
     """Runs one block of a model at a time, inside the model's own forward.
 
-    path  of the list of blocks
+    path   of the list of blocks
+    given  arguments of the model's forward beside the tokens
     """
 
-    def __init__(self, model: nn.Module, path: str, device: torch.device) -> None:
-        self.model, self.path, self.device = model, path, device
+    def __init__(
+        self, model: nn.Module, path: str, device: torch.device, given: Mapping[str, Any] | None = None
+    ) -> None:
+        self.model, self.path, self.device, self.given = model, path, device, given or {}
         self.blocks = [*model.get_submodule(path).children()]
         self.returned = 0  # length of the tuple that a block returns; 0 for a plain tensor
 
@@ -161,7 +164,7 @@ class Walk:
                 stack.enter_context(forward_replaced(earlier, self._pass))
             stack.enter_context(forward_replaced(block, stand_in))
             with _as_capture_error(), contextlib.suppress(LeaveError):
-                self.model(**_inputs(self.model, batch.to(self.device)))
+                self._run(batch)
         if answer is None:
             return None
         (answer,) = answer
@@ -180,7 +183,7 @@ class Walk:
             raise LeaveError
 
         with forward_replaced(self.blocks[0], leave), _as_capture_error(), contextlib.suppress(LeaveError):
-            self.model(**_inputs(self.model, batch.to(self.device)))
+            self._run(batch)
         return found[0]
 
     def exit(self, hidden: Tensor, batch: Tensor) -> Tensor:
@@ -190,13 +193,16 @@ class Walk:
                 stack.enter_context(forward_replaced(block, self._pass))
             stack.enter_context(forward_replaced(self.blocks[0], lambda *_, **__: self._pass(hidden)))
             with _as_capture_error():
-                return self.model(**_inputs(self.model, batch.to(self.device)))[0]
+                return self._run(batch)[0]
 
     def through(self, index: int, hidden: Tensor | None, batch: Tensor) -> Tensor:
         """The same, on the CPU."""
         output = self.call(index, hidden, batch)
         assert output is not None  # nobody leaves here
         return output.to("cpu")
+
+    def _run(self, batch: Tensor) -> Any:
+        return self.model(**{**_inputs(self.model, batch.to(self.device)), **self.given})
 
     def _pass(self, *args: Any, **kwargs: Any) -> Any:
         hidden = args[0] if args else kwargs["hidden_states"]

@@ -12,47 +12,115 @@ nothing at run time, but has to know the pairs, cannot subtract means, and measu
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from quantlab_calib.capture import Walk, Weights, load_when_called
+
 PIECES, PIECE = 16, 64  # sequences, and tokens of each
 HORIZON = 32768  # places to cover, where the model's context is not shorter
 SKIPPED = 4  # tokens at the start of a piece: keys of an attention sink are like no others
 
-Statistics = dict[int, tuple[Tensor, Tensor]]
+
+@dataclass(frozen=True)
+class LayerStatistics:
+    """Of the keys of one layer, and of its values.
+
+    mean, spread  [1, Hkv, D] float32; spread is the largest distance from the mean
+    amax          [2] float32, the largest magnitudes of keys and of values, those of attention sinks included
+    """
+
+    mean: Tensor
+    spread: Tensor
+    amax: Tensor
+
+
+Statistics = dict[int, LayerStatistics]
+
+
+def horizon_of(config: Any) -> int:
+    """Places that a model is measured on: all of its context, `HORIZON` at most."""
+    return min(getattr(config, "max_position_embeddings", None) or HORIZON, HORIZON)
 
 
 @torch.no_grad()
 def key_statistics(model: Any, tokens: Tensor, horizon: int | None = None) -> Statistics:
-    """Layer -> (mean, spread) of its keys, each [1, Hkv, D] float32; spread is the largest distance from the mean.
+    """Statistics of the layers of a model.
 
     tokens   [pieces, length] int64, pieces of text; they are spread evenly over the places 0 .. horizon - 1
-    horizon  by default the model's `max_position_embeddings`, `HORIZON` at most
+    horizon  by default `horizon_of` the model
 
     Layers that cache no keys are not in the result.
     """
-    config = model.config.get_text_config(decoder=True)
-    if horizon is None:
-        horizon = min(getattr(config, "max_position_embeddings", None) or HORIZON, HORIZON)
-    pieces, length = tokens.shape
-    first = torch.linspace(0, max(horizon - length, 0), pieces).round().long()
-    places = (first[:, None] + torch.arange(length)).to(model.device)
-    recorder = Cache(layer_class_to_replicate=_Recorder)
+    recorder, given = _recording(model, tokens, horizon)
     was_training = model.training
     model.eval()
-    model(tokens.to(model.device), position_ids=places, past_key_values=recorder, use_cache=True, logits_to_keep=1)
+    model(tokens.to(model.device), **given, logits_to_keep=1)
     model.train(was_training)
+    return _recorded(recorder)
+
+
+@torch.no_grad()
+def key_statistics_by_block(
+    model: Any,
+    tokens: Tensor,
+    weights: Weights,
+    blocks: str,
+    device: torch.device,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Statistics:
+    """The same, with the weights of one block of the list at path `blocks` in memory.
+
+    model     its parameters may be on the meta device; `weights` loads parts of it to `device` and releases them
+    progress  called with (path of a block, number of blocks done, number of all)
+
+    Raises CaptureError where the model does not run so.
+    """
+    recorder, given = _recording(model, tokens, None, device)
+    walk = Walk(model, blocks, device, given)
+    hooks = load_when_called(model, blocks, weights)
+    hidden: Tensor | None = None
+    try:
+        for index in range(len(walk.blocks)):
+            path = f"{blocks}.{index}"
+            weights.load(path)
+            hidden = walk.through(index, hidden, tokens)
+            weights.release(path)
+            if progress is not None:
+                progress(path, index + 1, len(walk.blocks))
+    finally:
+        for hook in hooks:
+            hook.remove()
+        weights.release("")
+    return _recorded(recorder)
+
+
+def _recording(
+    model: Any, tokens: Tensor, horizon: int | None, device: torch.device | None = None
+) -> tuple[Cache, dict[str, Any]]:
+    """A cache that takes statistics, and the arguments by which a model runs with it at places all over its context."""
+    pieces, length = tokens.shape
+    horizon = horizon or horizon_of(model.config.get_text_config(decoder=True))
+    first = torch.linspace(0, max(horizon - length, 0), pieces).round().long()
+    places = (first[:, None] + torch.arange(length)).to(device or model.device)
+    recorder = Cache(layer_class_to_replicate=_Recorder)
+    return recorder, {"position_ids": places, "past_key_values": recorder, "use_cache": True}
+
+
+def _recorded(recorder: Cache) -> Statistics:
     return {i: layer.statistics for i, layer in enumerate(recorder.layers) if layer.statistics is not None}
 
 
 class _Recorder(CacheLayerMixin):
-    """Takes statistics of the keys that it is given and keeps nothing else."""
+    """Takes statistics of the keys and values that it is given and keeps nothing else."""
 
     is_sliding = False
-    statistics: tuple[Tensor, Tensor] | None = None
+    statistics: LayerStatistics | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.is_initialized = True
@@ -62,7 +130,8 @@ class _Recorder(CacheLayerMixin):
         keys = key_states[:, :, skipped:].float().transpose(0, 1).flatten(1, 2)
         mean = keys.mean(1, keepdim=True)
         spread = (keys - mean).abs().amax(1)
-        self.statistics = mean[:, 0][None], spread[None]
+        amax = torch.stack([key_states.abs().amax().float(), value_states.abs().amax().float()])
+        self.statistics = LayerStatistics(mean[:, 0][None], spread[None], amax)
         return key_states, value_states
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
