@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -66,9 +67,9 @@ def test_tiles_follow_the_rows_of_an_expert():
     assert not config(8 * 128).swap
     assert config(8 * 4096).bx == 192
     assert config(8 * 4096, out_dtype=torch.float32).output_tma == 0
+    assert config(64, blocked=False) == replace(config(64), row=1)
     for reason, problem in (
         ("sm_90 only", GroupedProblem(8, 128, 128, 8, sm=80)),
-        ("scales of blocks", GroupedProblem(8, 128, 128, 8, blocked=False)),
         ("multiples of 128", GroupedProblem(8, 128, 192, 8)),
         ("512 experts at most", GroupedProblem(8, 128, 128, 600)),
     ):

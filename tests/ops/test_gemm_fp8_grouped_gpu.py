@@ -57,7 +57,7 @@ def check(out, given, spare=0):
 
 @pytest.mark.parametrize("counts", COUNTS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize(("backend", "blocked"), [("sm90", True), ("triton", True), ("triton", False)])
+@pytest.mark.parametrize(("backend", "blocked"), [("sm90", True), ("sm90", False), ("triton", True), ("triton", False)])
 def test_whatever_the_counts(counts, dtype, backend, blocked):
     given = operands(COUNTS[counts], 320, 384, blocked=blocked, spare=3)
     given[1][-3:] = torch.nan  # what lies in rows that nobody owns must not matter
@@ -78,11 +78,12 @@ def test_whatever_the_counts(counts, dtype, backend, blocked):
         {"math_groups": 1, "by": 192, "stages": 5}, {"by": 64, "temps": 2},
     ],
 )  # fmt: skip
-def test_every_way_to_share_out_the_tiles(changes):
+@pytest.mark.parametrize("row", [0, 1])
+def test_every_way_to_share_out_the_tiles(changes, row):
     """Bands of tiles, math groups without rows."""
-    config = sm90_configs.Config(**{"grouped": 1} | changes)
+    config = sm90_configs.Config(**{"grouped": 1, "row": row} | changes)
     for counts in COUNTS.values():
-        given = operands(counts, 640, 1152, spare=3)
+        given = operands(counts, 640, 1152, spare=3, blocked=not row)
         outs = [torch.full((len(given[0]), 640), torch.nan, dtype=torch.bfloat16, device="cuda") for _ in range(2)]
         for out in outs:
             sm90.launch(*given, out, config)
@@ -94,6 +95,8 @@ def test_every_way_to_share_out_the_tiles(changes):
 def test_every_kind_of_data(kind):
     for counts in ([5, 9, 2, 0], [300, 20, 0, 140]):
         given = operands(counts, 512, 2048, kind=kind)
+        check(gemm_fp8_grouped(*given), given)
+        given = operands([5, 9, 2, 0], 512, 2048, kind=kind, blocked=False)
         check(gemm_fp8_grouped(*given), given)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from quantlab_kernels.common.gemm import GemmProblem, empty_group_scale
 from quantlab_kernels.common.operands import KINDS, operand
 from quantlab_kernels.common.tuning import table
 from quantlab_kernels.gemm_fp8_block import reference, sm90, sm90_configs
+from quantlab_kernels.gemm_fp8_row import reference as row_reference
 from quantlab_kernels.quantize_fp8 import reference as quantizer
 
 pytestmark = pytest.mark.gpu(sm=90)
@@ -57,6 +59,24 @@ def test_every_candidate_is_inside_the_bound_and_repeats_itself(m, n, k, dtype):
         out = run(config, *given, dtype=dtype)
         check(out, *given)
         assert torch.equal(out, run(config, *given, dtype=dtype)), config
+
+
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 384, 1024), (13, 1212, 1152), (64, 576, 2048), (300, 1216, 1152)])
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+def test_scales_of_rows(m, n, k, dtype):
+    """ROW, in every kind of configuration: nothing of a scale in the loop, all of it in what is written."""
+    x, w = (operand("rows", rows, k, seed=rows, device="cuda") for rows in (m, n))
+    given = *quantizer.token(x), *quantizer.token(w)
+    bias = torch.linspace(-1, 1, n, device="cuda").to(BF16)
+    exact = row_reference.gemm(*given, bias)
+    a, b = (t.float().abs().to(t.dtype) for t in (given[0], given[2]))
+    bound = gemm_bound(exact, row_reference.gemm(a, given[1], b, given[3], bias.abs()), k, dtype, "fp8")
+    for config in families(GemmProblem(m, n, k, dtype, BF16)):
+        config = replace(config, row=1)
+        out = run(config, *given, bias, dtype)
+        found = worst(out, exact, bound)
+        assert found.ratio <= 1, (config, found)
+        assert torch.equal(out, run(config, *given, bias, dtype)), config
 
 
 def test_every_tuned_configuration_is_right():

@@ -21,6 +21,7 @@
 //   OUTPUT_TMA    1: 16-bit tiles leave through PIECES buffers per group and the copy engine; 0: through a float32 tile
 //   SHARED        bytes of dynamic shared memory that the launch provides
 //   SWAP, GROUP   GROUP: tiles of X (GROUPED: of tokens) that are walked together for the sake of the L2 cache
+//   ROW           0, or 1: a scale per row of a and one per row of b instead, which multiply the finished sums
 //   GROUPED       0, or 1: rows of a are sorted by expert and b holds a weight [N, K] for each; how many rows an expert
 //                 has is read from device memory, so that a CUDA graph may hold the launch
 #include "experts.cuh"
@@ -50,7 +51,7 @@ DEVICE constexpr int round_up(int a, int b) { return (a + b - 1) / b * b; }
 constexpr int X_BYTES = BX * BK;
 constexpr int Y_BYTES = BY * BK;
 // The copy engine starts a row of scales at a multiple of 16 bytes, the rows of an expert at any token: up to 3 too many.
-constexpr int TOKEN_SCALE_BYTES = (TOKENS + 4 * GROUPED) * 4;
+constexpr int TOKEN_SCALE_BYTES = ROW ? 0 : (TOKENS + 4 * GROUPED) * 4;
 constexpr int STAGE_BYTES = X_BYTES + Y_BYTES + TOKEN_SCALE_BYTES;  // what the copy engine brings
 
 constexpr int ACCUMULATORS = BY / 2;         // registers of one thread for one wave
@@ -73,14 +74,14 @@ constexpr int OFFSET_RECEIVED = OFFSET_OUTPUT + round_up(OUTPUT_BYTES, 128);
 constexpr int OFFSET_TOKEN_SCALE = OFFSET_RECEIVED + RECEIVED_BYTES;
 constexpr int TOKEN_SCALE_STRIDE = round_up(TOKEN_SCALE_BYTES, 128);
 constexpr int OFFSET_CHANNEL_SCALE = OFFSET_TOKEN_SCALE + STAGES * TOKEN_SCALE_STRIDE;
-constexpr int OFFSET_BARRIERS = OFFSET_CHANNEL_SCALE + round_up(STAGES * SPANS * 4, 8);
+constexpr int OFFSET_BARRIERS = OFFSET_CHANNEL_SCALE + (ROW ? 0 : round_up(STAGES * SPANS * 4, 8));
 constexpr int OFFSET_GROUPS = OFFSET_BARRIERS + 8 * (2 * STAGES + 2);
 constexpr int SHARED_BYTES = OFFSET_GROUPS + GROUPED * GROUPS_BYTES;
 static_assert(SHARED_BYTES == SHARED, "the host allocates what is laid out here");
 
 struct Params {
   TensorMap x, y, token_scale, output;
-  const float* b_scale;  // [ceil(N / 128), K / 128]
+  const float* b_scale;  // [ceil(N / 128), K / 128]; ROW: [N]
   const void* bias;      // [N]
   void* out;             // [M, N], rows out_stride elements apart
   long long out_stride;
@@ -88,6 +89,9 @@ struct Params {
   u32* flags;       // TAIL, STREAM: one of every math group of every CTA; 0 between launches
   int tokens, channels, blocks;  // M, N, K / 128
   int prefetch;                  // 1: weights may be loaded while the kernel before this one still runs
+#if ROW
+  const float* a_scale;  // [M]
+#endif
 #if GROUPED
   const long long* counts;  // [experts] rows of each
   int experts;
@@ -327,7 +331,7 @@ DEVICE void load_weights(const Params& p, const Shared& s, const Schedule& sched
 
 DEVICE void load_tokens(const Params& p, const Shared& s, const Schedule& schedule, int stage, int block) {
   const int token = GROUPED ? schedule.token() & ~3 : schedule.token();
-  tma_load(s.token_scale(stage), &p.token_scale, s.full(stage), token, block, kEvictNormal);
+  if constexpr (!ROW) tma_load(s.token_scale(stage), &p.token_scale, s.full(stage), token, block, kEvictNormal);
   if constexpr (SWAP) {
     load_y(p, s, schedule, stage, block);
   } else {
@@ -424,7 +428,9 @@ struct Scales {
   float channel[SPANS];
 
   DEVICE void load(const Shared& s, const Position& at, int stage, int wave) {
-    if constexpr (SWAP) {
+    if constexpr (ROW) {
+      return;
+    } else if constexpr (SWAP) {
       channel[0] = load_shared(s.channel_scale(stage) + 4 * ((at.group * WAVES + wave) * 64 / SPAN));
     } else {
       token[0] = load_shared(s.token_scale(stage) + at.scales + 256 * wave);
@@ -436,6 +442,11 @@ struct Scales {
 };
 
 DEVICE void promote(float (&sum)[ACCUMULATORS], const float (&part)[ACCUMULATORS], const Scales& scales) {
+  if constexpr (ROW) {
+#pragma unroll
+    for (int i = 0; i < ACCUMULATORS; ++i) sum[i] += part[i];
+    return;
+  }
 #pragma unroll
   for (int j = 0; j < BY / 8; ++j) {
     const float upper = scales.token[0] * scales.channel[8 * j / SPAN];
@@ -502,7 +513,7 @@ DEVICE void accumulate_one(float (&sum)[WAVES][ACCUMULATORS], const Shared& s, c
       Scales scales;
       scales.load(s, at, ring.stage, wave);
       multiply(part, s, at, ring.stage, wave);
-      if constexpr (SWAP) {
+      if constexpr (SWAP && !ROW) {
         ColumnScales columns;
         columns.load(s, at, ring.stage);
         wgmma_wait<0>();
@@ -584,6 +595,20 @@ DEVICE float load_bias(const Params& p, int channel) {
   if constexpr (BIAS == 1) return __ldg(static_cast<const float*>(p.bias) + channel);
   const u16 bits = __ldg(static_cast<const u16*>(p.bias) + channel);
   return BIAS == 3 ? Float16::unpack(bits) : BFloat16::unpack(bits);
+}
+
+// ROW: the scale of a row of a, and of a channel in the tile's weight.
+DEVICE float row_scale(const Params& p, int token) {
+#if ROW
+  return token < p.tokens ? __ldg(p.a_scale + token) : 0.f;
+#else
+  return 1.f;
+#endif
+}
+
+DEVICE float channel_scale(const Params& p, const Schedule& schedule, int channel) {
+  if (!ROW || channel >= p.channels) return ROW ? 0.f : 1.f;
+  return __ldg(p.b_scale + (schedule.weight_row(p) - schedule.channel()) + channel);
 }
 
 // The CTAs that split K send each other the accumulators that they do not own; the owner adds all parts in the order
@@ -699,6 +724,8 @@ DEVICE void store_pieces(const Params& p, const Shared& s, const Position& at, c
   const bool leader = at.warp == 0 && at.lane == 0;
 #pragma unroll
   for (int wave = 0; wave < WAVES; ++wave) {
+    const int first = schedule.token() + at.row(wave);
+    const float scales[2] = {row_scale(p, first), row_scale(p, first + 8)};
 #pragma unroll
     for (int part = 0; part < pieces; ++part) {
       const u32 buffer = s.output() + (at.group * PIECES + piece) * PIECE_BYTES;
@@ -711,6 +738,10 @@ DEVICE void store_pieces(const Params& p, const Shared& s, const Position& at, c
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           float left = sum[wave][4 * j + 2 * i], right = sum[wave][4 * j + 2 * i + 1];
+          if constexpr (ROW) {
+            left *= scales[i % 2] * channel_scale(p, schedule, column + at.column(j + i / 2));
+            right *= scales[i % 2] * channel_scale(p, schedule, column + at.column(j + i / 2) + 1);
+          }
           if constexpr (BIAS) {
             left += load_bias(p, column + at.column(j + i / 2));
             right += load_bias(p, column + at.column(j + i / 2) + 1);
@@ -800,7 +831,14 @@ DEVICE void store_tile(const Params& p, const Shared& s, const Position& at, con
     const int row = i / vectors, column = i % vectors * 4;
     const int token = token0 + row, channel = channel0 + column;
     if (token >= schedule.end_token || channel >= p.channels) continue;
-    const float4 v = load_shared4(s.output() + 4 * (row * TILE_STRIDE + column));
+    float4 v = load_shared4(s.output() + 4 * (row * TILE_STRIDE + column));
+    if constexpr (ROW) {
+      const float scale = row_scale(p, token);
+      v.x *= scale * channel_scale(p, schedule, channel);
+      v.y *= scale * channel_scale(p, schedule, channel + 1);
+      v.z *= scale * channel_scale(p, schedule, channel + 2);
+      v.w *= scale * channel_scale(p, schedule, channel + 3);
+    }
     store_vector(p, token * p.out_stride + channel, channel, v);
   }
 }
@@ -902,10 +940,10 @@ extern "C" __global__ void __launch_bounds__(MATH_THREADS + 128, 1)
   if (warp == MATH_WARPS && threadIdx.x % 32 == 0) {
     prefetch_tensor_map(&p.x);
     prefetch_tensor_map(&p.y);
-    prefetch_tensor_map(&p.token_scale);
+    if (!ROW) prefetch_tensor_map(&p.token_scale);
     if (OUTPUT_TMA) prefetch_tensor_map(&p.output);
     for (int stage = 0; stage < STAGES; ++stage) {
-      barrier_init(s.full(stage), 2);
+      barrier_init(s.full(stage), ROW ? 1 : 2);
       barrier_init(s.empty(stage), MATH_WARPS * CLUSTER_X);
     }
     if constexpr (SPLIT > 1) {
@@ -930,7 +968,7 @@ extern "C" __global__ void __launch_bounds__(MATH_THREADS + 128, 1)
   if (warp >= MATH_WARPS) {
     if constexpr (MATH_GROUPS > 1) registers_decrease<MATH_GROUPS == 2 ? 40 : 32>();
     if (warp == MATH_WARPS && threadIdx.x % 32 == 0) produce_tiles(p, s, schedule);
-    if (warp == MATH_WARPS + 1) produce_channel_scales(p, s, schedule);
+    if (!ROW && warp == MATH_WARPS + 1) produce_channel_scales(p, s, schedule);
     __syncwarp();
   } else {
     if constexpr (MATH_GROUPS > 1) registers_increase<MATH_GROUPS == 2 ? 232 : 160>();

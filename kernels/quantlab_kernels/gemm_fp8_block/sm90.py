@@ -26,6 +26,8 @@ from quantlab_kernels.gemm_fp8_block.sm90_configs import Config
 _FOLDER = Path(__file__).parent
 _OUTPUT = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _OUTPUT_MAP = {torch.bfloat16: driver.BFLOAT16, torch.float16: driver.FLOAT16}
+NO_MAP = bytes(128)
+PARAMS_BYTES = 640  # of `Params` at the most; its tensor maps align it to 64
 _SWIZZLE = {64: driver.SWIZZLE_128, 32: driver.SWIZZLE_64, 16: driver.SWIZZLE_32}
 
 
@@ -86,7 +88,7 @@ def launch(
     a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, bias: Tensor | None, out: Tensor, config: Config,
     accumulate: bool = False,
 ) -> None:  # fmt: skip
-    """out [M, N] (+)= a @ b^T + bias; see `op.gemm_fp8_block` for the layouts.
+    """out [M, N] (+)= a @ b^T + bias; see `op.gemm_fp8_block` for the layouts, and `gemm_fp8_row` where config.row.
 
     Rows of a, b and out may be strided, by multiples of 16 bytes, and out starts at a multiple of 16 bytes.
     """
@@ -125,11 +127,14 @@ def _prepared(
     maps = _operand_maps(config, extents, a, b)
     tokens = config.by if config.swap else config.bx
     column = round_up(4 * max(a_scale[1], 4), 16)  # a single column of scales may report any stride
-    maps.append(driver.tensor_map(driver.FLOAT32, a_scale[0], m, k // 128, column, tokens, 1, driver.NO_SWIZZLE))
-    maps.append(output_map(config, extents, out, out_dtype) if config.output_tma else bytes(128))
+    scales = driver.FLOAT32, a_scale[0], m, k // 128, column, tokens, 1, driver.NO_SWIZZLE
+    maps.append(NO_MAP if config.row else driver.tensor_map(*scales))
+    maps.append(output_map(config, extents, out, out_dtype) if config.output_tma else NO_MAP)
     scalars = struct.pack("<QQQqQQiiii", b_scale, bias, *out, partials, flags, m, n, k // 128, int(prefetch))
+    scalars += struct.pack("<Q", a_scale[0]) if config.row else b""
+    params = (b"".join(maps) + scalars).ljust(PARAMS_BYTES, b"\0")
     code = kernel(config, out_dtype, bias_dtype, accumulate)
-    return code, _shape(config, m, n, gpu(device).sm_count, prefetch), b"".join(maps) + scalars
+    return code, _shape(config, m, n, gpu(device).sm_count, prefetch), params
 
 
 def _operand_maps(config: Config, extents: tuple[int, int, int], a: tuple[int, int], b: tuple[int, int]) -> list[bytes]:

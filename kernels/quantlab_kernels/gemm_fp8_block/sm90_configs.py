@@ -42,6 +42,7 @@ class Config:
     swap: int = 0
     group: int = 8
     grouped: int = 0
+    row: int = 0
 
     @property
     def bx(self) -> int:
@@ -69,6 +70,7 @@ class Config:
         span = next(s for s in (128, 64, 32, 16, 8) if channels % s == 0)
         scales = round_up((tokens + 4 * self.grouped) * 4, 128) * self.stages
         scales += round_up(self.stages * (channels // span) * 4, 8)
+        scales *= 1 - self.row
         groups = self.grouped * 8 * (MAX_EXPERTS + 1)
         return (self.bx + self.by) * 128 * self.stages + output + scales + 8 * (2 * self.stages + 2) + groups
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import struct
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -13,17 +14,14 @@ from quantlab_kernels.common.gemm import round_up
 from quantlab_kernels.common.hardware import gpu
 from quantlab_kernels.common.launches import aligned
 from quantlab_kernels.gemm_fp8_block import sm90
+from quantlab_kernels.gemm_fp8_block.sm90 import NO_MAP, PARAMS_BYTES
 from quantlab_kernels.gemm_fp8_block.sm90_configs import MAX_EXPERTS, Config, deepest
 from quantlab_kernels.gemm_fp8_grouped.op import GroupedProblem
-
-_PARAMS_BYTES = 640  # of `Params`, whose tensor maps align it to 64
 
 
 def supports(problem: GroupedProblem) -> str | None:
     if problem.sm != 90:
         return f"Hopper's instructions exist on sm_90 only, the GPU is sm_{problem.sm}"
-    if not problem.blocked:
-        return "has scales of blocks only"
     if problem.k % 128:
         return f"needs K in multiples of 128, this is K = {problem.k}"
     if problem.experts > MAX_EXPERTS:
@@ -34,6 +32,10 @@ def supports(problem: GroupedProblem) -> str | None:
 @functools.cache
 def config(problem: GroupedProblem) -> Config:
     """Tiles as tall as an expert has rows; with few, the weights go on the M side of the MMA as in `gemm_fp8_block`."""
+    return replace(_tiles(problem), row=int(not problem.blocked))
+
+
+def _tiles(problem: GroupedProblem) -> Config:
     if problem.mean <= 64:
         by = next((b for b in (16, 32) if 1.25 * problem.mean <= b), 64)
         return deepest(Config(by=by, math_groups=2, swap=1, output_tma=0, grouped=1))
@@ -46,7 +48,7 @@ def config(problem: GroupedProblem) -> Config:
 
 
 def launch(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, counts: Tensor, out: Tensor, config: Config) -> None:
-    """out [S, N]; all operands contiguous, a_scale in the layout of activation scales."""
+    """out [S, N]; all operands contiguous, a_scale in the layout of activation scales, or [S, 1]."""
     if (a.data_ptr() | a_scale.data_ptr() | b.data_ptr()) % 16:
         a, a_scale, b = (aligned(operand) for operand in (a, a_scale, b))
     device = a.get_device()
@@ -73,13 +75,15 @@ def _prepared(
     ]
     tokens = config.by if config.swap else config.bx
     column = round_up(4 * max(a_scale[1], 4), 16)  # a single column of scales may report any stride
-    maps.append(driver.tensor_map(driver.FLOAT32, a_scale[0], rows, k // 128, column, tokens + 4, 1, driver.NO_SWIZZLE))
-    maps.append(sm90.output_map(config, (rows, n), (out, n), out_dtype) if config.output_tma else bytes(128))
-    scalars = struct.pack("<QQQqQQiiiiQi", b_scale, 0, out, n, 0, 0, rows, n, k // 128, 0, counts, experts)
-    params = b"".join(maps) + scalars
+    scales = driver.FLOAT32, a_scale[0], rows, k // 128, column, tokens + 4, 1, driver.NO_SWIZZLE
+    maps.append(NO_MAP if config.row else driver.tensor_map(*scales))
+    maps.append(sm90.output_map(config, (rows, n), (out, n), out_dtype) if config.output_tma else NO_MAP)
+    scalars = struct.pack("<QQQqQQiiii", b_scale, 0, out, n, 0, 0, rows, n, k // 128, 0)
+    scalars += struct.pack("<Q", a_scale[0]) if config.row else b""
+    params = (b"".join(maps) + scalars + struct.pack("<Qi", counts, experts)).ljust(PARAMS_BYTES, b"\0")
     channels = config.bx if config.swap else config.by
     tiles = (rows // tokens + min(experts, rows)) * -(-n // channels)
     shape = driver.Launch(
         min(tiles, gpu(device).sm_count), 128 * (config.math_groups + 1), 1, config.shared_bytes(), early=True
     )
-    return sm90.kernel(config, out_dtype, None, False), shape, params.ljust(_PARAMS_BYTES, b"\0")
+    return sm90.kernel(config, out_dtype, None, False), shape, params
