@@ -29,6 +29,10 @@ def fp8_block(m: int) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
     return ql.gemm_fp8_block, (*ql.quantize_fp8_group(randn(m, K)), *ql.quantize_fp8_block(randn(N, K)))
 
 
+def fp8_row(m: int) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
+    return ql.gemm_fp8_row, (*ql.quantize_fp8_token(randn(m, K)), *ql.quantize_fp8_token(randn(N, K)))
+
+
 def fp8_grouped(m: int) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
     codes, scale = ql.quantize_fp8_block(randn(3 * 256, K))
     counts = torch.tensor([m // 3, 0, m - m // 3])
@@ -93,7 +97,7 @@ def latents(m: int) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
 def main() -> int:
     torch.manual_seed(0)
     wrong = False
-    for room in (fp8_block, fp8_grouped, int4_fp8, int4, absorbed, prefill, decode, latents):
+    for room in (fp8_block, fp8_row, fp8_grouped, int4_fp8, int4, absorbed, prefill, decode, latents):
         for m in ROWS:
             call, inputs = room(m)
             exact = call(*inputs).float()
