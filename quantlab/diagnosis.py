@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantlab.errors import UsageError
 from quantlab.scheme import SCHEMES, did_you_mean
-from quantlab_kernels.common.int4 import GROUP, Int4Problem
+from quantlab_kernels.common.int4 import GROUP, Int4Problem, scales_by_group
 from quantlab_kernels.formats import INT4
 
 if TYPE_CHECKING:
@@ -66,8 +66,9 @@ def _problems(m: int, n: int, k: int, scheme: str, sm: int) -> Iterator[tuple[Ba
     from quantlab_kernels.quantize_fp8.op import BACKENDS as QUANTIZE
     from quantlab_kernels.quantize_fp8.op import Problem
 
+    grouped = scheme == "fp8-block" or (scheme == "int4-fp8" and scales_by_group(m))
     if scheme != "int4":
-        yield QUANTIZE, Problem("token" if scheme == "fp8-dynamic" else "group", m, k, sm=sm)
+        yield QUANTIZE, Problem("group" if grouped else "token", m, k, sm=sm)
     tiles = sm == 90  # as `prepare_int4` lays them out
     match scheme:
         case "fp8-block":
@@ -77,7 +78,7 @@ def _problems(m: int, n: int, k: int, scheme: str, sm: int) -> Iterator[tuple[Ba
         case "int4":
             yield INT4_16, Int4Problem(m, n, k, torch.bfloat16, tiles=tiles, sm=sm)
         case "int4-fp8":
-            yield INT4_8, Int4Problem(m, n, k, grouped=True, tiles=tiles, sm=sm)
+            yield INT4_8, Int4Problem(m, n, k, grouped=grouped, tiles=tiles, sm=sm)
 
 
 def doctor() -> list[tuple[str, str]]:

@@ -98,10 +98,12 @@ def _scale_dtype(layer: QuantizedLinear) -> torch.dtype:
 
 @dataclass(frozen=True)
 class Note:
-    """The last output of a norm: a weak reference to it, and its codes and scale where the norm made them."""
+    """The last output of a norm: a weak reference to it, and its codes and scale where the norm made them for layers
+    of some kind."""
 
     output: weakref.ref[Tensor]
     norm: FusedNorm
+    kind: type[QuantizedLinear] | None
     quantized: tuple[Tensor, Tensor] | None
 
 
@@ -111,14 +113,15 @@ class Mailbox:
     def __init__(self) -> None:
         self.note: Note | None = None
 
-    def take(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Codes and scale of x if a norm left them; tells a norm that made x without them to make them next time."""
+    def take(self, x: Tensor, kind: type[QuantizedLinear]) -> tuple[Tensor, Tensor] | None:
+        """Codes and scale of x if a norm left them for layers of this kind; tells a norm that made x without them to
+        make them next time."""
         note = self.note
         if note is None or note.output() is not x:
             return None
         self.note = None
-        note.norm.quantizes = True
-        return note.quantized
+        note.norm.feeds = kind
+        return note.quantized if note.kind is kind else None
 
 
 @dataclass(frozen=True)
@@ -194,11 +197,11 @@ class Join:
 
     def compute(self, x: Tensor) -> Tensor:
         """[..., sum of N] for x [..., K]."""
-        whole = self.whole
-        grouped = whole.feeds_groups  # what a norm leaves are codes in groups of 128
-        codes: Any = self.mailbox.take(x) if grouped and not torch.compiler.is_compiling() else None
+        whole, flat = self.whole, x.reshape(-1, self.whole.in_features)
+        fed = whole.grouped(flat.shape[0]) is not None and not torch.compiler.is_compiling()
+        codes: Any = self.mailbox.take(x, type(whole)) if fed else None
         if codes is None:
-            codes = whole.quantize_input(x.reshape(-1, whole.in_features))
+            codes = whole.quantize_input(flat)
         return whole.matmul(*codes, x.dtype).reshape(*x.shape[:-1], whole.out_features)
 
 
@@ -232,8 +235,8 @@ def _fuse_mlp(module: nn.Module, joins: dict[tuple[str, ...], Join]) -> bool:
     if mlp is None or join is None or "forward" in vars(module):
         return False
     down, act = getattr(module, mlp.down), getattr(module, mlp.act)
-    takes_groups = isinstance(down, QuantizedLinear) and down.feeds_groups
-    if not takes_groups or getattr(down, "activation_scale", None) is not None or not is_silu(act):
+    takes_codes = isinstance(down, QuantizedLinear) and down.grouped(1) is not None
+    if not takes_codes or getattr(down, "activation_scale", None) is not None or not is_silu(act):
         return False
     module.forward = FusedMlp(module.forward, join, down)
     return True
@@ -249,7 +252,8 @@ class FusedMlp:
         if torch.is_grad_enabled() or not self.join.connected():
             return self.own(x)
         gate_up = self.join.compute(x)
-        codes, scale = swiglu_quantize(gate_up.reshape(-1, gate_up.shape[-1]))
+        flat = gate_up.reshape(-1, gate_up.shape[-1])
+        codes, scale = swiglu_quantize(flat, group=bool(self.down.grouped(flat.shape[0])))
         return self.down.matmul(codes, scale, x.dtype).reshape(*x.shape[:-1], self.down.out_features)
 
 
@@ -264,19 +268,20 @@ class FusedNorm:
     def __init__(self, norm: nn.Module, eps: float, offset: float, mailbox: Mailbox) -> None:
         self.norm, self.eps, self.offset, self.mailbox = norm, eps, offset, mailbox
         self.own = norm.forward
-        self.quantizes = False
+        self.feeds: type[QuantizedLinear] | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling() or torch.is_grad_enabled():
             return self.own(x)
         quantized = None
-        if self.quantizes:
-            flat = x.reshape(-1, x.shape[-1])
-            out, codes, scale = rmsnorm_quantize(flat, self.norm.get_parameter("weight"), self.eps, offset=self.offset)
+        if self.feeds is not None:
+            flat, weight = x.reshape(-1, x.shape[-1]), self.norm.get_parameter("weight")
+            group = bool(self.feeds.grouped(flat.shape[0]))
+            out, codes, scale = rmsnorm_quantize(flat, weight, self.eps, offset=self.offset, group=group)
             out, quantized = out.reshape(x.shape), (codes, scale)
         else:
             out = self.own(x)
-        self.mailbox.note = Note(weakref.ref(out), self, quantized)
+        self.mailbox.note = Note(weakref.ref(out), self, self.feeds, quantized)
         return out
 
 

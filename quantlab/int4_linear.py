@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from quantlab.linear import QuantizedLinear
-from quantlab_kernels import gemm_int4, gemm_int4_fp8, quantize_fp8_group
+from quantlab_kernels import gemm_int4, gemm_int4_fp8, quantize_fp8_group, quantize_fp8_token
 from quantlab_kernels.common.gemm import as_group_scale
-from quantlab_kernels.common.int4 import GROUP, decode, prepare_int4, unrepack_int4
+from quantlab_kernels.common.int4 import GROUP, decode, prepare_int4, scales_by_group, unrepack_int4
 
 
 class Int4Linear(QuantizedLinear):
@@ -28,7 +28,6 @@ class Int4Linear(QuantizedLinear):
     """
 
     activation_bits = 16
-    feeds_groups = False
 
     def __init__(
         self,
@@ -113,14 +112,17 @@ class Int4Linear(QuantizedLinear):
 
 
 class Int4Fp8Linear(Int4Linear):
-    """INT4 weights, E4M3 activations. Checkpoints say a scale per token; here each group of 128 has its own, which
-    costs nothing, loses less, and is what norms and gates write that quantize as they go."""
+    """INT4 weights, E4M3 activations. Checkpoints say a scale per token, and so it is for many tokens; of few tokens
+    each group of 128 has its own (`scales_by_group`)."""
 
     activation_bits = 8
-    feeds_groups = True
+
+    @staticmethod
+    def grouped(tokens: int) -> bool | None:
+        return scales_by_group(tokens)
 
     def quantize_input(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        return quantize_fp8_group(x)
+        return quantize_fp8_group(x) if self.grouped(x.shape[0]) else quantize_fp8_token(x)
 
     def matmul(self, codes: Tensor, scale: Tensor | None, out_dtype: torch.dtype) -> Tensor:
         assert scale is not None

@@ -50,13 +50,10 @@ class QuantizedLinear(MovesWithoutCasting):
 
     Input [..., K] in bfloat16, float16 or float32; output [..., N] in the same dtype. The gradient of the input is that
     of the dequantized weight, the rounding of the input counting as the identity; weight and scale have none.
-
-    feeds_groups  activations are quantized in groups of 128, as norms and gates can do for it
     """
 
     bias: Any  # Tensor or None
     _scale: Tensor | None
-    feeds_groups = False
 
     def __init__(self, in_features: int, out_features: int, scale_name: str) -> None:
         nn.Module.__init__(self)  # nn.Linear's own would allocate the weight in full precision
@@ -73,6 +70,12 @@ class QuantizedLinear(MovesWithoutCasting):
     def scale(self) -> Tensor:
         """The weight's scale as the kernels take it."""
         raise NotImplementedError
+
+    @staticmethod
+    def grouped(tokens: int) -> bool | None:
+        """How a norm or gate may quantize so many tokens for the layer as it makes them: in groups of 128 (True), with
+        one scale for each (False), or not at all (None)."""
+        return None
 
     def quantize_input(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Codes and scale of x [M, K]; x itself and None where activations stay in 16 bits."""
@@ -181,8 +184,6 @@ class Fp8BlockLinear(Fp8Linear):
     computed from the data at run time; it is not part of the state dict, a side file holds it.
     """
 
-    feeds_groups = True
-
     def __init__(
         self,
         in_features: int,
@@ -199,6 +200,10 @@ class Fp8BlockLinear(Fp8Linear):
     @staticmethod
     def scale_shape(out_features: int, in_features: int) -> tuple[int, int]:
         return -(-out_features // 128), -(-in_features // 128)
+
+    @staticmethod
+    def grouped(tokens: int) -> bool | None:
+        return True
 
     def quantize_input(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return quantize_fp8_group(x, scale=self.activation_scale)

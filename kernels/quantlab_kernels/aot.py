@@ -8,7 +8,7 @@ import torch
 
 from quantlab_kernels.common.gemm import GemmProblem
 from quantlab_kernels.common.hardware import present_sm
-from quantlab_kernels.common.int4 import Int4Problem
+from quantlab_kernels.common.int4 import Int4Problem, scales_by_group
 
 TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 
@@ -35,18 +35,22 @@ def warmup(
     from quantlab_kernels.gemm_fp8_block import sm90
     from quantlab_kernels.gemm_int4_fp8 import sm90 as sm90_int4
 
-    sm, fp8 = present_sm(), int4 == torch.float8_e4m3fn  # these come with a scale for each 128 of K
+    sm, fp8 = present_sm(), int4 == torch.float8_e4m3fn
     if experts:
         if int4 is None:
             raise ValueError("warmup: experts are compiled ahead for INT4 weights only; give the dtype of int4")
         from quantlab_kernels.gemm_int4_grouped import sm90 as sm90_grouped
 
         return sm90_grouped.warmup(
-            Int4Problem(m * choices, n, k, int4, out_dtype, grouped=fp8, sm=sm, experts=experts)
+            Int4Problem(
+                m * choices, n, k, int4, out_dtype, grouped=fp8 and scales_by_group(m * choices // experts), sm=sm,
+                experts=experts,
+            )
             for n, k in set(shapes) for m in tokens
         )  # fmt: skip
     if int4 is not None:
         return sm90_int4.warmup(
-            Int4Problem(m, n, k, int4, out_dtype, bias, grouped=fp8, sm=sm) for n, k in set(shapes) for m in tokens
-        )
+            Int4Problem(m, n, k, int4, out_dtype, bias, grouped=fp8 and scales_by_group(m), sm=sm)
+            for n, k in set(shapes) for m in tokens
+        )  # fmt: skip
     return sm90.warmup(GemmProblem(m, n, k, out_dtype, bias, sm) for n, k in set(shapes) for m in tokens)

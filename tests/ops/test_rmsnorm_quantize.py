@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from quantlab_kernels import quantize_fp8_group, rmsnorm_quantize
+from quantlab_kernels import quantize_fp8_group, quantize_fp8_token, rmsnorm_quantize
 from quantlab_kernels.rmsnorm_quantize import reference
 
 SHAPES = [(1, 128), (3, 256), (17, 384), (5, 200), (64, 4096)]
@@ -25,13 +25,14 @@ def inputs(m: int, k: int, dtype: torch.dtype, device: torch.device) -> torch.Te
 
 
 def check(x: torch.Tensor, weight: torch.Tensor, offset: float) -> None:
-    out, codes, scale = rmsnorm_quantize(x, weight, 1e-6, offset=offset)
     exact = reference.norm(x, weight, 1e-6, offset)
     bound = exact.abs() * (U_OUT[x.dtype] + 1e-6) + torch.finfo(x.dtype).smallest_normal
-    assert bool(((out.double() - exact).abs() <= bound).all())
-    expected_codes, expected_scale = quantize_fp8_group(out)
-    assert torch.equal(scale, expected_scale)
-    assert torch.equal(codes.view(torch.uint8), expected_codes.view(torch.uint8))
+    for group, quantize in ((True, quantize_fp8_group), (False, quantize_fp8_token)):
+        out, codes, scale = rmsnorm_quantize(x, weight, 1e-6, offset=offset, group=group)
+        assert bool(((out.double() - exact).abs() <= bound).all())
+        expected_codes, expected_scale = quantize(out)
+        assert torch.equal(scale, expected_scale)
+        assert torch.equal(codes.view(torch.uint8), expected_codes.view(torch.uint8))
 
 
 @pytest.mark.parametrize("offset", [0.0, 1.0])
@@ -58,9 +59,9 @@ import importlib, torch
 op = importlib.import_module("quantlab_kernels.rmsnorm_quantize.op")
 from quantlab_kernels.rmsnorm_quantize import triton
 import test_rmsnorm_quantize as tests
-def rmsnorm(x, weight, eps, *, offset):
-    outs = op._fake(x, weight, eps, offset)
-    problem = op.Problem(*x.shape, x.dtype, 80)
+def rmsnorm(x, weight, eps, *, offset, group):
+    outs = op._fake(x, weight, eps, offset, group)
+    problem = op.Problem(*x.shape, x.dtype, group, 80)
     triton.launch(problem, x, weight, eps, offset, *outs, triton.config(problem))
     return outs
 tests.rmsnorm_quantize = rmsnorm
@@ -77,10 +78,12 @@ def test_triton_logic_in_the_interpreter(interpreted: Callable[[str], str]):
 def test_traces_and_refuses():
     x, weight = torch.randn(3, 256, dtype=torch.bfloat16), torch.ones(256)
     op = torch.ops.quantlab.rmsnorm_quantize.default
-    torch.library.opcheck(op, (x, weight, 1e-6, 0.0), test_utils="test_faketensor")
+    for group in (True, False):
+        torch.library.opcheck(op, (x, weight, 1e-6, 0.0, group), test_utils="test_faketensor")
     with pytest.raises(RuntimeError, match=r"weight torch.float32 \(255,\)"):
         rmsnorm_quantize(x, weight[:255], 1e-6)
 
 
 def test_no_rows():
-    assert rmsnorm_quantize(torch.empty(0, 128), torch.ones(128), 1e-6)[2].shape == (0, 1)
+    for group, scales in ((True, 2), (False, 1)):
+        assert rmsnorm_quantize(torch.empty(0, 256), torch.ones(256), 1e-6, group=group)[2].shape == (0, scales)

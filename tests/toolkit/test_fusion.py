@@ -95,9 +95,9 @@ def test_norms_learn_that_they_feed_quantized_layers(llama):
     fuse(llama)
     layer = llama.model.layers[0]
     logits(llama)
-    assert layer.input_layernorm.forward.quantizes
-    assert layer.post_attention_layernorm.forward.quantizes
-    assert not llama.model.norm.forward.quantizes, "the head is not quantized"
+    assert layer.input_layernorm.forward.feeds is Fp8BlockLinear
+    assert layer.post_attention_layernorm.forward.feeds is Fp8BlockLinear
+    assert llama.model.norm.forward.feeds is None, "the head is not quantized"
 
 
 def test_bias_and_tied_directions():

@@ -10,11 +10,12 @@ from transformers import PretrainedConfig
 from quantlab import hf
 from quantlab.int4_experts import Int4Experts, Int4Fp8Experts
 from quantlab.scheme import SCHEMES
+from quantlab_kernels.common.int4 import scales_by_group
 from quantlab_kernels.packing import pack_int4
 from quantlab_kernels.qtensor import quantize
 
 KINDS = pytest.mark.parametrize("kind", [Int4Experts, Int4Fp8Experts])
-GROUPS = SCHEMES["fp8-block"].input
+GROUPS, WHOLES = SCHEMES["fp8-block"].input, SCHEMES["int4-fp8"].input
 HIDDEN, INNER, EXPERTS = 256, 128, 4
 
 
@@ -60,8 +61,10 @@ def replaced(kind: type[Int4Experts], dense: Dense) -> Int4Experts:
 
 
 def expected(kind: type[Int4Experts], dense: Dense, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    scales = GROUPS if scales_by_group(index.numel() // EXPERTS) else WHOLES
+
     def seen(x: Tensor) -> Tensor:
-        return quantize(x, GROUPS).dequantize() if kind is Int4Fp8Experts else x
+        return quantize(x, scales).dequantize() if kind is Int4Fp8Experts else x
 
     out = torch.zeros_like(hidden)
     for token in range(hidden.shape[0]):
@@ -84,7 +87,7 @@ def relative(a: Tensor, b: Tensor) -> float:
 
 
 @KINDS
-@pytest.mark.parametrize("tokens", [1, 7])
+@pytest.mark.parametrize("tokens", [1, 7, 140])  # of 140 an expert has 70 on average
 def test_every_token_meets_its_experts(kind, dense, tokens):
     given = routed(tokens, EXPERTS + 1)  # the last one is another rank's
     with torch.no_grad():

@@ -11,7 +11,8 @@ from torch import nn
 from quantlab.fusion import fuse
 from quantlab.int4_linear import Int4Fp8Linear, Int4Linear
 from quantlab_calib.rounding import decode_int4, round_int4
-from quantlab_kernels import quantize_fp8_group
+from quantlab_kernels import quantize_fp8_group, quantize_fp8_token
+from quantlab_kernels.common.int4 import GROUPED_TOKENS
 from quantlab_kernels.packing import pack_int4
 from quantlab_kernels.qtensor import expand_blocks
 
@@ -35,6 +36,9 @@ def seen(layer, x):
     """x as the layer sees it."""
     if layer.activation_bits == 16:
         return x
+    if len(x) > GROUPED_TOKENS:
+        codes, scale = quantize_fp8_token(x)
+        return codes.float() * scale
     codes, scale = quantize_fp8_group(x)
     return codes.float() * expand_blocks(scale, (1, 128), codes.shape)
 
@@ -45,13 +49,14 @@ def seen(layer, x):
 def test_the_product(kind, low, device):
     layer, weight = filled(kind, low=low)
     layer = layer.to(device)
-    x = torch.randn(5, 2, 256).to(device, torch.bfloat16)
-    with torch.no_grad():
-        out = layer(x)
-    expected = seen(layer, x.reshape(10, 256)).float() @ weight.to(device).T + layer.bias
-    assert out.shape == (5, 2, 192)
-    assert out.dtype == torch.bfloat16
-    assert torch.allclose(out.reshape(10, 192).float(), expected, rtol=1e-2, atol=5e-2)
+    for tokens in (10, GROUPED_TOKENS, GROUPED_TOKENS + 2):
+        x = (torch.randn(tokens, 256) * torch.logspace(-1, 1, 256)).to(device, torch.bfloat16)
+        with torch.no_grad():
+            out = layer(x.view(2, -1, 256))
+        expected = seen(layer, x).float() @ weight.to(device).T + layer.bias
+        assert out.shape == (2, tokens // 2, 192)
+        assert out.dtype == torch.bfloat16
+        assert (out.view(tokens, 192).float() - expected).norm() < 5e-3 * expected.norm()
     assert torch.equal(layer.weight.float(), weight.to(device).bfloat16().float())
 
 
@@ -99,6 +104,48 @@ def test_joined_layers_follow_what_is_loaded_later(kind, device):
         assert torch.allclose(module(x), alone, rtol=1e-2, atol=1e-2)
         module.load_state_dict(other.state_dict())
         assert torch.allclose(module(x), changed, rtol=1e-2, atol=1e-2)
+
+
+class Gated(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gate_proj, self.up_proj = (filled(Int4Fp8Linear, 384, seed=n, bias=False)[0] for n in (1, 2))
+        self.down_proj, self.act_fn = filled(Int4Fp8Linear, 256, 384, False)[0], nn.SiLU()
+
+    def forward(self, x):
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Feed(nn.Module):
+    """A norm, and the gated MLP that it feeds. One channel is large, so that groups and whole tokens differ."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.mlp = nn.RMSNorm(256, eps=1e-6), Gated()
+        self.norm.weight.data[3] = 100
+
+    def forward(self, x):
+        return self.mlp(self.norm(x))
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu(sm=80))])
+@pytest.mark.filterwarnings("default::UserWarning")  # inductor advises TF32 for float32
+def test_all_ways_to_run_see_few_tokens_in_groups_and_many_as_wholes(device):
+    """Alone or fused, eager or compiled, for known numbers of tokens or any: the same codes, within one rounding."""
+    plain = Feed().to(device).eval()
+    mlp, fused = plain.mlp, copy.deepcopy(plain)
+    assert fuse(fused).norms == 1
+    backend = "aot_eager" if device == "cpu" else "inductor"
+    static, dynamic = (
+        torch.compile(copy.deepcopy(fused), fullgraph=True, dynamic=d, backend=backend) for d in (False, True)
+    )
+    with torch.no_grad():
+        for tokens in (2, GROUPED_TOKENS, GROUPED_TOKENS + 1, 100):
+            x = torch.randn(tokens, 256, device=device)
+            gate, up = (seen(layer, plain.norm(x)) @ layer.dequantize().T for layer in (mlp.gate_proj, mlp.up_proj))
+            exact = seen(mlp.down_proj, nn.functional.silu(gate) * up) @ mlp.down_proj.dequantize().T
+            for run in (plain, fused, fused, static, dynamic):
+                assert (run(x) - exact).norm() < 5e-3 * exact.norm()
 
 
 def test_the_gradient_is_that_of_the_weight():

@@ -29,6 +29,7 @@ from quantlab_kernels.packing import unpack_int4
 GROUP = 128  # of K that share a weight scale
 ROWS = 64  # of a tile
 SCALE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+GROUPED_TOKENS = 64
 _CHUNK = 1 << 24  # codes that are rearranged at a time
 
 
@@ -75,6 +76,17 @@ class Int4Problem:
         experts = f" of {self.experts} experts" if self.experts else ""
         bias = " + bias" if self.bias else ""
         return f"M={self.m}{experts} N={self.n} K={self.k} {form} -> {out}{bias} on sm_{self.sm}"
+
+
+def scales_by_group(tokens: int) -> bool:
+    """Whether a layer quantizes the E4M3 activations of so many tokens with a scale for each group of 128 along K; of
+    more of them each token has one scale. Experts count the tokens that each has on average.
+
+    Scales of groups lose less, and up to 64 tokens, where the weight's bytes are waited for, they cost little. Beyond,
+    each sum of 128 products has its own product of two scales, a fifth to a third more time (see `gemm_int4_fp8`). One
+    scale for each token is what compressed-tensors' W4AFP8 says, so other engines see many tokens so too.
+    """
+    return tokens <= GROUPED_TOKENS
 
 
 # ---- layouts ----

@@ -25,5 +25,7 @@ def launch(
     out: Tensor, codes: Tensor, scale: Tensor, config: None,
 ) -> None:  # fmt: skip
     """Fill the three outputs by `reference`."""
-    for target, value in zip((out, codes, scale), reference.rmsnorm(x, weight, eps, offset), strict=True):
+    for target, value in zip(
+        (out, codes, scale), reference.rmsnorm(x, weight, eps, offset, problem.group), strict=True
+    ):
         target.copy_(value)

@@ -19,30 +19,36 @@ _INPUTS = (torch.bfloat16, torch.float16, torch.float32)
 
 @dataclass(frozen=True)
 class Problem:
-    """m rows of k columns of `dtype`."""
+    """m rows of k columns of `dtype`; group: 1x128 scales, else one for each row."""
 
     m: int
     k: int
     dtype: torch.dtype = torch.bfloat16
+    group: bool = True
     sm: int = 90
 
     @property
     def bytes(self) -> int:
         """Least traffic: the input read once, the result, codes and scales written once."""
-        return self.m * (2 * self.k * self.dtype.itemsize + self.k + 4 * -(-self.k // 128))
+        scales = -(-self.k // 128) if self.group else 1
+        return self.m * (2 * self.k * self.dtype.itemsize + self.k + 4 * scales)
 
 
-def rmsnorm_quantize(x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+def rmsnorm_quantize(
+    x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0, group: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
     """``out = x / sqrt(mean(x^2) + eps) * (offset + weight)``, and its codes and scales, in one pass.
 
     x       [M, K]  bfloat16, float16 or float32, any strides
     weight  [K]  any float dtype
     offset  1.0 for norms that store their weight less one (Gemma)
+    group   1x128 scales, else one for each row
 
     Returns out [M, K] in x's dtype, computed in float32 and rounded once; codes [M, K] float8_e4m3fn and scale
-    [M, ceil(K/128)] float32, equal to `quantize_fp8_group(out)`. Raises RuntimeError for other dtypes and shapes.
+    [M, ceil(K/128)] or [M, 1] float32, equal to `quantize_fp8_group(out)` or `quantize_fp8_token(out)`. Raises
+    RuntimeError for other dtypes and shapes.
     """
-    return _OP(x, weight, eps, offset)
+    return _OP(x, weight, eps, offset, group)
 
 
 def check(x: Tensor, weight: Tensor) -> None:
@@ -54,23 +60,24 @@ def check(x: Tensor, weight: Tensor) -> None:
     )
 
 
-def _fake(x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor, Tensor]:
+def _fake(x: Tensor, weight: Tensor, eps: float, offset: float, group: bool) -> tuple[Tensor, Tensor, Tensor]:
     check(x, weight)
     m, k = x.shape
     codes = x.new_empty((m, k), dtype=torch.float8_e4m3fn)
-    return x.new_empty((m, k)), codes, empty_group_scale(x, m, (k + 127) // 128)
+    scale = empty_group_scale(x, m, (k + 127) // 128) if group else x.new_empty((m, 1), dtype=torch.float32)
+    return x.new_empty((m, k)), codes, scale
 
 
-def _cpu(x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor, Tensor]:
+def _cpu(x: Tensor, weight: Tensor, eps: float, offset: float, group: bool) -> tuple[Tensor, Tensor, Tensor]:
     check(x, weight)
-    return reference.rmsnorm(x, weight, eps, offset)
+    return reference.rmsnorm(x, weight, eps, offset, group)
 
 
-def _cuda(x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor, Tensor]:
-    out, codes, scale = _fake(x, weight, eps, offset)
+def _cuda(x: Tensor, weight: Tensor, eps: float, offset: float, group: bool) -> tuple[Tensor, Tensor, Tensor]:
+    out, codes, scale = _fake(x, weight, eps, offset, group)
     if out.numel() == 0:
         return out, codes, scale.fill_(1.0)
-    problem = Problem(x.shape[0], x.shape[1], x.dtype, gpu_of(x).sm)
+    problem = Problem(x.shape[0], x.shape[1], x.dtype, group, gpu_of(x).sm)
     backend = BACKENDS.select(problem)
     with device_of(x):
         backend.launch(problem, x, weight.contiguous(), eps, offset, out, codes, scale, backend.config(problem))
@@ -78,6 +85,6 @@ def _cuda(x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor,
 
 
 _OP = define(
-    "rmsnorm_quantize(Tensor x, Tensor weight, float eps, float offset) -> (Tensor, Tensor, Tensor)",
+    "rmsnorm_quantize(Tensor x, Tensor weight, float eps, float offset, bool group) -> (Tensor, Tensor, Tensor)",
     fake=_fake, cpu=_cpu, cuda=_cuda,
 )  # fmt: skip

@@ -14,7 +14,7 @@ def norm(x: Tensor, weight: Tensor, eps: float, offset: float, dtype: torch.dtyp
     return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + eps) * (offset + weight.to(dtype))
 
 
-def rmsnorm(x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor, Tensor]:
+def rmsnorm(x: Tensor, weight: Tensor, eps: float, offset: float, group: bool = True) -> tuple[Tensor, Tensor, Tensor]:
     """The norm in x's dtype, rounded once from float32, and codes and scale of that rounded result."""
     out = norm(x, weight, eps, offset, torch.float32).to(x.dtype)
-    return out, *reference.group(out, None, False)
+    return out, *(reference.group(out, None, False) if group else reference.token(out))

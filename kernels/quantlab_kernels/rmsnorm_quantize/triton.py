@@ -49,18 +49,20 @@ def launch(
     problem: Problem, x: Tensor, weight: Tensor, eps: float, offset: float,
     out: Tensor, codes: Tensor, scale: Tensor, config: Config,
 ) -> None:  # fmt: skip
-    """Fill out [M, K], codes [M, K] and scale [M, ceil(K/128)]; x may have any strides."""
+    """Fill out [M, K], codes [M, K] and scale [M, ceil(K/128)] or [M, 1]; x may have any strides."""
     native = problem.sm >= 89
     tensors = x, weight, out, codes if native else codes.view(torch.uint8), scale
     numbers = problem.k, *x.stride(), *scale.stride(), eps, offset
-    _LAUNCH((problem.m,), tensors, numbers, (config.columns, native), config.num_warps)
+    span = 128 if problem.group else config.columns
+    _LAUNCH((problem.m,), tensors, numbers, (config.columns, span, native), config.num_warps)
 
 
 @triton.jit
 def _kernel(
     x_ptr, weight_ptr, out_ptr, codes_ptr, scale_ptr, k, x_row, x_column, scale_row, scale_column, eps, offset,
-    COLUMNS: tl.constexpr, NATIVE: tl.constexpr,
+    COLUMNS: tl.constexpr, SPAN: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
+    """A row of COLUMNS columns, of which every SPAN share a scale."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, COLUMNS)
     mask = column < k
@@ -71,13 +73,13 @@ def _kernel(
     rounded = (x * factor * (weight + offset)).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + row * k + column, rounded, mask=mask)
     out = tl.where(mask, rounded.to(tl.float32), 0.0)
-    grouped = tl.reshape(out, (COLUMNS // 128, 128))
+    grouped = tl.reshape(out, (COLUMNS // SPAN, SPAN))
     scale = scale_of(largest_magnitude(grouped, 1, NATIVE), False)
     SHORT: tl.constexpr = NATIVE and out_ptr.dtype.element_ty.primitive_bitwidth == 16
     quotient = divide(grouped, scale[:, None], False, SHORT)
     store_codes(codes_ptr + row * k + column, tl.reshape(quotient, (COLUMNS,)), mask, NATIVE)
-    group = tl.arange(0, COLUMNS // 128)
-    tl.store(scale_ptr + row * scale_row + group.to(tl.int64) * scale_column, scale, mask=group * 128 < k)
+    group = tl.arange(0, COLUMNS // SPAN)
+    tl.store(scale_ptr + row * scale_row + group.to(tl.int64) * scale_column, scale, mask=group * SPAN < k)
 
 
 _LAUNCH = Launcher(_kernel)

@@ -22,6 +22,6 @@ def config(problem: Problem) -> None:
 
 def launch(problem: Problem, gate_up: Tensor, codes: Tensor, scale: Tensor, config: None) -> None:
     """Fill `codes` and `scale` by `reference`."""
-    result = reference.swiglu(gate_up)
+    result = reference.swiglu(gate_up, problem.group)
     codes.copy_(result[0])
     scale.copy_(result[1])

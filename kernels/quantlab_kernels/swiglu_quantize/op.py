@@ -19,28 +19,31 @@ _INPUTS = (torch.bfloat16, torch.float16, torch.float32)
 
 @dataclass(frozen=True)
 class Problem:
-    """m rows of 2 k columns of `dtype` become m rows of k codes."""
+    """m rows of 2 k columns of `dtype` become m rows of k codes; group: 1x128 scales, else one for each row."""
 
     m: int
     k: int
     dtype: torch.dtype = torch.bfloat16
+    group: bool = True
     sm: int = 90
 
     @property
     def bytes(self) -> int:
         """Least traffic: both halves read once, codes and scales written once."""
-        return self.m * (2 * self.k * self.dtype.itemsize + self.k + 4 * -(-self.k // 128))
+        scales = -(-self.k // 128) if self.group else 1
+        return self.m * (2 * self.k * self.dtype.itemsize + self.k + 4 * scales)
 
 
-def swiglu_quantize(gate_up: Tensor) -> tuple[Tensor, Tensor]:
+def swiglu_quantize(gate_up: Tensor, *, group: bool = True) -> tuple[Tensor, Tensor]:
     """Codes and scales of ``silu(gate) * up``, the product kept in float32 until its code.
 
     gate_up  [M, 2 I]  bfloat16, float16 or float32; gate is the first half of each row, up the second; any strides
+    group    1x128 scales, else one for each row
 
-    Returns codes [M, I] float8_e4m3fn and scale [M, ceil(I/128)] float32 in the layout of `quantize_fp8_group`. Raises
-    RuntimeError for other dtypes, ranks and an odd number of columns.
+    Returns codes [M, I] float8_e4m3fn and scale float32, [M, ceil(I/128)] in the layout of `quantize_fp8_group` or
+    [M, 1]. Raises RuntimeError for other dtypes, ranks and an odd number of columns.
     """
-    return _OP(gate_up)
+    return _OP(gate_up, group)
 
 
 def check(gate_up: Tensor) -> None:
@@ -54,26 +57,32 @@ def check(gate_up: Tensor) -> None:
     )
 
 
-def _fake(gate_up: Tensor) -> tuple[Tensor, Tensor]:
+def _fake(gate_up: Tensor, group: bool) -> tuple[Tensor, Tensor]:
     check(gate_up)
     m, k = gate_up.shape[0], gate_up.shape[1] // 2
-    return gate_up.new_empty((m, k), dtype=torch.float8_e4m3fn), empty_group_scale(gate_up, m, (k + 127) // 128)
+    codes = gate_up.new_empty((m, k), dtype=torch.float8_e4m3fn)
+    if group:
+        return codes, empty_group_scale(gate_up, m, (k + 127) // 128)
+    return codes, gate_up.new_empty((m, 1), dtype=torch.float32)
 
 
-def _cpu(gate_up: Tensor) -> tuple[Tensor, Tensor]:
+def _cpu(gate_up: Tensor, group: bool) -> tuple[Tensor, Tensor]:
     check(gate_up)
-    return reference.swiglu(gate_up)
+    return reference.swiglu(gate_up, group)
 
 
-def _cuda(gate_up: Tensor) -> tuple[Tensor, Tensor]:
-    codes, scale = _fake(gate_up)
+def _cuda(gate_up: Tensor, group: bool) -> tuple[Tensor, Tensor]:
+    codes, scale = _fake(gate_up, group)
     if codes.numel() == 0:
         return codes, scale.fill_(1.0)
-    problem = Problem(codes.shape[0], codes.shape[1], gate_up.dtype, gpu_of(gate_up).sm)
+    problem = Problem(codes.shape[0], codes.shape[1], gate_up.dtype, group, gpu_of(gate_up).sm)
     backend = BACKENDS.select(problem)
     with device_of(gate_up):
         backend.launch(problem, gate_up, codes, scale, backend.config(problem))
     return codes, scale
 
 
-_OP = define("swiglu_quantize(Tensor gate_up) -> (Tensor, Tensor)", fake=_fake, cpu=_cpu, cuda=_cuda)
+_OP = define(
+    "swiglu_quantize(Tensor gate_up, bool group) -> (Tensor, Tensor)",
+    fake=_fake, cpu=_cpu, cuda=_cuda,
+)  # fmt: skip

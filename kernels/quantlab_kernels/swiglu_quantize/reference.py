@@ -14,6 +14,7 @@ def product(gate_up: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.nn.functional.silu(gate) * up
 
 
-def swiglu(gate_up: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes [M, I] and scale [M, ceil(I/128)] of the product in float32, which is never rounded to 16 bits."""
-    return reference.group(product(gate_up, torch.float32), None, False)
+def swiglu(gate_up: Tensor, group: bool = True) -> tuple[Tensor, Tensor]:
+    """Codes [M, I] and scale [M, ceil(I/128)] or [M, 1] of the product in float32, never rounded to 16 bits."""
+    exact = product(gate_up, torch.float32)
+    return reference.group(exact, None, False) if group else reference.token(exact)
