@@ -149,9 +149,15 @@ def load_keys(folder: str | Path) -> dict[int, Keys] | None:
 
 
 def _keys(model: Any, tokens: Tensor | None) -> dict[int, Keys]:
+    size = model.config.get_text_config(decoder=True).vocab_size
     if tokens is None:
-        size = model.config.get_text_config(decoder=True).vocab_size
         tokens = torch.randint(size, (rope.PIECES, rope.PIECE), generator=torch.Generator().manual_seed(0))
+    if tokens.ndim != 2 or not tokens.numel() or tokens.dtype != torch.int64:
+        raise UsageError(
+            f"tokens are {list(tokens.shape)} {tokens.dtype}: needs [pieces, length] int64, none of them 0"
+        )
+    if not 0 <= int(tokens.min()) <= int(tokens.max()) < size:
+        raise UsageError(f"tokens from {int(tokens.min())} to {int(tokens.max())}: the model knows 0 to {size - 1}")
     try:
         found = rope.key_statistics(model, tokens)
     except (TypeError, ValueError, RuntimeError) as error:

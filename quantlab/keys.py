@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from quantlab import kinds
@@ -29,7 +28,7 @@ from quantlab.checkpoint import KEY_STATISTICS, KV_SCALES, Source, module_of
 from quantlab.errors import PreflightError, UsageError
 from quantlab.jobs import Replace
 from quantlab.output import Output
-from quantlab.shards import TensorInfo
+from quantlab.shards import TensorInfo, TensorSlot, layout
 from quantlab_calib import data, rope
 from quantlab_calib.capture import CaptureError
 from quantlab_kernels.formats import E4M3
@@ -159,7 +158,8 @@ def for_run(
     try:
         keys = measure(plan.source, device, kept, progress, trust_remote_code=trust_remote_code)
     except (PreflightError, CaptureError, data.DataError) as error:
-        return Measured(warnings=(f"keys were not measured ({error}): every load measures them",))
+        reason = str(error).removeprefix(f"{plan.source.folder}: ").partition(" (")[0]
+        return Measured(warnings=(f"keys were not measured, every load does it: {reason}",))
     if not keys or kv != "fp8" or plan.stored.layout == "fp8":
         return Measured(keys)
     model = meta_model(plan.source.folder, trust_remote_code)
@@ -182,9 +182,11 @@ def write(path: Path, keys: dict[int, Keys], weights: str) -> Path:
         for name, tensor in zip(names, pair, strict=False)
         if tensor is not None
     }
+    slots = [TensorSlot(name, "F32", tuple(tensor.shape)) for name, tensor in tensors.items()]
+    header = layout(slots, {"format": "pt", DIGEST: weights}).header  # the same bytes for the same content
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
-    save_file(tensors, part, metadata={"format": "pt", DIGEST: weights})
+    part.write_bytes(header + b"".join(tensor.numpy().tobytes() for tensor in tensors.values()))
     part.replace(path)
     return path
 

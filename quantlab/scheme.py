@@ -214,7 +214,10 @@ class Recipe:
             raise UsageError(f"unknown KV format {self.kv!r}; {did_you_mean(self.kv, ['none', *KV_FORMATS])}")
         layouts = {s.layout for s in self.schemes()}
         if not layouts:
-            raise UsageError("the recipe quantizes nothing: every scheme in it is 'none'")
+            hint = f"; unquantized weights take a cache at load: quantlab.load(MODEL, kv={self.kv!r})"
+            raise UsageError(
+                "the recipe quantizes nothing: every scheme in it is 'none'" + (hint if self.kv != "none" else "")
+            )
         if len(layouts) > 1 and "fp8" in layouts:
             names = ", ".join(sorted(s.name for s in self.schemes()))
             raise UsageError(
