@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from quantlab.attention import share_keys
 from quantlab.int4_linear import Int4Linear
 from quantlab.linear import Fp8BlockLinear, QuantizedLinear
+from quantlab.placement import unhook_blocks
 from quantlab.rotary import fuse_rotary
 from quantlab.source_patterns import gated_mlp, shared_inputs
 from quantlab_kernels import rmsnorm_quantize, swiglu_quantize
@@ -50,6 +51,7 @@ def fuse(model: nn.Module) -> Fusion:
     """
     if os.environ.get("QUANTLAB_FUSE") == "0":
         return Fusion()
+    unhook_blocks(model)
     mailbox = Mailbox()
     joined = mlps = norms = rotary = 0
     for module in list(model.modules()):

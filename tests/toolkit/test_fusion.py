@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, WhisperConfig, WhisperModel
 
 from quantlab.fusion import Fusion, Join, Mailbox, fuse
 from quantlab.linear import Fp8BlockLinear, Fp8Linear, Fp8RowLinear
+from quantlab.placement import unhook_blocks
 from quantlab_kernels import quantize_fp8_block
 from quantlab_kernels.quantize_fp8.reference import token
 
@@ -260,3 +262,42 @@ def test_other_scales_in_bfloat16_replace_the_first(joined: bool):
     model.load_state_dict(other.state_dict())
     expected = logits(other)
     assert (logits(model) - expected).norm() < 0.02 * expected.norm()
+
+
+def spread(model: torch.nn.Module, offloaded: str = "none") -> torch.nn.Module:
+    """A hook on every module, as a `device_map` makes them. Two names of one device stand for two: the second block
+    lies on both."""
+    for name, module in model.named_modules():
+        elsewhere = name == "lm_head" or name.startswith("model.layers.1.mlp")
+        hook = AlignDevicesHook(execution_device="cpu:0" if elsewhere else "cpu", offload=name.startswith(offloaded))
+        add_hook_to_module(module, hook)
+    return model
+
+
+def hooked(model: torch.nn.Module, prefix: str = "") -> set[str]:
+    return {name for name, module in model.named_modules() if hasattr(module, "_hf_hook") and name.startswith(prefix)}
+
+
+def test_a_block_on_one_device_keeps_one_hook_and_is_fused(llama):
+    whole, parts = copy.deepcopy(llama), spread(llama)
+    before, expected = hooked(parts), logits(parts)
+    assert {"model.layers.0.self_attn", "model.layers.0.mlp.up_proj"} < before
+    assert unhook_blocks(parts) == len(before - hooked(parts)) > 0
+    assert "model.layers.0" in hooked(parts)
+    assert not hooked(parts, "model.layers.0.")
+    assert {"model.layers.1.self_attn", "model.layers.1.mlp.up_proj"} < hooked(parts, "model.layers.1")
+    assert not hooked(parts, "model.layers.1.self_attn.")
+    assert torch.equal(logits(parts), expected)
+    assert (fuse(parts).joined, fuse(whole).joined) == (3, 4)
+
+
+def test_weights_that_are_brought_keep_their_hooks(llama):
+    spread(llama, "model.layers.0")
+    before = hooked(llama)
+    unhook_blocks(llama)
+    assert hooked(llama, "model.layers.0") == {name for name in before if name.startswith("model.layers.0")}
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_model_without_hooks_is_left_alone(llama, whole):
+    assert unhook_blocks(llama if whole else llama.model.layers[0]) == 0
