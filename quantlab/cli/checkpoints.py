@@ -64,7 +64,11 @@ MaxKl = Annotated[
 Mix = Annotated[str, Option("--mix", help="Schemes that --target-bits and --max-kl choose from; none leaves layers.")]
 KVFormat = Annotated[
     str | None,
-    Option("--kv", help="KV cache that loading gives the model: fp8, int8, int4, k8v4, or 16bit.", show_default=False),
+    Option(
+        "--kv",
+        help="KV cache that loading gives the model: fp8, int8, int4, k8v4, or 16bit. Measures its keys.",
+        show_default=False,
+    ),
 ]
 Output = Annotated[
     Path | None, Option("-o", "--output", help="Folder to make.", show_default="MODEL's name plus the scheme")
@@ -116,12 +120,10 @@ def quantize(
             raise UsageError("--target-bits and --max-kl choose the schemes; leave out --scheme and --recipe")
         mixture = _mixture(model, target_bits, max_kl, mix, ignore, calib, device, trust_remote_code, format)
         scheme, output = mixture.recipe.scheme, output_folder(model, "mixed", output)
-    chosen = _recipe(scheme, recipe, ignore, calib, calib_samples, calib_length, seed, activations, effort, steps)
+    chosen = _recipe(scheme, recipe, ignore, calib, calib_samples, calib_length, seed, activations, effort, steps, kv)
     if (target_bits, max_kl) != (None, None):
         asked = effort is not None or steps is not None  # the data then serve calibration, and not only the choice
-        chosen = replace(mixture.recipe, calibration=chosen.calibration if asked else None)
-    if kv is not None:
-        chosen = replace(chosen, kv=kv)
+        chosen = replace(mixture.recipe, kv=chosen.kv, calibration=chosen.calibration if asked else None)
     with progress(format is Format.human) as callback:
         summary = quantlab.quantize(
             model,
@@ -206,16 +208,17 @@ def _recipe(
     activations: str = "dynamic",
     effort: str | None = None,
     steps: str | None = None,
+    kv: str | None = None,
 ) -> Recipe:
-    """The recipe that the options ask for; --ignore, --calib, --effort and --steps add to a recipe file."""
+    """The recipe that the options ask for; --ignore, --calib, --effort, --steps and --kv add to a recipe file."""
     from quantlab.scheme import EFFORTS, Calibration, Recipe, Rule, did_you_mean
 
     if scheme is not None and file is not None:
         raise UsageError("--scheme and --recipe were both given; a recipe names its schemes, give one of the two")
     if effort is not None and effort not in EFFORTS:
         raise UsageError(f"unknown effort {effort!r}; {did_you_mean(effort, EFFORTS)}")
-    recipe = Recipe.from_toml(file) if file is not None else Recipe(scheme or "fp8-block")
-    recipe = replace(recipe, rules=(*(Rule(pattern, "none") for pattern in ignore), *recipe.rules))
+    recipe = Recipe.from_toml(file) if file is not None else Recipe(scheme or "fp8-block", kv=kv or "none")
+    recipe = replace(recipe, kv=kv or recipe.kv, rules=(*(Rule(pattern, "none") for pattern in ignore), *recipe.rules))
     data = calib or ("bundled" if steps is not None or effort not in (None, "fast") else None)
     if data is not None:
         calibration = Calibration(data, samples, length, seed, activations, effort or "default")  # type: ignore[arg-type]
