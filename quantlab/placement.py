@@ -46,4 +46,6 @@ def _unhook_below(block: nn.Module) -> int:
     inner = [module for module in block.modules() if module is not block and hasattr(module, "_hf_hook")]
     for module in inner:
         remove_hook_from_module(module)
+        if getattr(vars(module).get("forward"), "__func__", None) is type(module).forward:
+            del module.forward  # the class's own, which accelerate leaves bound to the module
     return len(inner)

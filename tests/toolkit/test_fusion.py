@@ -269,8 +269,9 @@ def spread(model: torch.nn.Module, offloaded: str = "none") -> torch.nn.Module:
     lies on both."""
     for name, module in model.named_modules():
         elsewhere = name == "lm_head" or name.startswith("model.layers.1.mlp")
-        hook = AlignDevicesHook(execution_device="cpu:0" if elsewhere else "cpu", offload=name.startswith(offloaded))
+        hook = AlignDevicesHook(execution_device="cpu", offload=name.startswith(offloaded))
         add_hook_to_module(module, hook)
+        hook.execution_device = "cpu:0" if elsewhere else "cpu"
     return model
 
 
