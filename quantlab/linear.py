@@ -228,6 +228,10 @@ class Fp8RowLinear(Fp8Linear):
     def scale_shape(out_features: int, in_features: int) -> tuple[int, int]:
         return out_features, 1
 
+    @staticmethod
+    def grouped(tokens: int) -> bool | None:
+        return False
+
     def quantize_input(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return quantize_fp8_token(x)
 

@@ -88,9 +88,10 @@ def test_logits_stay_within_the_rounding_of_the_activations(kind: type[Fp8Linear
     model = quantized(LlamaForCausalLM(LlamaConfig(**SIZES)), kind)
     plain = logits(model)
     found = fuse(model)
-    assert found.joined == 4
+    assert (found.joined, found.mlps) == (4, 2)
     for _ in range(3):  # norms learn in the first forward
         assert (logits(model) - plain).norm() < 0.02 * plain.norm()
+    assert model.model.layers[0].input_layernorm.forward.feeds is kind
 
 
 def test_norms_learn_that_they_feed_quantized_layers(llama):
