@@ -175,9 +175,9 @@ def _sample(model: Any) -> Tensor:
     found = []
     for name, weight in model.named_parameters():
         if not weight.is_meta and weight.numel() and kinds.experts_of(checkpoint.module_of(name)) is None:
-            few = weight.detach().reshape(-1)[:8]
+            few = weight.detach()[(0,) * (weight.ndim - 1)].reshape(-1)[:8]  # of the first row
             found.append((few.view(torch.uint8) if few.element_size() == 1 else few).to(torch.bfloat16).cpu())
-    return torch.cat(found)
+    return torch.cat(found) if found else torch.empty(0)
 
 
 def _save(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:

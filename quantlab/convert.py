@@ -46,6 +46,7 @@ def convert(
     """Rewrite a quantized checkpoint as "fp8" (Hugging Face), "compressed-tensors" or "bf16", or INT4 weights for
     other activations: as "int4" (16-bit) or "int4-fp8".
 
+    What was measured on keys comes along, and the scales of an FP8 KV cache where the format has a place for them.
     Streams like `quantize`: bounded memory, resumable, and the output appears only when it is whole. Raises UsageError
     for a format that cannot hold these weights.
     """

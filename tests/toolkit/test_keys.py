@@ -405,3 +405,23 @@ def test_texts_that_do_not_serve(tokens: torch.Tensor, message: str, model: Make
 def test_a_recipe_of_a_cache_alone_says_what_to_do():
     with pytest.raises(UsageError, match=r"quantizes nothing.*quantlab\.load\(MODEL, kv='int8'\)"):
         Recipe("none", kv="int8")
+
+
+@pytest.mark.gpu
+def test_a_gpu_measures_what_a_cpu_does(model: Make, made: Any, tmp_path: Path):
+    """In bfloat16 there, in float32 here; and what lies beside the checkpoint is what the cache on the GPU gets."""
+    quantize(model("Qwen2"), Recipe("fp8-dynamic", kv="fp8"), tmp_path / "out", device="cuda")
+    ours, theirs = (keys.read(folder / KEY_STATISTICS)[0] for folder in (tmp_path / "out", made("Qwen2")))
+    for layer, wanted in theirs.items():
+        largest = wanted.amax[0]
+        assert float((ours[layer].mean - wanted.mean).abs().max()) < 0.01 * largest
+        assert float((ours[layer].scale - wanted.scale).abs().max()) < 0.02 * largest
+        torch.testing.assert_close(ours[layer].amax, wanted.amax, rtol=0.02, atol=0)
+    assert verify(tmp_path / "out").problems == ()
+    loaded = hf.load(tmp_path / "out", device_map="cuda")
+    tokens = torch.randint(3, 90, (2, 20), device="cuda")
+    for implementation in (None, "static"):
+        given = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "cache_implementation": implementation}
+        assert loaded.generate(tokens, **given).shape == (2, 24)
+    loaded.save_pretrained(tmp_path / "saved")
+    assert keys.load(tmp_path / "saved") is not None
