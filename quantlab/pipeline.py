@@ -54,7 +54,7 @@ def quantize(
 
     recipe    a `Recipe`, the name of a scheme, or a TOML file
     output    folder to make; by default the model's name plus the scheme, in the current folder
-    device    "auto" (a GPU where there is one), "cpu", "cuda", "cuda:N"; what is written without data has the same bytes
+    device    "auto" (a GPU where there is one), "cpu", "cuda", "cuda:N"; without data the bytes written are the same
     progress  called with (label, bytes done, bytes in all)
 
     The same call continues an interrupted run. Raises UsageError, PreflightError or VerificationError, each one line;
