@@ -28,7 +28,17 @@ DEVICE void wgmma(float (&d)[{count}], u64 a, u64 b, int accumulate) {{
 """
 
 
-def wgmma_variant(name: str, n: int, accumulator: str, a: str, b: str, *, registers: bool, turned: bool = False) -> str:
+def wgmma_variant(
+    name: str,
+    n: int,
+    accumulator: str,
+    a: str,
+    b: str,
+    *,
+    registers: bool,
+    turned: bool = False,
+    turned_b: bool = False,
+) -> str:
     """CUDA C++ of ``name(d, a, b, accumulate)`` for other operands than `wgmma_source`'s.
 
     accumulator  "s32" (d is int[n / 2]) or "f32" (float[n / 2]), in the layout of `wgmma_source`
@@ -36,6 +46,7 @@ def wgmma_variant(name: str, n: int, accumulator: str, a: str, b: str, *, regist
     registers    a is ``const u32 (&)[4]``: rows lane / 4 and 8 below, bytes 4 * (lane % 4) of the first half of k, then
                  the same two rows of the second half; else a descriptor. b is always a descriptor
     turned       a in shared memory lies with its 64 rows side by side, 8 of k every 1024 bytes; 16 bits only
+    turned_b     b lies with its n side by side, 64 of them in a row; 16 bits and both in shared memory only
     """
     count, kind = n // 2, "int" if accumulator == "s32" else "float"
     k = 16 if a.endswith("f16") else 32
@@ -45,7 +56,7 @@ def wgmma_variant(name: str, n: int, accumulator: str, a: str, b: str, *, regist
     width = 4 if registers else 1
     source = f"{{{', '.join(f'%{count + i}' for i in range(4))}}}" if registers else f"%{count}"
     flags = "" if accumulator == "s32" else ", 1, 1, 0" if registers and k == 16 else ", 1, 1"
-    flags += f", {int(turned)}, 0" if not registers and k == 16 else ""
+    flags += f", {int(turned)}, {int(turned_b)}" if not registers and k == 16 else ""
     inputs = ", ".join(f'"r"(a[{i}])' for i in range(4)) if registers else '"l"(a)'
     return f"""
 DEVICE void {name}({kind} (&d)[{count}], {"const u32 (&a)[4]" if registers else "u64 a"}, u64 b, int accumulate) {{

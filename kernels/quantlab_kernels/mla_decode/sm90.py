@@ -24,7 +24,7 @@ from quantlab_kernels.mla_decode import triton
 if TYPE_CHECKING:
     from quantlab_kernels.mla_decode.op import Problem
 
-_FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _CODES: dict[Code, int] = {"float": 0, "e4m3": 1, "int8": 2, "int4": 3}
 _MAPPED = {torch.bfloat16: driver.BFLOAT16, torch.float16: driver.FLOAT16}
 _FOLDER = Path(__file__).parent
@@ -83,7 +83,7 @@ def source(config: Config, problem: Problem) -> nvrtc.Source:
     """What is compiled for a configuration."""
     p = problem
     macros = {
-        "L": p.rank, "FORMAT": _CODES[p.code], "KEPT": _FLOATS[p.kept], "QUERY": _FLOATS[p.dtype], "N": config.rows,
+        "L": p.rank, "FORMAT": _CODES[p.code], "KEPT": FLOATS[p.kept], "QUERY": FLOATS[p.dtype], "N": config.rows,
         "SHARE": config.share, "TEAMS": config.teams, "RING": config.ring(p.rank), "PAGED": int(p.page > 0),
         "BOX": math.gcd(p.page, TILE), "SHARED": SHARED,
     }  # fmt: skip
@@ -116,11 +116,31 @@ def launch(
 ) -> None:  # fmt: skip
     """Fill out [B, Sq, H, L] and lse [B, H, Sq]. A cache that the copy engine cannot read goes to Triton."""
     p, c = problem, chosen or config(problem)
-    if not (_readable(cache.latent) and _readable(cache.rope)):
+    if not readable(cache):
         return triton.launch(problem, q_latent, q_rope, cache, length, start, table, scale, out, lse)
     q_latent, q_rope = (x if x.stride(3) == 1 else x.contiguous() for x in (q_latent, q_rope))
+    pair = kernels(c, replace(p, batch=0, heads=0, sq=0, longest=0))
+    run(pair, Grid(c.rows, c.threads), p, q_latent, q_rope, cache, length, start, table, scale, out, lse)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """rows of a CTA's tile, its threads, CTAs of a cluster (of tiles of the same tokens)."""
+
+    rows: int
+    threads: int
+    cluster: int = 1
+
+
+def run(
+    pair: tuple[driver.Kernel, driver.Kernel], grid: Grid, problem: Problem, q_latent: Tensor, q_rope: Tensor,
+    cache: PackedLatent, length: Tensor, start: Tensor | None, table: Tensor | None, scale: float, out: Tensor,
+    lse: Tensor,
+) -> None:  # fmt: skip
+    """Launch a kernel that attends and, where sequences are divided, the one that merges."""
+    p, (attend, merge) = problem, pair
     rows = p.heads * p.sq
-    tiles = -(-rows // c.rows)
+    tiles = -(-rows // grid.rows)
     count = splits(p.batch * tiles, p.longest, gpu_of(q_latent).sm_count)
     part = sums = None
     if count > 1:
@@ -138,12 +158,17 @@ def launch(
         ),
     ))  # fmt: skip
     params += bytes(-len(params) % 64)
-    attend, merge = kernels(c, replace(p, batch=0, heads=0, sq=0, longest=0))
     device = q_latent.get_device()
-    attend.launch(driver.Launch(p.batch * tiles * count, c.threads, 1, SHARED, early=True), params, device)
+    shape = driver.Launch(p.batch * tiles * count, grid.threads, grid.cluster, SHARED, early=True)
+    attend.launch(shape, params, device)
     if count > 1:
-        grid = p.batch * rows * p.rank // MERGED
-        merge.launch(driver.Launch(grid, MERGERS * MERGED, 1, 0, early=True), params, device)
+        merge.launch(
+            driver.Launch(p.batch * rows * p.rank // MERGED, MERGERS * MERGED, 1, 0, early=True), params, device
+        )  # fmt: skip
+
+
+def readable(cache: PackedLatent) -> bool:
+    return _readable(cache.latent) and _readable(cache.rope)
 
 
 def _readable(x: Tensor) -> bool:
