@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
-import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from quantlab_kernels.attention_prefill import op, reference
+from quantlab_kernels.attention_prefill import op, peers, reference
 from quantlab_kernels.attention_prefill.reference import Attributes
 from quantlab_kernels.attention_quantize.op import Quantized, attention_quantize
 from quantlab_kernels.common.cases import Case
@@ -32,7 +30,7 @@ SHAPES = {
 
 
 def _build(problem: op.Problem, device: torch.device, seed: int) -> tuple[Any, ...]:
-    """Operands, and what they were made of."""
+    """Operands, ours and cuDNN's, and what they were made of."""
     generator = torch.Generator(device).manual_seed(seed)
 
     def draw(heads: int, tokens: int) -> Tensor:
@@ -42,32 +40,32 @@ def _build(problem: op.Problem, device: torch.device, seed: int) -> tuple[Any, .
     q, k, v = (
         draw(problem.heads_q, problem.sq), draw(problem.heads_kv, problem.skv), draw(problem.heads_kv, problem.skv)
     )  # fmt: skip
-    return attention_quantize(q, k, v), attention_quantize(q, k, v, qk="fp8", pv="fp8"), q, k, v
+    fp8 = attention_quantize(q, k, v, qk="fp8", pv="fp8")
+    return attention_quantize(q, k, v), fp8, peers.fp8_operands(q, k, v), q, k, v
 
 
-def _ours(causal: bool, int8: Quantized, fp8: Quantized, *others: Tensor) -> Tensor:
+def _ours(causal: bool, int8: Quantized, *others: Any) -> Tensor:
     return op.attention_prefill(int8, causal=causal)[0]
 
 
-def _fp8(causal: bool, int8: Quantized, fp8: Quantized, *others: Tensor) -> Tensor:
+def _fp8(causal: bool, int8: Quantized, fp8: Quantized, *others: Any) -> Tensor:
     return op.attention_prefill(fp8, causal=causal)[0]
 
 
-def _whole(causal: bool, int8: Quantized, fp8: Quantized, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _whole(causal: bool, *inputs: Any) -> Tensor:
+    q, k, v = inputs[3:]
     return op.attention_8bit(q, k, v, causal=causal)[0]
 
 
 def _sdpa(backend: SDPBackend, causal: bool, *inputs: Any) -> Tensor:
-    q, k, v = inputs[2:]
+    q, k, v = inputs[3:]
     with sdpa_kernel(backend):
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
 
 
-def _sage(causal: bool) -> Callable[..., Any] | str:
-    if importlib.util.find_spec("sageattention") is None:
-        return "sageattention is not installed"
-    sage = importlib.import_module("sageattention").sageattn
-    return lambda *inputs: sage(*inputs[2:], is_causal=causal)
+def _peer(call: Callable[..., Any] | str, first: int, last: int | None = None) -> Callable[..., Any] | str:
+    """A peer that takes some of the inputs."""
+    return call if isinstance(call, str) else lambda *inputs: call(*inputs[first:last])
 
 
 def _reference(causal: bool, int8: Quantized, *others: Any) -> Tensor:
@@ -112,6 +110,7 @@ def _case(name: str, shape: tuple[int, int, int, int, int], causal: bool) -> Cas
             "with its quantization": functools.partial(_whole, causal),
             "fp8": functools.partial(_fp8, causal),
             **{peer: functools.partial(_sdpa, backend, causal) for peer, backend in sdpa.items()},
-            "SageAttention": _sage(causal),
+            "cuDNN fp8": _peer(peers.cudnn_fp8(causal), 2, 3),
+            "SageAttention, with its quantization": _peer(peers.sage(causal), 3),
         },
     )  # fmt: skip
