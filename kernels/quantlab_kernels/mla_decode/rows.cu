@@ -30,8 +30,9 @@ constexpr bool PACKED = FORMAT == 3;
 constexpr int FETCHED_CHUNKS = PACKED ? HALF_CHUNKS / 2 : HALF_CHUNKS, PLACES = PACKED ? RAWS : HALVES;
 constexpr int AHEAD = PACKED ? 2 : 0;  // tiles between a half's fetching place and its use
 static_assert(!PACKED || (L == 512 && HALVES == 6 && RAWS % 2 == 0), "a warpgroup unpacks to the place that it read last");
-constexpr int KEPT_CHUNKS = CHUNKS < 4 ? CHUNKS : 4;  // of queries, in registers
-constexpr int SCORE_REGISTERS = EARLY ? 184 : 152, OUTPUT_REGISTERS = EARLY ? 160 : 176;
+constexpr int KEPT_CHUNKS = FORMAT != 0 && EARLY ? 0 : CHUNKS < 4 ? CHUNKS : 4;  // of queries, in registers
+constexpr bool WIDE = EARLY && FORMAT == 0;
+constexpr int SCORE_REGISTERS = WIDE ? 184 : EARLY ? 136 : 152, OUTPUT_REGISTERS = WIDE ? 160 : EARLY ? 184 : 176;
 constexpr float LOG2_WEIGHT = FORMAT == 0 ? 8.0f : 7.0f, LAZY = FORMAT == 0 ? 6.0f : 1.75f;
 constexpr float WEIGHT = FORMAT == 0 ? 256.0f : 128.0f;  // of a token at the reference
 constexpr int P_STEP = FORMAT == 0 ? CHUNK : 64;         // 8-bit weights take half of a row of 128 bytes
@@ -40,13 +41,13 @@ constexpr int OFFSET_ROPE = HALVES * HALF;
 constexpr int OFFSET_RAW = OFFSET_ROPE + ROPES * CHUNK;
 constexpr int OFFSET_P = OFFSET_RAW + (PACKED ? RAWS * CHUNK : 0);
 constexpr int OFFSET_QUERIES = OFFSET_P + (FORMAT == 0 ? 2 : 1) * CHUNK;  // that are not in registers, or second parts
-constexpr int OFFSET_RESCALE = OFFSET_QUERIES + (PARTS == 2 ? CHUNKS : CHUNKS - KEPT_CHUNKS) * CHUNK;  // [2][64]
+constexpr int OFFSET_RESCALE = OFFSET_QUERIES + (CHUNKS * PARTS - KEPT_CHUNKS) * CHUNK;  // [2][64]
 constexpr int OFFSET_TOTAL = OFFSET_RESCALE + 512;  // [64], as is the next
 constexpr int OFFSET_FACTOR = OFFSET_TOTAL + 256;
 constexpr int OFFSET_SCALES = OFFSET_FACTOR + 256;  // [2][64] of a token
 constexpr int OFFSET_BARRIERS = OFFSET_SCALES + (FORMAT == 0 ? 0 : 512);
 constexpr int LATE = HALVES - KEPT_CHUNKS / HALF_CHUNKS;  // first half that comes where queries wait for their registers
-constexpr int OFFSET_STAGED = LATE * HALF;
+constexpr int OFFSET_STAGED = KEPT_CHUNKS > 0 ? LATE * HALF : OFFSET_QUERIES + (PARTS - 1) * CHUNKS * CHUNK;
 static_assert(OFFSET_BARRIERS + 8 * (HALVES + ROPES + 6 + (PACKED ? RAWS : 0)) <= SHARED, "the host allocates what is laid out here");
 
 // Where the `number`th of something lies among `count` places, and the parity of its barriers.
@@ -251,7 +252,7 @@ constexpr int LATENT_STEPS = 4 * KEPT_CHUNKS, ROPE_STEPS = 4;  // of 32 bytes
 
 // The operands of the scores that stay in registers.
 struct Queries {
-  u32 latent[LATENT_STEPS][4], rope[ROPE_STEPS][4];
+  u32 latent[LATENT_STEPS > 0 ? LATENT_STEPS : 1][4], rope[ROPE_STEPS][4];
   DEVICE void load(const Shared& s, const Thread& me) {
     const int row = 16 * me.warp + me.lane % 16, right = me.lane / 16 * 16;
 #pragma unroll
@@ -288,12 +289,13 @@ DEVICE void multiply_latents(float (&x)[32], const Queries& q, const Shared& s, 
       const int step = half * 4 * HALF_CHUNKS + i, shared = PARTS == 2 ? step : step - LATENT_STEPS;
       if (step < LATENT_STEPS) wgmma_scores(x, q.latent[step < LATENT_STEPS ? step : 0], tokens, FORMAT != 0 || step > 0);
       if (shared >= 0) wgmma_shared(x, descriptor(a + shared / 4 * (CHUNK / 16) + 2 * (shared % 4)), tokens, 1);
+      if (KEPT_CHUNKS == 0 && PARTS == 2)
+        wgmma_shared(x, descriptor(a + (CHUNKS + step / 4) * (CHUNK / 16) + 2 * (step % 4)), tokens, 1);
     }
   }
 }
 
-#if FORMAT != 0
-// Scales of the tile's tokens, one ahead; every thread of the warpgroup is here.
+// Scales of a tile's tokens, on their way one tile ahead; every thread of the warpgroup is here.
 struct Scales {
   float next;
   DEVICE static float load(const Params& p, const Work& work, int token) {
@@ -306,11 +308,11 @@ struct Scales {
     return p.scale[at];
   }
   DEVICE Scales(const Params& p, const Work& work, const Thread& me) {
-    next = me.index < TILE ? load(p, work, work.begin + me.index) : 1.0f;
+    next = FORMAT != 0 && me.index < TILE ? load(p, work, work.begin + me.index) : 1.0f;
   }
   DEVICE u32 publish(const Params& p, const Work& work, const Shared& s, const Thread& me, int tile) {
     const u32 to = s.base + OFFSET_SCALES + tile % 2 * 256;
-    if (me.index < TILE) {
+    if (FORMAT != 0 && me.index < TILE) {
       write(to + 4 * me.index, next);
       next = load(p, work, work.begin + (tile + 1) * TILE + me.index);
     }
@@ -318,7 +320,6 @@ struct Scales {
     return to;
   }
 };
-#endif
 
 // Scores become powers of two relative to the reference; returns by what earlier sums are multiplied.
 DEVICE float raise_reference(Softmax& softmax, const float (&x)[32], int r) {
@@ -368,10 +369,8 @@ DEVICE void write_weights(Softmax& softmax, float (&x)[32], const Shared& s, int
 }
 #endif
 
-DEVICE void score_tile(Softmax& softmax, const Queries& q, const Params& p, const Work& work, const Shared& s,
-                       const Thread& me, const float (&factor)[2], const int (&last)[2], int tile, u32 scales,
-                       float (&x)[32]) {
-#if !EARLY
+// Starts the products of a tile; those of the position divided by the scales of tokens come first where there are any.
+DEVICE void begin_scores(float (&x)[32], const Queries& q, const Shared& s, const Thread& me, int tile, u32 scales) {
   pin(x);
   wgmma_fence();
 #if FORMAT != 0
@@ -393,10 +392,11 @@ DEVICE void score_tile(Softmax& softmax, const Queries& q, const Params& p, cons
   multiply_rope(x, q, s, tile);
 #endif
   wgmma_commit();
-  wgmma_wait<0>();
-  pin(x);
-#endif
-  if (IN_TURN) announce(me, s.scored(tile % 2));
+}
+
+// From scores to weights, which the other warpgroups read.
+DEVICE void weigh_tile(Softmax& softmax, const Params& p, const Work& work, const Shared& s, const Thread& me,
+                       const float (&factor)[2], const int (&last)[2], int tile, u32 scales, float (&x)[32]) {
 #pragma unroll
   for (int j = 0; j < 8; j++) {
     float2 scale = {1.0f, 1.0f};
@@ -465,7 +465,7 @@ DEVICE void score(const Params& p, const Work& work, const Shared& s, const Thre
   group_sync(me);
   if (PACKED)
     named_barrier_sync(14, THREADS);
-  else if (me.index == 0)
+  else if (KEPT_CHUNKS > 0 && me.index == 0)
     fetch_halves(p, work, s, LATE, HALVES);
   Softmax softmax = {{-INFINITE, -INFINITE}, {0.0f, 0.0f}};
   float factor[2];
@@ -476,45 +476,36 @@ DEVICE void score(const Params& p, const Work& work, const Shared& s, const Thre
     factor[r] = FORMAT == 0 ? p.factor : read<float>(s.base + OFFSET_FACTOR + 4 * n);
     last[r] = work.length - p.sq + min((work.first_row + n) / p.heads, p.sq - 1);
   }
-#if FORMAT != 0
   Scales scales(p, work, me);
-#endif
+  float x[32];
 #if EARLY
-  float x[32], y[32];
-  const auto begin = [&](int tile) {
-    pin(x);
-    wgmma_fence();
-    multiply_latents(x, q, s, tile);
-    multiply_rope(x, q, s, tile);
-    wgmma_commit();
-  };
-  if (work.count > 0) begin(0);
+  u32 at = scales.publish(p, work, s, me, 0);
+  if (work.count > 0) begin_scores(x, q, s, me, 0, at);
+#endif
 #pragma unroll 1
   for (int tile = 0; tile < work.count; tile++) {
+#if !EARLY
+    const u32 at = scales.publish(p, work, s, me, tile);
+    if (me.index == 0 && tile > 0 && tile - 1 + ROPES < work.count) fetch_rope(p, work, s, tile - 1 + ROPES);
+    begin_scores(x, q, s, me, tile, at);
+#endif
     wgmma_wait<0>();
     pin(x);
-    group_sync(me);
-    if (me.index == 0 && tile + ROPES < work.count) fetch_rope(p, work, s, tile + ROPES);
+    if (IN_TURN) announce(me, s.scored(tile % 2));
+#if EARLY
+    float y[32];
 #pragma unroll
     for (int i = 0; i < 32; i++) y[i] = x[i];
     pin(y);
-    if (tile + 1 < work.count) begin(tile + 1);
-    score_tile(softmax, q, p, work, s, me, factor, last, tile, 0, y);
-  }
+    const u32 now = at;
+    at = scales.publish(p, work, s, me, tile + 1);
+    if (me.index == 0 && tile + ROPES < work.count) fetch_rope(p, work, s, tile + ROPES);
+    if (tile + 1 < work.count) begin_scores(x, q, s, me, tile + 1, at);
+    weigh_tile(softmax, p, work, s, me, factor, last, tile, now, y);
 #else
-#pragma unroll 1
-  for (int tile = 0; tile < work.count; tile++) {
-#if FORMAT != 0
-    const u32 at = scales.publish(p, work, s, me, tile);
-#else
-    const u32 at = 0;
-    group_sync(me);
+    weigh_tile(softmax, p, work, s, me, factor, last, tile, at, x);
 #endif
-    if (me.index == 0 && tile > 0 && tile - 1 + ROPES < work.count) fetch_rope(p, work, s, tile - 1 + ROPES);
-    float x[32];
-    score_tile(softmax, q, p, work, s, me, factor, last, tile, at, x);
   }
-#endif
   publish(softmax, p, work, s, me);
   named_barrier_sync(15, THREADS);
 }
@@ -750,14 +741,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) mla_decode(const __grid
   async_proxy_fence();
   __syncthreads();
   if (me.group == 0) {
-#if EARLY
+#if FORMAT == 0 && EARLY
     registers_increase<SCORE_REGISTERS>();
 #else
     registers_decrease<SCORE_REGISTERS>();
 #endif
     score(p, work, s, me);
   } else {
-#if EARLY
+#if FORMAT == 0 && EARLY
     registers_decrease<OUTPUT_REGISTERS>();
 #else
     registers_increase<OUTPUT_REGISTERS>();

@@ -27,7 +27,7 @@ _FORMATS = {"float": 0, "e4m3": 1, "int4": 3}
 
 @dataclass(frozen=True)
 class Config:
-    """halves: of tiles of latents in the ring, position parts: `ropes`;  parts: E4M3 numbers that a query is the sum of."""
+    """halves: of tiles of latents in the ring, position parts: `ropes`;  parts: E4M3 numbers that make a query."""
 
     halves: int = 5
     ropes: int = 2
