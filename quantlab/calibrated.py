@@ -145,10 +145,10 @@ def run(
     steps = steps_of(plan.stored, calibration)
     if steps is not None:
         if listed is None:
-            raise PreflightError(f"{source.model}: has no one list of repeated blocks; use --effort fast")
+            raise PreflightError(f"{source.model}: has no one list of repeated blocks; use --steps rtn")
         folder = folder or Path(tempfile.mkdtemp(prefix="quantlab-calibration-"))
         return sequential.run(lazy, plan, calibration, windows, listed, wanted, steps, folder, progress)
-    batches = windows.split(max(1, BATCH_TOKENS // calibration.length))
+    batches = windows.split(max(1, BATCH_TOKENS // windows.shape[1]))
     reasons = [] if listed else ["the model ran as a whole (it has no one list of repeated blocks)"]
     asked = calibration.effort == "best" or any(getattr(calibration, step) for step in STEPS)
     if asked and plan.stored.weight.format is not INT4:
@@ -177,7 +177,7 @@ def steps_of(stored: Stored, calibration: Calibration) -> Steps | None:
         return None
     return Steps(
         input=stored.input,
-        gptq=Gptq() if "gptq" in steps else None,
+        gptq=Gptq(sweeps=0 if calibration.effort == "fast" else Gptq.sweeps) if "gptq" in steps else None,
         original="original" in steps,
         smooth=EXPONENTS if "smooth" in steps else (),
         tune=Tune(steps=calibration.tune_steps) if "tune" in steps else None,
@@ -196,10 +196,12 @@ def blocks_of(model: Any) -> str | None:
 
 
 def _windows(source: Source, lazy: LazyModel, calibration: Calibration, trust_remote_code: bool) -> Tensor:
-    context = context_length(source.config)
-    if context is not None and calibration.length > context:
+    context, length = context_length(source.config), calibration.length
+    if context is not None and calibration.optional:
+        length = min(length, context)
+    if context is not None and length > context:
         raise UsageError(
-            f"calibration of {calibration.length} tokens a sequence: {source.model} has a context of {context}; "
+            f"calibration of {length} tokens a sequence: {source.model} has a context of {context}; "
             f"give --calib-length {context}"
         )
     try:
@@ -208,8 +210,8 @@ def _windows(source: Source, lazy: LazyModel, calibration: Calibration, trust_re
             calibration.data,
             tokenizer,
             "calibration",
-            count=calibration.samples,
-            length=calibration.length,
+            count=calibration.count,
+            length=length,
             seed=calibration.seed,
             fewest=1 if calibration.data == "bundled" else None,
         )

@@ -9,13 +9,17 @@ from typing import TYPE_CHECKING
 
 from quantlab import checkpoint, preflight
 from quantlab.checkpoint import Source
-from quantlab.errors import VerificationError
+from quantlab.errors import PreflightError, UsageError, VerificationError
 from quantlab.output import Output, check_outside, check_space, check_writable, fingerprint, output_folder
 from quantlab.preflight import Plan
 from quantlab.scheme import Recipe
 from quantlab.summary import Summary
 
 if TYPE_CHECKING:
+    import torch
+
+    from quantlab.calibrated import Statistics
+    from quantlab.sequential import Rounded
     from quantlab.stream import Progress
 
 __all__ = ["Plan", "Recipe", "Summary", "plan", "quantize"]
@@ -74,19 +78,7 @@ def quantize(
 
     with Output.open(folder, fingerprint(made.source, made.to_dict()), overwrite=overwrite) as out:
         resumed = out.finished_shards
-        found = None
-        if recipe.calibration is not None:
-            from quantlab import calibrated
-
-            found = calibrated.run(
-                made.source,
-                made,
-                recipe.calibration,
-                where,
-                progress,
-                folder=out.kept,
-                trust_remote_code=trust_remote_code,
-            )
+        found, unseen = _calibrated(made, where, out, progress, trust_remote_code)
         measured = keys.for_run(made, where, out.kept, progress, trust_remote_code=trust_remote_code)
         stages = stream.convert(
             made,
@@ -118,9 +110,35 @@ def quantize(
             stages=stages,
             device=str(where),
             resumed=resumed,
-            warnings=(*made.warnings, *measured.warnings),
+            warnings=(*made.warnings, *unseen, *measured.warnings),
             calibration=(found.summary() if found else {}) | measured.summary(),
         )
         out.write_text(checkpoint.SUMMARY, checkpoint.to_json(summary.to_dict()))
         out.publish()
     return summary
+
+
+def _calibrated(
+    made: Plan, device: torch.device, out: Output, progress: Progress | None, trust_remote_code: bool
+) -> tuple[Statistics | Rounded | None, tuple[str, ...]]:
+    """What calibration found, where the recipe has any; or why a model that it was not insisted on has none."""
+    calibration = made.recipe.calibration
+    if calibration is None:
+        return None, ()
+    from quantlab import calibrated
+
+    try:
+        found = calibrated.run(
+            made.source,
+            made,
+            calibration,
+            device,
+            progress,
+            folder=out.kept,
+            trust_remote_code=trust_remote_code,
+        )
+    except (PreflightError, UsageError) as error:
+        if not calibration.optional:
+            raise
+        return None, (f"rounded without data, as calibration is not possible: {error}",)
+    return found, ()

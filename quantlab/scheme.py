@@ -135,10 +135,11 @@ class Rule:
 # What calibration does to INT4 weights, in this order, and under which effort; a switch of the recipe wins over it.
 STEPS = ("rotate", "smooth", "gptq", "original", "tune")
 EFFORTS: dict[str, tuple[str, ...]] = {
-    "fast": (),
+    "fast": ("gptq", "original"),
     "default": ("gptq", "original"),
     "best": ("rotate", "gptq", "original"),
 }
+SAMPLES = {"fast": 16, "default": 64, "best": 64}  # sequences that an effort takes unless told
 
 
 @dataclass(frozen=True)
@@ -146,11 +147,11 @@ class Calibration:
     """The data of a calibration pass, and what it is used for.
 
     data         "bundled", a local text or JSONL file, or a `datasets` name ("name[:config[:split]]")
-    samples      number of sequences
+    samples      number of sequences; None leaves it to the effort
     length       tokens per sequence
     seed         of the choice of sequences
     activations  "dynamic": 1x128 scales computed at run time; "static": from the pass, kept in a side file of ours
-    effort       which steps INT4 weights get; "fast": one pass over the original model and rounding within groups
+    effort       which steps INT4 weights get; "fast": those of "default" on a quarter of the data, codes visited once
     rotate, smooth, gptq, original, tune  each step by itself, None leaves it to the effort: turn the residual stream;
                  fold scales into norms and layers before; GPTQ over whole rows; aim at the outputs of the original
                  model; tune codes for a block's output
@@ -158,7 +159,7 @@ class Calibration:
     """
 
     data: str = "bundled"
-    samples: int = 64
+    samples: int | None = None
     length: int = 512
     seed: int = 0
     activations: Literal["dynamic", "static"] = "dynamic"
@@ -171,14 +172,25 @@ class Calibration:
     tune_steps: int = 200
 
     def __post_init__(self) -> None:
-        if self.samples < 1 or self.length < 2:
-            raise UsageError(f"calibration of {self.samples} x {self.length} tokens: needs 1 x 2 at least")
-        if self.activations not in ("dynamic", "static"):
-            raise UsageError(f"activations = {self.activations!r}; known: dynamic, static.")
         if self.effort not in EFFORTS:
             raise UsageError(f"unknown effort {self.effort!r}; {did_you_mean(self.effort, EFFORTS)}")
+        if self.count < 1 or self.length < 2:
+            raise UsageError(f"calibration of {self.count} x {self.length} tokens: needs 1 x 2 at least")
+        if self.activations not in ("dynamic", "static"):
+            raise UsageError(f"activations = {self.activations!r}; known: dynamic, static.")
         if self.tune_steps < 1:
             raise UsageError(f"tune_steps = {self.tune_steps}: needs at least one; leave tuning out with tune = false")
+
+    @property
+    def count(self) -> int:
+        """How many sequences."""
+        return SAMPLES[self.effort] if self.samples is None else self.samples
+
+    @property
+    def optional(self) -> bool:
+        """Whether a model that it cannot be done for is rounded without data: nothing was asked for but the effort."""
+        named = self.data != "bundled" or self.activations == "static" or any(getattr(self, step) for step in STEPS)
+        return self.effort == "fast" and not named
 
     def switched(self, step: str) -> bool:
         """Whether a step is taken."""

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 
 CHANGED = "changed"  # key of the summary: weights are not those of the original, rounded
 SHOWN_NOTES = 3  # on layers that saw too little data
-FORMAT = 1  # raised whenever the same steps give other codes than before
+FORMAT = 2  # raised whenever the same steps give other codes than before
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,11 @@ def run(
             reason = f"not rotated: {error}"
             continue
         except CaptureError as error:
-            raise PreflightError(f"{model}: its blocks do not run one by one ({error}); use --effort fast") from None
+            raise PreflightError(f"{model}: its blocks do not run one by one ({error}); use --steps rtn") from None
+        except torch.OutOfMemoryError:
+            raise PreflightError(
+                f"{model}: ran out of memory on {lazy.device}; use --device cpu or --steps rtn"
+            ) from None
         if steps.rotate and not rotate:
             result.notes.insert(0, reason)
         _check_places(result)

@@ -32,7 +32,10 @@ Calib = Annotated[
         show_default=False,
     ),
 ]
-Samples = Annotated[int, Option("--calib-samples", help="Sequences of calibration data.")]
+Samples = Annotated[
+    int | None,
+    Option("--calib-samples", help="Sequences of calibration data.", show_default="64; 16 with --effort fast"),
+]
 Length = Annotated[int, Option("--calib-length", help="Tokens per sequence.")]
 Seed = Annotated[int, Option("--seed", help="Of the choice of calibration sequences.")]
 Activations = Annotated[str, Option("--activations", help="Activation scales: dynamic, or static (needs --calib).")]
@@ -40,7 +43,7 @@ Effort = Annotated[
     str | None,
     Option(
         "--effort",
-        help="Of INT4. fast: no data; default: GPTQ; best: rotated besides. The latter two calibrate, on the "
+        help="Of INT4. fast: GPTQ on little data; default: on more; best: rotated besides. All calibrate, on the "
         "bundled text unless --calib names another.",
         show_default=False,
     ),
@@ -49,7 +52,8 @@ Steps = Annotated[
     str | None,
     Option(
         "--steps",
-        help="Of INT4 calibration exactly these: rotate, smooth, gptq, original, tune, with commas between.",
+        help="Of INT4 calibration exactly these: rotate, smooth, gptq, original, tune, with commas between; "
+        "or rtn: no data.",
         show_default=False,
     ),
 ]
@@ -88,7 +92,7 @@ def quantize(
     recipe: RecipeFile = None,
     ignore: Ignore = [],  # noqa: B006  typer reads the default and never mutates it
     calib: Calib = None,
-    calib_samples: Samples = 64,
+    calib_samples: Samples = None,
     calib_length: Length = 512,
     seed: Seed = 0,
     activations: Activations = "dynamic",
@@ -202,7 +206,7 @@ def _recipe(
     file: Path | None,
     ignore: list[str],
     calib: str | None = None,
-    samples: int = 64,
+    samples: int | None = None,
     length: int = 512,
     seed: int = 0,
     activations: str = "dynamic",
@@ -219,7 +223,11 @@ def _recipe(
         raise UsageError(f"unknown effort {effort!r}; {did_you_mean(effort, EFFORTS)}")
     recipe = Recipe.from_toml(file) if file is not None else Recipe(scheme or "fp8-block", kv=kv or "none")
     recipe = replace(recipe, kv=kv or recipe.kv, rules=(*(Rule(pattern, "none") for pattern in ignore), *recipe.rules))
-    data = calib or ("bundled" if steps is not None or effort not in (None, "fast") else None)
+    if steps == "rtn":
+        if calib or effort:
+            raise UsageError("--steps rtn rounds without data; leave out --calib and --effort")
+        steps, recipe = None, replace(recipe, calibration=None)
+    data = calib or ("bundled" if steps is not None or effort is not None else None)
     if data is not None:
         calibration = Calibration(data, samples, length, seed, activations, effort or "default")  # type: ignore[arg-type]
         recipe = replace(recipe, calibration=calibration if steps is None else calibration.only(steps.split(",")))

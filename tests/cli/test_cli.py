@@ -120,3 +120,9 @@ def test_no_such_model(command: str, capsys, monkeypatch, tmp_path: Path):
     assert code == 2
     assert text.count("\n") == 1
     assert "nothing" in text
+
+
+def test_rounding_without_data_takes_none(capsys, monkeypatch):
+    code, text = fails(capsys, monkeypatch, "quantize", "m", "--scheme", "int4", "--steps", "rtn", "--calib", "bundled")
+    assert code == 2
+    assert "--steps rtn rounds without data; leave out --calib and --effort" in text

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from quantlab.convert import convert
-from quantlab.errors import PreflightError
+from quantlab.errors import PreflightError, UsageError
 from quantlab.pipeline import quantize
 from quantlab.scheme import Calibration, Recipe, Rule
 from quantlab.sequential import Store, first_row, gathered
@@ -110,7 +110,39 @@ def test_efforts_and_steps_are_reported(with_tokenizer, tmp_path, calibration):
     assert "not rotated: embeddings are tied" in tied["note 1"]
     tuned = summary("llama", replace(few, tune_steps=4).only(["tune"]), "tuned")
     assert "error of a block's output" in tuned["tuning"]
-    assert summary("llama", replace(few, effort="fast"), "fast")["layers"] == "14 of 14 rounded for their output"
+    fast = summary("llama", replace(few, effort="fast"), "fast")
+    assert fast["layers"] == "14 of 14 rounded block by block"
+    assert fast["steps"] == "fast: gptq, original"
+
+
+def test_fast_is_better_than_plain_rounding_and_needs_no_text(with_tokenizer, tmp_path, text):
+    model = with_tokenizer("llama")
+    tokens = data.windows(text, data.load_tokenizer(model.folder), "evaluation", count=8, length=32, seed=7)
+    exact = logits_of(model.folder, tokens)
+    errors = []
+    for name, calibration in (("plain", None), ("fast", Calibration(effort="fast"))):
+        summary, folder = made(model, tmp_path / name, calibration)
+        errors.append(float((logits_of(folder, tokens) - exact).square().mean()))
+    assert errors[1] < 0.9 * errors[0]
+    assert summary.calibration["data"].startswith("bundled: ")
+    assert not summary.warnings
+
+
+def test_fast_rounds_plainly_what_cannot_be_calibrated_and_says_so(tiny, tmp_path):
+    (tmp_path / "model").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "model" / name).symlink_to(tiny("llama").folder / name)
+    for name, calibration in (("plain", None), ("fast", Calibration(effort="fast"))):
+        recipe = Recipe("int4", calibration=calibration)
+        summary = quantize(tmp_path / "model", recipe, tmp_path / name, device="cpu", workers=1)
+    (warning,) = summary.warnings
+    assert "rounded without data, as calibration is not possible: " in warning
+    assert "no tokenizer" in warning
+    assert summary.calibration == {}
+    plain, fast = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "fast"))
+    assert all(torch.equal(plain[name], fast[name]) for name in plain)
+    with pytest.raises(UsageError, match="no tokenizer"):
+        quantize(tmp_path / "model", Recipe("int4", calibration=Calibration(length=32)), tmp_path / "out", device="cpu")
 
 
 def test_layers_of_other_schemes_are_named_as_such(with_tokenizer, tmp_path, calibration):
