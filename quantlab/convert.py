@@ -59,7 +59,7 @@ def convert(
         raise UsageError(f"{folder}: is not quantized; `quantlab quantize` makes quantized checkpoints")
     kept = source.folder / RECIPE
     recipe = Recipe.from_toml(kept) if kept.is_file() else None
-    known = keys.load(source.folder)
+    known, fits = keys.beside(source.folder)
     target, scales = _with_kv(source, stored, _target(source, stored, to), known, recipe)
     jobs = [*_jobs(source, stored, target), *scales]
     recipe = _recipe(recipe, to) if target and recipe else None
@@ -94,6 +94,7 @@ def convert(
             stages=stages,
             device=str(where),
             resumed=resumed,
+            warnings=() if fits else ("key statistics were measured on other weights and stay behind",),
         )
         out.write_text(SUMMARY, checkpoint.to_json(summary.to_dict()))
         out.publish()

@@ -208,19 +208,25 @@ def read(path: Path) -> tuple[dict[int, Keys], str]:
 
 def load(folder: str | Path) -> dict[int, Keys] | None:
     """What was measured on the weights of a checkpoint; None where nothing was, or on others, with a warning then."""
-    path = Path(folder) / KEY_STATISTICS
-    if not path.is_file():
-        return None
-    keys, weights = read(path)
-    if weights != digest(folder):
+    keys, fits = beside(folder)
+    if not fits:
         warnings.warn(
-            f"{path}: was measured on other weights than these; keys are measured again "
+            f"{Path(folder) / KEY_STATISTICS}: was measured on other weights than these; keys are measured again "
             "(quantlab.cache.save_keys keeps what is found)",
             StaleKeysWarning,
             stacklevel=3,
         )
-        return None
     return keys
+
+
+def beside(folder: str | Path) -> tuple[dict[int, Keys] | None, bool]:
+    """What was measured on the weights of a checkpoint, and False where what lies there is of others."""
+    path = Path(folder) / KEY_STATISTICS
+    if not path.is_file():
+        return None, True
+    keys, weights = read(path)
+    fits = weights == digest(folder)
+    return (keys if fits else None), fits
 
 
 def digest(folder: str | Path) -> str:

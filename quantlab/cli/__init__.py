@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from importlib import metadata
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -44,8 +45,19 @@ for group in (checkpoints, quality, analysis, kernels, demo):
         app.command()(command)
 
 
+def _warning(message: Any, category: type[Warning], *where: Any) -> str:
+    """Warnings of ours are a line for people; those of others say where they come from."""
+    if category.__module__.partition(".")[0].startswith("quantlab"):
+        return f"quantlab: warning: {message}\n"
+    return _format(message, category, *where)
+
+
+_format = warnings.formatwarning
+
+
 def main() -> None:
     """Entry point: errors that a user can mend become one line on stderr and their exit code."""
+    warnings.formatwarning = _warning
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' bars too; ours are lines then
     try:

@@ -42,6 +42,15 @@ def test_a_cache_is_measured_kept_checked_and_carried(tmp_path: Path, monkeypatc
     assert json.loads(run("eval", tmp_path / "out", *options))["settings"]["kv"] == "int4"
 
 
+def test_warnings_of_ours_are_a_line():
+    import quantlab.cli
+    from quantlab.keys import StaleKeysWarning
+
+    said = quantlab.cli._warning("of other weights", StaleKeysWarning, "/where/file.py", 7, "x = 1")
+    assert said == "quantlab: warning: of other weights\n"
+    assert "file.py:7: UserWarning: theirs" in quantlab.cli._warning("theirs", UserWarning, "/where/file.py", 7, "x")
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
