@@ -45,11 +45,11 @@ for group in (checkpoints, quality, analysis, kernels, demo):
         app.command()(command)
 
 
-def _warning(message: Any, category: type[Warning], *where: Any) -> str:
+def _warning(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> str:
     """Warnings of ours are a line for people; those of others say where they come from."""
     if category.__module__.partition(".")[0].startswith("quantlab"):
         return f"quantlab: warning: {message}\n"
-    return _format(message, category, *where)
+    return _format(message, category, *where, **more)
 
 
 _format = warnings.formatwarning
