@@ -33,6 +33,18 @@ struct Input {
   long long batch, head, token;  // strides
 };
 
+// Division by multiplication, because addresses wait for it: `inverse` is floor((2^32 - 1) / divisor).
+struct Divisor {
+  int divisor;
+  u32 inverse;
+  DEVICE int divide(int n, int& rest) const {
+    int quotient = __umulhi(n, inverse);  // or one less
+    rest = n - quotient * divisor;
+    if (rest >= divisor) ++quotient, rest -= divisor;
+    return quotient;
+  }
+};
+
 struct Params {
   Input q, k, v, cos, sin;  // cos, sin: [B, 1, S, ROTARY]
   const uint4* rotation;  // [D / 16, 32]: operands of the MMAs, by 16 channels and lane
@@ -42,6 +54,7 @@ struct Params {
   int batch, heads_q, heads_kv, sq, skv, blocks_q, blocks_k;
   float unit;    // 1 / sqrt(SIZE)
   u32 signs[4];  // of the rotation, a bit per channel: 1 is minus
+  Divisor by_blocks_q, by_blocks_k, by_heads_q, by_heads_kv, by_group;  // group: query heads of a key head
 };
 
 // Element i of a thread is channel i / 8 * 32 + 8 * quad + i % 8, its tokens are row and row + 8 of the CTA's.
@@ -292,12 +305,13 @@ DEVICE void store_row(unsigned char* row, const float (&x)[ELEMENTS], float inve
 
 DEVICE void quantize_queries(const Params& p, int block, int pair) {
   const Position at;
-  const int batch = pair / p.heads_q, head = pair % p.heads_q, token = block * 128 + at.row;
+  int head, rest;
+  const int batch = p.by_heads_q.divide(pair, head), token = block * 128 + at.row;
   const bool inside[2] = {token < p.sq, token + 8 < p.sq};
   float x[2][ELEMENTS], shift[2] = {0.f, 0.f};
   load_rotated<true>(x, p.q, batch, head, token, inside, p, at);
   wait_for_previous_kernel();
-  const float* turned = p.turned + (batch * p.heads_kv + head / (p.heads_q / p.heads_kv)) * D;
+  const float* turned = p.turned + (batch * p.heads_kv + p.by_group.divide(head, rest)) * D;
 #pragma unroll
   for (int c = 0; c < CHUNKS; ++c) {
     float mean[8];
@@ -333,11 +347,12 @@ DEVICE float largest_over_warps(float largest, float (&shared)[WARPS][4], int gr
 template <bool embedded>
 DEVICE void load_centred(float (&x)[2][ELEMENTS], bool (&seen)[2], const Params& p, const Input& input, int which,
                          int block, int pair, const Position& at) {
-  const int token = block * 128 + at.row;
-  const Range range(p, pair / p.heads_kv);
+  int head;
+  const int batch = p.by_heads_kv.divide(pair, head), token = block * 128 + at.row;
+  const Range range(p, batch);
 #pragma unroll
   for (int r = 0; r < 2; ++r) seen[r] = token + 8 * r >= range.first && token + 8 * r < range.last;
-  load_rotated<embedded>(x, input, pair / p.heads_kv, pair % p.heads_kv, token, seen, p, at);
+  load_rotated<embedded>(x, input, batch, head, token, seen, p, at);
   wait_for_previous_kernel();
   subtract_mean(x, p.turned + (which * p.batch * p.heads_kv + pair) * D, at);
 }
@@ -407,16 +422,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attention_quantize(cons
   __shared__ float shared[WARPS][4];
   __shared__ u32 tile[D * STRIDE];
   const int queries = p.batch * p.heads_q * p.blocks_q, keys = p.batch * p.heads_kv * p.blocks_k;
-  int item = blockIdx.x;
+  int item = blockIdx.x, block;
   if (item < queries) {
-    quantize_queries(p, item % p.blocks_q, item / p.blocks_q);
+    const int pair = p.by_blocks_q.divide(item, block);
+    quantize_queries(p, block, pair);
     return;
   }
   item -= queries;
-  if (item < keys) {
-    quantize_keys(p, item % p.blocks_k, item / p.blocks_k, shared);
-    return;
+  const bool values = item >= keys;
+  const int pair = p.by_blocks_k.divide(values ? item - keys : item, block);
+  if (values) {
+    quantize_values(p, block, pair, shared, tile);
+  } else {
+    quantize_keys(p, block, pair, shared);
   }
-  item -= keys;
-  quantize_values(p, item % p.blocks_k, item / p.blocks_k, shared, tile);
 }

@@ -77,6 +77,11 @@ def _rotation(d: int, dtype: torch.dtype, device: int) -> Tensor:
     return lasting(lambda: fragments(d).to(f"cuda:{device}", dtype))
 
 
+def _divisor(n: int) -> tuple[int, int]:
+    """`Divisor` of the source."""
+    return n, (2**32 - 1) // max(n, 1)
+
+
 def _input(x: Tensor) -> tuple[Tensor, bytes]:
     """The tensor, or a copy of it where a thread cannot read 16 bytes at once; its address and strides."""
     if x.data_ptr() % 16 or x.stride(3) != 1 or any(x.stride(i) % 8 for i in range(3)):
@@ -104,9 +109,10 @@ def launch(
     blocks_q, blocks_k = -(-sq // BLOCK), -(-skv // BLOCK)
     packed = [data for _, data in inputs + tables] + [bytes(32)] * (2 - len(tables))
     params = b"".join(packed) + struct.pack(
-        "<11Q7if16s", _rotation(d, q.dtype, device).data_ptr(), 0 if key_range is None else key_range.data_ptr(),
+        "<11Q7if16s10I", _rotation(d, q.dtype, device).data_ptr(), 0 if key_range is None else key_range.data_ptr(),
         q_codes, k_codes, v_codes, q_scale, q_shift, k_scale, v_scale, v_mean, turned.data_ptr(), batch, heads_q,
         heads_kv, sq, skv, blocks_q, blocks_k, (d & -d) ** -0.5, _signs(d),
+        *(part for n in (blocks_q, blocks_k, heads_q, heads_kv, heads_q // heads_kv) for part in _divisor(n)),
     )  # fmt: skip
     means, quantize = _kernels(d, q.dtype, out[0].dtype, out[5].dtype, *turning)
     tiles = batch * (heads_q * blocks_q + 2 * heads_kv * blocks_k)
