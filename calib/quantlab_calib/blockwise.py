@@ -126,6 +126,7 @@ class Blockwise:
         self.walk = Walk(model, path, device)
         self.at_once = max(1, BATCH_TOKENS // tokens.shape[1])
         self.ours, self.theirs = Stream(device), Stream(device)
+        self.originals: dict[str, Tensor] = {}  # what the original's layers read, see `_targets`
 
     @torch.no_grad()
     def run(self) -> Iterator[Block]:
@@ -153,6 +154,7 @@ class Blockwise:
             self.quantized = _Quantized(layers, self.steps.input)
             if self.steps.smooth:
                 self._smooth(index, block)
+            targets = self._backing_off(partial(self._targets, index))
             for stage in self._stages(index):
                 self._backing_off(partial(self._stage, index, stage, block))
             unseen = [name for name in layers if name not in block.rounded]
@@ -160,12 +162,11 @@ class Blockwise:
                 self._keep(block, [name], *round_int4(layers[name]))
             if unseen:
                 block.notes.append(f"{len(unseen)} layers saw no data and are rounded without: {unseen[0]}")
-            targets = self._backing_off(partial(self._through, index, self.theirs, None)) if self._both else None
             if self.steps.tune is not None and targets is not None:
                 self._backing_off(partial(self._tune, index, block, targets, self.steps.tune))
         else:
             self.quantized = _Quantized(layers, self.steps.input)
-            targets = self._backing_off(partial(self._through, index, self.theirs, None)) if self._both else None
+            targets = self._backing_off(partial(self._targets, index))
             for name, (codes, scale) in block.rounded.items():
                 self.quantized.set(name, codes.to(self.device), scale.to(self.device))
             for name, value in block.changed.items():
@@ -179,6 +180,20 @@ class Blockwise:
     def _both(self) -> bool:
         """Whether the original's hidden states are wanted."""
         return self.steps.original or self.steps.tune is not None
+
+    def _targets(self, index: int) -> Tensor | None:
+        """The original's hidden states after the block, where they are wanted. What its layers read on the way is kept
+        where all rows run at once: else every stage runs the block again to see it."""
+        self.originals = {}
+        if not self._both:
+            return None
+        once = self.steps.original and self.at_once >= len(self.tokens)
+
+        def see(name: str, x: Tensor, *_: Tensor | None) -> None:
+            if once and not _is_expert(name):
+                self.originals[name] = x
+
+        return self._through(index, self.theirs, see)
 
     def _rotate_ends(self) -> None:
         """Turn the embedding and what computes logits; `ends` are their parameters as they are now."""
@@ -347,7 +362,7 @@ class Blockwise:
     def _observe(self, index: int, names: list[str]) -> dict[str, MomentObserver]:
         """Second moments of the inputs of these layers over all tokens; layers that read one tensor share theirs."""
         observers: dict[str, MomentObserver] = {}
-        theirs: dict[str, Tensor] = {}
+        theirs = self.originals
         wanted = set(names)
         dense = not any(_is_expert(name) for name in names)
         pooled = alike(names[0]) in self.entries
@@ -374,8 +389,8 @@ class Blockwise:
             return self.quantized.product(name, x, weight, bias)
 
         for part in self._parts():
-            if self.steps.original and dense:
-                theirs.clear()
+            if self.steps.original and dense and not self.originals:
+                theirs = {}
                 with LinearCalls(self.quantized.layers, remember):
                     self._call(index, self.theirs, part)
             seen: set[str] = set()
@@ -388,9 +403,9 @@ class Blockwise:
         if dense and len(seen) == len(wanted):  # type: ignore[arg-type]
             raise LeaveError
 
-    def _through(self, index: int, stream: Stream, product: Product | None) -> Tensor:
+    def _through(self, index: int, stream: Stream, product: Product) -> Tensor:
         """All hidden states of a stream after the block."""
-        with LinearCalls(self.quantized.layers, product or (lambda *_: None)):
+        with LinearCalls(self.quantized.layers, product):
             states = [self._call(index, stream, part) for part in self._parts()]
         return torch.cat(states)  # type: ignore[arg-type]
 
@@ -434,6 +449,7 @@ class Blockwise:
                 on_gpu = self.ours.device.type != "cpu"
                 if not on_gpu and self.at_once == 1:
                     raise
+            self.originals = {}
             if on_gpu:
                 for stream in (self.ours, self.theirs):
                     stream.device = torch.device("cpu")
