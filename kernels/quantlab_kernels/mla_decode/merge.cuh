@@ -1,3 +1,5 @@
+// The second kernel.
+
 // One CTA for 128 channels of a row: adds the parts of all splits, every thread those of its own splits first.
 constexpr int MERGERS = 4, COLUMNS = 128, MOST_SPLITS = 128;
 extern "C" __global__ void __launch_bounds__(MERGERS* COLUMNS) merge(const __grid_constant__ Params p) {

@@ -94,6 +94,8 @@ def source(config: Config, problem: Problem) -> nvrtc.Source:
         wgmma_variant("wgmma_codes", config.rows, "f32", "f16", "f16", registers=True),
     ]
     headers = {name: (_FOLDER.parent / "common" / name).read_text() for name in ("sm90.cuh", "attention.cuh")}
+    own = ("work.cuh", "codes.cuh", "scores.cuh", "outputs.cuh", "merge.cuh")
+    headers |= {name: (_FOLDER / name).read_text() for name in own}
     headers["wgmma.cuh"] = "".join(wgmma)
     return nvrtc.Source("mla_decode", (_FOLDER / "sm90.cu").read_text(), headers, macros)
 

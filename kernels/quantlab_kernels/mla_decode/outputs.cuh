@@ -1,0 +1,197 @@
+// The second product, transposed (channels are rows, queries columns), and what is stored in the end.
+
+DEVICE void pin(Sums& sums) {
+#pragma unroll
+  for (int block = 0; block < BLOCKS; block++) pin(sums.out[block]);
+}
+
+#if FORMAT == 0
+DEVICE void add_outputs(Sums& sums, const Shared& s, const Thread& me, Place at) {
+  const u32 b = descriptor_low(s.base + OFFSET_P + me.team * N * 128);
+  at.advance(1 + me.part * MINE);
+  Place before = at;
+  pin(sums);
+  wgmma_fence();
+#pragma unroll
+  for (int c = 0; c < MINE; c++) {
+    const u32 a = descriptor_low(s.chunk(at));
+#pragma unroll
+    for (int i = 0; i < 4; i++) wgmma_turned(sums.out[c], descriptor(a + 128 * i), descriptor(b + 2 * i), 1);
+    wgmma_commit();
+    at.advance(1);
+    if (c == 0) continue;
+    wgmma_wait<1>();
+    release(me, s.empty(before), SHARE);
+    before.advance(1);
+  }
+  wgmma_wait<0>();
+  pin(sums);
+  release(me, s.empty(before), SHARE);
+}
+#else
+DEVICE void add_outputs(Sums& sums, const Shared& s, const Thread& me, Place at) {
+  const u32 b = descriptor_low(s.base + OFFSET_P + me.team * N * 128);
+  constexpr int AHEAD = N > 32 ? 1 : 4;  // k-steps whose codes are read at once
+  at.advance(1 + me.part * MINE);
+  constexpr int BATCH = N > 32 ? 2 : CHUNK_BLOCKS;  // blocks at once
+  u32 fragments[2][BATCH][4];
+  const int piece = 2 * me.warp + me.g / 4;
+  const u32 even = 2 * me.t * 128 + (piece ^ (2 * me.t)) * 16 + me.g % 4 * 4;
+  const u32 odd = (2 * me.t + 1) * 128 + (piece ^ (2 * me.t + 1)) * 16 + me.g % 4 * 4;
+#pragma unroll
+  for (int c = 0; c < MINE; c++) {
+    const u32 from = s.chunk(at);
+    u32 words[AHEAD][4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      if (i % AHEAD == 0) {
+#pragma unroll
+        for (int k = 0; k < AHEAD; k++) {
+          const u32 tokens = from + (i + k) * 2048;
+          words[k][0] = read<u32>(tokens + even), words[k][1] = read<u32>(tokens + odd);
+          words[k][2] = read<u32>(tokens + even + 1024), words[k][3] = read<u32>(tokens + odd + 1024);
+        }
+      }
+      if (i == 4 - AHEAD) release(me, s.empty(at), SHARE);
+#pragma unroll
+      for (int m = 0; m < CHUNK_BLOCKS; m += BATCH) {
+        auto& a = fragments[(i * CHUNK_BLOCKS + m) / BATCH % 2];
+        wgmma_wait<1>();
+        pin(a);
+#pragma unroll
+        for (int pair = 0; pair < BATCH / 2; pair++) {
+          u32 low[4], high[4];
+          output_operand(low, words[i % AHEAD][0], words[i % AHEAD][1], m / 2 + pair);
+          output_operand(high, words[i % AHEAD][2], words[i % AHEAD][3], m / 2 + pair);
+#pragma unroll
+          for (int k = 0; k < 2; k++) {
+            a[2 * pair + k][0] = low[2 * k], a[2 * pair + k][1] = low[2 * k + 1];
+            a[2 * pair + k][2] = high[2 * k], a[2 * pair + k][3] = high[2 * k + 1];
+          }
+        }
+        pin(a);
+#pragma unroll
+        for (int k = 0; k < BATCH; k++) pin(sums.out[c * CHUNK_BLOCKS + m + k]);
+        wgmma_fence();
+#pragma unroll
+        for (int k = 0; k < BATCH; k++)
+          wgmma_codes(sums.out[c * CHUNK_BLOCKS + m + k], a[k], descriptor(b + 2 * i), 1);
+        wgmma_commit();
+      }
+    }
+    at.advance(1);
+  }
+  wgmma_wait<0>();
+  pin(sums);
+}
+#endif
+
+// Totals over all tokens, and the largest of each column, to shared memory.
+DEVICE void publish(Sums& sums, const Shared& s, const Thread& me) {
+  const u32 to = s.base + OFFSET_TOP + (me.team * SHARE + me.part) * 4 * (8 * GROUPS) * 4;
+  group_sync(me);
+#pragma unroll
+  for (int j = 0; j < 2 * GROUPS; j++) {
+    float total = sums.total[j];
+#pragma unroll
+    for (int i = 4; i < 32; i *= 2) total += __shfl_xor_sync(~0u, total, i);
+    if (me.g == 0) write(to + (me.warp * 8 * GROUPS + j / 2 * 8 + 2 * me.t + j % 2) * 4, total);
+  }
+  group_sync(me);
+  if (me.warp != 0 || me.g != 0) return;
+#pragma unroll
+  for (int j = 0; j < 2 * GROUPS; j++) {
+    float total = 0.0f;
+#pragma unroll
+    for (int w = 0; w < 4; w++) total += read<float>(to + (w * 8 * GROUPS + j / 2 * 8 + 2 * me.t + j % 2) * 4);
+    const int at = 4 * (me.team * N + column_of(me, j));
+    write(s.base + OFFSET_LARGEST + at, sums.largest[j]);
+    write(s.base + OFFSET_TOTAL + at, total * (1.0f / WEIGHT));
+  }
+}
+
+// A column's outputs of this thread.
+template <int KIND>
+DEVICE void store_column(char* to, i64 row, const Sums& sums, const Thread& me, int j, int e, float by) {
+#pragma unroll
+  for (int c = 0; c < MINE; c++) {
+    float x[CODES];
+#pragma unroll
+    for (int i = 0; i < CODES; i++) x[i] = sums.out[c * CHUNK_BLOCKS + i / 2][4 * j + e + 2 * (i % 2)] * by;
+    const int chunk = me.part * MINE + c;
+    if constexpr (FORMAT == 0) {
+#pragma unroll
+      for (int i = 0; i < 2; i++) store_float<KIND>(to, row + output_channel(chunk, me.warp, me.g, i), x[i]);
+    } else {
+#pragma unroll
+      for (int half = 0; half < CODES / 4; half++) {  // of INT4: codes 0, 2, 4, 6 lie side by side
+        const int by_two = CODES / 4;
+        const float four[4] = {x[half], x[by_two + half], x[2 * by_two + half], x[3 * by_two + half]};
+        store_four<KIND>(to, row + output_channel(chunk, me.warp, me.g, half), four);
+      }
+    }
+  }
+}
+
+DEVICE void store(const Params& p, const Work& work, const Shared& s, const Sums& sums, const Thread& me,
+                  const float (&top)[N / 4], const float (&whole)[N / 4]) {
+#pragma unroll
+  for (int j = 0; j < N / 4; j++) {
+    const int row = work.first_row + j / 2 * 8 + 2 * me.t + j % 2;
+    if (row >= p.rows) continue;
+    const bool some = whole[j] > 0.0f, teller = me.part == 0 && me.warp == 0 && me.g == 0;
+    if (p.splits == 1) {
+      const int head = row % p.heads, query = row / p.heads;
+      const i64 at = static_cast<i64>(work.batch) * p.rows + row;
+      store_column<QUERY>(p.out, at * L, sums, me, j / 2, j % 2, some ? 1.0f / (WEIGHT * whole[j]) : 0.0f);
+      if (teller)
+        p.lse[(static_cast<i64>(work.batch) * p.heads + head) * p.sq + query] =
+            some ? (top[j] + log2_(whole[j])) / LOG2E : -INFINITE;
+    } else {
+      const i64 at = (static_cast<i64>(work.split) * p.batches + work.batch) * p.rows + row;
+      store_column<0>(reinterpret_cast<char*>(p.part), at * L, sums, me, j / 2, j % 2, 1.0f / WEIGHT);
+      if (teller) p.sums[2 * at] = top[j], p.sums[2 * at + 1] = whole[j];
+    }
+  }
+}
+
+// Sums of all teams, relative to the largest of any, become those of the first, which stores them.
+DEVICE void finish(Sums& sums, const Params& p, const Work& work, const Shared& s, const Thread& me) {
+  publish(sums, s, me);
+  named_barrier_sync(15, CONSUMERS);
+  float top[N / 4], whole[N / 4];
+#pragma unroll
+  for (int j = 0; j < N / 4; j++) {
+    const u32 at = s.base + 4 * (j / 2 * 8 + 2 * me.t + j % 2);
+    top[j] = -INFINITE, whole[j] = 0.0f;
+#pragma unroll
+    for (int team = 0; team < TEAMS; team++) top[j] = fmaxf(top[j], read<float>(at + OFFSET_LARGEST + team * N * 4));
+    const float reference = top[j] == -INFINITE ? 0.0f : top[j];
+    float mine = 1.0f;
+#pragma unroll
+    for (int team = 0; team < TEAMS; team++) {
+      const float share = exp2_(read<float>(at + OFFSET_LARGEST + team * N * 4) - reference);
+      whole[j] += share * read<float>(at + OFFSET_TOTAL + team * N * 4);
+      if (team == me.team) mine = share;
+    }
+    if (TEAMS == 1) continue;
+#pragma unroll
+    for (int block = 0; block < BLOCKS; block++)
+      sums.out[block][j / 2 * 4 + j % 2] *= mine, sums.out[block][j / 2 * 4 + j % 2 + 2] *= mine;
+  }
+  if (TEAMS > 1) {
+    constexpr int ROW = TEAM * 4, WHOLE = BLOCKS * (N / 2) * ROW;
+    const u32 at = s.base + OFFSET_RING + (me.part * 128 + me.index) * 4;
+#pragma unroll
+    for (int i = 0; i < BLOCKS * (N / 2); i++)
+      if (me.team > 0) write(at + (me.team - 1) * WHOLE + i * ROW, sums.out[i / (N / 2)][i % (N / 2)]);
+    named_barrier_sync(15, CONSUMERS);
+    if (me.team > 0) return;
+#pragma unroll
+    for (int team = 1; team < TEAMS; team++)
+#pragma unroll
+      for (int i = 0; i < BLOCKS * (N / 2); i++)
+        sums.out[i / (N / 2)][i % (N / 2)] += read<float>(at + (team - 1) * WHOLE + i * ROW);
+  }
+  store(p, work, s, sums, me, top, whole);
+}
