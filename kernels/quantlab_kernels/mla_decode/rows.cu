@@ -44,8 +44,8 @@ constexpr int OFFSET_QUERIES = OFFSET_P + (FORMAT == 0 ? 2 : 1) * CHUNK;  // tha
 constexpr int OFFSET_RESCALE = OFFSET_QUERIES + (CHUNKS * PARTS - KEPT_CHUNKS) * CHUNK;  // [2][64]
 constexpr int OFFSET_TOTAL = OFFSET_RESCALE + 512;  // [64], as is the next
 constexpr int OFFSET_FACTOR = OFFSET_TOTAL + 256;
-constexpr int OFFSET_SCALES = OFFSET_FACTOR + 256;  // [2][64] of a token
-constexpr int OFFSET_BARRIERS = OFFSET_SCALES + (FORMAT == 0 ? 0 : 512);
+constexpr int OFFSET_SCALES = OFFSET_FACTOR + 256;  // [2][3][64] scales of tokens, their inverses and logarithms
+constexpr int OFFSET_BARRIERS = OFFSET_SCALES + (FORMAT == 0 ? 0 : 6 * 256);
 constexpr int LATE = HALVES - KEPT_CHUNKS / HALF_CHUNKS;  // first half that comes where queries wait for their registers
 constexpr int OFFSET_STAGED = KEPT_CHUNKS > 0 ? LATE * HALF : OFFSET_QUERIES + (PARTS - 1) * CHUNKS * CHUNK;
 static_assert(OFFSET_BARRIERS + 8 * (HALVES + ROPES + 6 + (PACKED ? RAWS : 0)) <= SHARED, "the host allocates what is laid out here");
@@ -264,6 +264,8 @@ struct Queries {
   }
 };
 
+constexpr int INVERSES = 256, LOGARITHMS = 512;  // bytes from scales to what is made of them
+
 struct Softmax {
   float reference[2], total[2];  // of rows 16 warp + g and 8 below;  total: of this thread's tokens
 };
@@ -311,9 +313,11 @@ struct Scales {
     next = FORMAT != 0 && me.index < TILE ? load(p, work, work.begin + me.index) : 1.0f;
   }
   DEVICE u32 publish(const Params& p, const Work& work, const Shared& s, const Thread& me, int tile) {
-    const u32 to = s.base + OFFSET_SCALES + tile % 2 * 256;
+    const u32 to = s.base + OFFSET_SCALES + tile % 2 * 768;
     if (FORMAT != 0 && me.index < TILE) {
       write(to + 4 * me.index, next);
+      write(to + INVERSES + 4 * me.index, reciprocal(next));
+      write(to + LOGARITHMS + 4 * me.index, log2_(next));
       next = load(p, work, work.begin + (tile + 1) * TILE + me.index);
     }
     group_sync(me);
@@ -353,8 +357,8 @@ DEVICE void write_weights(Softmax& softmax, float (&x)[32], const Shared& s, int
 DEVICE void write_weights(Softmax& softmax, float (&x)[32], const Shared& s, int slot, u32 scales, const Thread& me) {
 #pragma unroll
   for (int i = 0; i < 4; i++) {
-    const float2 first = read<float2>(scales + (16 * i + 2 * me.t) * 4);
-    const float2 second = read<float2>(scales + (16 * i + 8 + 2 * me.t) * 4);
+    const float2 first = read<float2>(scales + INVERSES + (16 * i + 2 * me.t) * 4);
+    const float2 second = read<float2>(scales + INVERSES + (16 * i + 8 + 2 * me.t) * 4);
 #pragma unroll
     for (int r = 0; r < 2; r++) {
       const float* y = x + 8 * i + 2 * r;
@@ -362,8 +366,7 @@ DEVICE void write_weights(Softmax& softmax, float (&x)[32], const Shared& s, int
       const u32 to = s.base + OFFSET_P + swizzled(16 * me.warp + me.g + 8 * r, slot * P_STEP + 16 * i) + 4 * me.t;
       write(to, __uint_as_float(low | static_cast<u32>(high) << 16));
       const float2 a = e4m3_floats(low), b = e4m3_floats(high);
-      softmax.total[r] += a.x * reciprocal(first.x) + a.y * reciprocal(first.y);
-      softmax.total[r] += b.x * reciprocal(second.x) + b.y * reciprocal(second.y);
+      softmax.total[r] += a.x * first.x + a.y * first.y + b.x * second.x + b.y * second.y;
     }
   }
 }
@@ -380,9 +383,8 @@ DEVICE void begin_scores(float (&x)[32], const Queries& q, const Shared& s, cons
   pin(x);
 #pragma unroll
   for (int j = 0; j < 8; j++) {
-    const float2 scale = read<float2>(scales + (8 * j + 2 * me.t) * 4);
-    const float a = reciprocal(scale.x), b = reciprocal(scale.y);
-    x[4 * j] *= a, x[4 * j + 1] *= b, x[4 * j + 2] *= a, x[4 * j + 3] *= b;
+    const float2 by = read<float2>(scales + INVERSES + (8 * j + 2 * me.t) * 4);
+    x[4 * j] *= by.x, x[4 * j + 1] *= by.y, x[4 * j + 2] *= by.x, x[4 * j + 3] *= by.y;
   }
   pin(x);
   wgmma_fence();
@@ -399,12 +401,15 @@ DEVICE void weigh_tile(Softmax& softmax, const Params& p, const Work& work, cons
                        const float (&factor)[2], const int (&last)[2], int tile, u32 scales, float (&x)[32]) {
 #pragma unroll
   for (int j = 0; j < 8; j++) {
-    float2 scale = {1.0f, 1.0f};
-    if (FORMAT != 0) scale = read<float2>(scales + (8 * j + 2 * me.t) * 4);
+    float2 scale = {1.0f, 1.0f}, added = {0.0f, 0.0f};
+    if (FORMAT != 0) {
+      scale = read<float2>(scales + (8 * j + 2 * me.t) * 4);
+      added = read<float2>(scales + LOGARITHMS + (8 * j + 2 * me.t) * 4);
+    }
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-      const float of = i % 2 ? scale.y : scale.x;
-      x[4 * j + i] = FORMAT == 0 ? x[4 * j + i] * factor[i / 2] : fmaf(x[4 * j + i], of * factor[i / 2], log2_(of));
+      const float by = factor[i / 2] * (i % 2 ? scale.y : scale.x);
+      x[4 * j + i] = FORMAT == 0 ? x[4 * j + i] * factor[i / 2] : fmaf(x[4 * j + i], by, i % 2 ? added.y : added.x);
     }
   }
   const int position = work.begin + tile * TILE;
