@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import inspect
 import shutil
+import sys
 import types
 import warnings
 from collections.abc import Callable
@@ -25,7 +26,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 from quantlab import checkpoint, decoding, kinds, latent
 from quantlab import keys as kept_keys
@@ -224,6 +225,9 @@ def _unsupported(model: Any) -> str | None:
         return "its attention does not go through transformers' interface"
     if _caches_latents(model) and (reason := latent.unsupported(model)) is not None:
         return reason
+    own = [name for name, item in vars(sys.modules[type(model).__module__]).items() if _is_cache_of(model, item)]
+    if own:
+        return f"it has a cache of its own ({own[0]})"
     if getattr(config, "num_kv_shared_layers", 0):
         return "its layers share keys and values"
     if getattr(config, "attention_chunk_size", None):
@@ -231,6 +235,15 @@ def _unsupported(model: Any) -> str | None:
     if "max_cache_length" not in inspect.signature(getattr(type(model), _PREPARE)).parameters:
         return "this version of transformers prepares caches in another way"
     return None
+
+
+def _is_cache_of(model: Any, item: Any) -> bool:
+    """Whether it is a kind of cache, or of a layer of one, that the module of a model's class defines."""
+    return (
+        isinstance(item, type)
+        and issubclass(item, (Cache, CacheLayerMixin))
+        and item.__module__ == type(model).__module__
+    )
 
 
 def _caches_latents(model: Any) -> bool:

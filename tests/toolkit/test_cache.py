@@ -9,7 +9,7 @@ from transformers.cache_utils import Cache, DynamicCache, StaticCache
 from quantlab import cache
 from quantlab.cache import KV
 from quantlab.cache_layers import DynamicPackedLayer, Handle, StaticPackedLayer, WindowPackedLayer
-from quantlab.errors import UsageError
+from quantlab.errors import PreflightError, UsageError
 
 VOCABULARY = 64
 COMMON = {
@@ -304,6 +304,31 @@ def update(layer, batch=1, d=64, d_value=64):
 def tiny_t5():
     config = transformers.T5Config(vocab_size=16, d_model=16, d_ff=16, num_layers=1, num_heads=2, d_kv=8)
     return transformers.T5ForConditionalGeneration(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("MiniMax", "it has a cache of its own (MiniMaxCache)"),
+        ("Llama4Text", "its attention is chunked"),
+        ("Mamba", "its attention does not go through transformers' interface"),
+        ("Bert", "it is no decoder that generates"),
+    ],
+)
+def test_models_whose_cache_is_another_are_refused_before_any_work(name, reason, tmp_path):
+    config = getattr(transformers, f"{name}Config")(**{**COMMON, "num_local_experts": 2, "num_experts_per_tok": 1})
+    with torch.device("meta"):
+        model = (
+            transformers.AutoModel.from_config(config) if name == "Bert" else AutoModelForCausalLM.from_config(config)
+        )
+    with pytest.raises(UsageError) as error:
+        cache.use(model, "int8")
+    assert f"{type(model).__name__} cannot have a quantized KV cache: {reason}; leave out kv" in str(error.value)
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(tmp_path)
+    with pytest.raises(PreflightError) as refusal:
+        cache.require_support(tmp_path, "int8")
+    assert f"the model cannot have a quantized KV cache: {reason}; leave out kv" in str(refusal.value)
 
 
 def test_other_kinds_of_caches_are_refused():
