@@ -260,6 +260,11 @@ def _prepare(
     **kwargs: Any,
 ) -> Any:
     """transformers' own preparation, and then a quantized cache in place of the one that it has just made."""
+    if not str(self.config._attn_implementation).startswith("quantlab"):
+        raise UsageError(
+            f"attn_implementation is {self.config._attn_implementation!r} now, which cannot read a quantized cache: "
+            "set quantlab, quantlab_int8 or quantlab_fp8, or give the cache up by quantlab.cache.use(model, None)"
+        )
     if generation_config.cache_implementation == "quantized":
         raise UsageError("cache_implementation = 'quantized' is transformers' own: leave it out, or leave out kv")
     if batch_size == 0:

@@ -80,6 +80,9 @@ class Handle:
             "not ours (attn_implementation must be quantlab, quantlab_int8 or quantlab_fp8); leave out kv"
         )
 
+    def __getitem__(self, index: Any) -> Any:
+        return self.__getattr__("[]")
+
     def attend(
         self, query: Tensor, mask: Tensor | None, scaling: float | None, kwargs: dict[str, Any]
     ) -> Tensor | None:

@@ -341,6 +341,17 @@ def test_other_kinds_of_caches_are_refused():
         model.generate(torch.zeros(0, 4, dtype=torch.int64), max_new_tokens=2, pad_token_id=0)
 
 
+def test_attention_that_is_no_longer_ours_is_refused():
+    model = cache.use(tiny("Llama"), "int8")
+    model.set_attn_implementation("eager")
+    with pytest.raises(UsageError, match=r"attn_implementation is 'eager' now.*quantlab\.cache\.use\(model, None\)"):
+        generate(model, prompts())
+    with pytest.raises(UsageError, match=r"the model asks cached keys for '\[\]'"):
+        model(**prompts(), past_key_values=cache.new_cache(model))
+    cache.use(model, None)
+    assert type(generate(model, prompts())[0].past_key_values) is DynamicCache
+
+
 def test_position_biases_and_changed_batches_are_refused():
     layer = DynamicPackedLayer(KV("int8"))
     handle = update(layer)
