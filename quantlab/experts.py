@@ -146,7 +146,7 @@ class Fp8RowExperts(Fp8Experts):
     linear = Fp8RowLinear
 
     def gate_and_quantize(self, inner: Tensor) -> tuple[Tensor, Tensor | None]:
-        return quantize_fp8_token(self.gate(self, inner))
+        return swiglu_quantize(inner, group=False) if self.swiglu else quantize_fp8_token(self.gate(self, inner))
 
 
 class _NoGradient(torch.autograd.Function):
