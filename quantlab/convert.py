@@ -94,11 +94,21 @@ def convert(
             stages=stages,
             device=str(where),
             resumed=resumed,
-            warnings=() if fits else ("key statistics were measured on other weights and stay behind",),
+            warnings=tuple(_left_behind(stored, target, known, fits)),
         )
         out.write_text(SUMMARY, checkpoint.to_json(summary.to_dict()))
         out.publish()
     return summary
+
+
+def _left_behind(
+    stored: Stored, target: Stored | None, known: dict[int, keys.Keys] | None, fits: bool
+) -> Iterator[str]:
+    """What the source knows of its KV cache and the target does not."""
+    if not fits:
+        yield "key statistics were measured on other weights and stay behind"
+    if stored.kv and not known and (target is None or not target.kv):
+        yield "the scales of the KV cache stay behind: this format has no place for them"
 
 
 def _recipe(recipe: Recipe, to: str) -> Recipe:

@@ -339,7 +339,7 @@ def problems(source: Source) -> Iterator[str]:
             yield f"{KEY_STATISTICS}: layer {layer} has {shapes}, needs {_said(wanted)}"
         elif mean.numel() != rows.get(layer, mean.numel()):
             yield f"{KEY_STATISTICS}: layer {layer} has {mean.numel()} channels, its keys have {rows[layer]}"
-        if not all(bool(x.isfinite().all()) for x in (mean, scale) if x is not None) or not bool((scale > 0).all()):
+        if not bool(mean.isfinite().all()) or not bool((scale.isfinite() & (scale > 0)).all()):
             yield f"{KEY_STATISTICS}: layer {layer} has numbers that are not finite, or scales that are not positive"
         if amax is not None and (amax.shape != (2,) or not bool((amax.isfinite() & (amax >= 0)).all())):
             yield f"{KEY_STATISTICS}: layer {layer} has no two largest magnitudes, finite and 0 or more"

@@ -275,8 +275,11 @@ def test_fp8_has_no_place_for_scales_and_conversions_know(with_tokenizer: Any, t
     convert(tmp_path / "ct", "fp8", tmp_path / "back")
     first, second = (tmp_path / name / "model.safetensors" for name in ("fp8", "back"))
     assert first.read_bytes() == second.read_bytes()
-    convert(tmp_path / "ct", "bf16", tmp_path / "bf16")
+    assert convert(tmp_path / "ct", "bf16", tmp_path / "bf16").warnings == ()
     assert not any("scale" in name for name in load_file(tmp_path / "bf16" / "model.safetensors"))
+    (tmp_path / "ct" / KEY_STATISTICS).unlink()
+    (warning,) = convert(tmp_path / "ct", "fp8", tmp_path / "bare").warnings
+    assert warning == "the scales of the KV cache stay behind: this format has no place for them"
 
 
 def test_attention_that_compressed_tensors_does_not_know_gets_no_scheme(made: Any, model: Make, tmp_path: Path):
