@@ -14,6 +14,8 @@ Matrices come in batches: the experts of a block are rounded in one go.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -36,11 +38,13 @@ class Gptq:
     damping    of the mean energy, added to each channel's: what few tokens tell is not taken at its word
     act_order  process channels with large energy first
     sweeps     afterwards every channel is visited again so often, and takes the best code given all others
+    aim        share of the way to the least-squares weight for the original's outputs; few tokens do not know it well
     """
 
     damping: float = 0.3
     act_order: bool = True
     sweeps: int = 2
+    aim: float = 1.0
 
     def prepare(self, moments: Tensor, cross: Tensor | None = None) -> Rounder:
         """What rounds weights whose inputs have these statistics.
@@ -49,15 +53,20 @@ class Gptq:
         cross    float32 [B, K, K], sum of (x - x') x'^T, x the inputs of the original layer; None: they are the same
         Raises SingularError.
         """
-        moments = moments.clone()
+        with _tensor_cores():
+            return self._prepare(moments.clone(), cross)
+
+    def _prepare(self, moments: Tensor, cross: Tensor | None) -> Rounder:
         ridge = self._damp(moments)
         energy = moments.diagonal(dim1=1, dim2=2) - ridge[:, None]
-        shift = None if cross is None else _shift(moments, cross)
+        if cross is not None and not bool(cross.isfinite().all()):
+            cross = None
         order = None
         if self.act_order:
             order = energy.argsort(dim=1, descending=True, stable=True)[:, :, None]
             moments = moments.gather(1, order.expand_as(moments)).gather(2, order.mT.expand_as(moments))
-        return Rounder(energy, shift, order, _factor(moments), moments if self.sweeps else None, self.sweeps)
+            cross = None if cross is None else cross.gather(2, order.mT.expand_as(cross))
+        return Rounder(energy, cross, order, _inverse_root(moments), moments if self.sweeps else None, self)
 
     def _damp(self, moments: Tensor) -> Tensor:
         """Add the ridge in place and return it [B]; channels that never moved become independent of all others."""
@@ -75,41 +84,61 @@ class Rounder:
     """Rounds weights [B, N, K], any number of rows at a time; made by `Gptq.prepare`.
 
     energy   [B, K], of each channel
-    shift    [B, K, K] or None, see `_shift`
-    order    [B, K, 1], channels in the order of processing, or None
-    pass_on  [B, K, K], see `_factor`; like `moments` in that order
-    moments  [B, K, K] or None, damped; for the sweeps
+    cross    [B, K, K] or None, see `Gptq.prepare`; columns in the order of processing
+    order    [B, K, 1], channels in that order, or None
+    root     [B, K, K], see `_inverse_root`; in that order
+    moments  [B, K, K] or None, damped, in that order; for the sweeps
     """
 
     energy: Tensor
-    shift: Tensor | None
+    cross: Tensor | None
     order: Tensor | None
-    pass_on: Tensor
+    root: Tensor
     moments: Tensor | None
-    sweeps: int
+    settings: Gptq
 
     def round(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Codes int8 [B, N, K] and scales float32 [B, N, K / 128]."""
-        weight = weight.to(torch.float32)
-        if self.shift is not None:
-            weight = torch.baddbmm(weight, weight, self.shift)
+        with _tensor_cores():
+            return self._round(weight.to(torch.float32))
+
+    def _round(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        if self.cross is not None:
+            change = weight @ self.cross @ self.root.mT @ self.root
+            weight = weight + self.settings.aim * self._placed(change, dim=2)
         scale = torch.stack([search_scales(w, importance=e) for w, e in zip(weight, self.energy, strict=True)])
         w = weight.mT  # channels are rows from here on
         step = scale.mT.repeat_interleave(w.shape[1] // scale.shape[2], dim=1)
         if self.order is not None:
             w, step = (t.gather(1, self.order.expand_as(t)) for t in (w, step))
-        codes = _feedback(w.clone(), step, self.pass_on)
-        for _ in range(self.sweeps):
+        codes = _feedback(w.clone(), step, self.root)
+        for _ in range(self.settings.sweeps):
             assert self.moments is not None
             codes = _sweep(w, step, self.moments, codes)
-        if self.order is not None:
-            codes = torch.empty_like(codes).scatter_(1, self.order.expand_as(codes), codes)
-        return codes.mT.to(torch.int8).contiguous(), scale
+        return self._placed(codes, dim=1).mT.to(torch.int8).contiguous(), scale
+
+    def _placed(self, values: Tensor, dim: int) -> Tensor:
+        """Values whose channels, along `dim`, are in the order of processing, each in its place."""
+        if self.order is None:
+            return values
+        order = self.order if dim == 1 else self.order.mT
+        return torch.empty_like(values).scatter_(dim, order.expand_as(values), values)
 
 
-def _factor(moments: Tensor) -> Tensor:
-    """Upper triangular R [B, K, K] with H^-1 = R^T R, rows divided by their diagonal: row j says how much of channel
-    j's error each later channel takes over.
+@contextlib.contextmanager
+def _tensor_cores() -> Iterator[None]:
+    """Products of float32 in TF32 on a GPU: their rounding is noise far below that of the data."""
+    products = torch.backends.cuda.matmul
+    before = products.fp32_precision
+    products.fp32_precision = "tf32"
+    try:
+        yield
+    finally:
+        products.fp32_precision = before
+
+
+def _inverse_root(moments: Tensor) -> Tensor:
+    """Upper triangular R [B, K, K] with H^-1 = R^T R.
 
     R is the inverse of the U in H = U U^T, which is the ordinary Cholesky factor with rows and columns reversed: one
     factorization and one triangular inverse, where the usual way inverts H and factors twice.
@@ -126,27 +155,23 @@ def _factor(moments: Tensor) -> Tensor:
         raise SingularError("its second moments cannot be factored")
     del flipped
     identity = torch.eye(lower.shape[1], dtype=lower.dtype, device=lower.device).expand_as(lower)
-    inverse = torch.linalg.solve_triangular(lower, identity, upper=False).flip(1, 2)
-    return inverse / inverse.diagonal(dim1=1, dim2=2)[:, :, None]
+    return torch.linalg.solve_triangular(lower, identity, upper=False).flip(1, 2)
 
 
-def _shift(damped: Tensor, cross: Tensor) -> Tensor | None:
-    """C H^-1 [B, K, K]: what times W moves W to the least-squares weight for the original's outputs."""
-    lower, info = torch.linalg.cholesky_ex(damped)
-    if bool(info.any()) or not bool(cross.isfinite().all()):
-        return None
-    return torch.cholesky_solve(cross.mT, lower).mT
+def _feedback(w: Tensor, step: Tensor, root: Tensor) -> Tensor:
+    """Round channel after channel; w [B, K, N] is used up.
 
-
-def _feedback(w: Tensor, step: Tensor, pass_on: Tensor) -> Tensor:
-    """Round channel after channel; w [B, K, N] is used up."""
+    A row of R over its diagonal says how much of that channel's error each later one takes over.
+    """
+    diagonal = root.diagonal(dim1=1, dim2=2)[:, :, None]
     for begin in range(0, w.shape[1], GROUP):
         end = min(begin + GROUP, w.shape[1])
         block = w[:, begin:end]
-        codes, errors = _columns(block, step[:, begin:end], pass_on[:, begin:end, begin:end])
+        pass_on = root[:, begin:end, begin:] / diagonal[:, begin:end]
+        codes, errors = _columns(block, step[:, begin:end], pass_on[:, :, : end - begin])
         block.copy_(codes)
         if end < w.shape[1]:
-            w[:, end:].baddbmm_(pass_on[:, begin:end, end:].mT, errors, alpha=-1)
+            w[:, end:].baddbmm_(pass_on[:, :, end - begin :].mT, errors, alpha=-1)
     return w
 
 
