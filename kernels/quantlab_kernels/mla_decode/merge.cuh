@@ -1,34 +1,50 @@
-// The second kernel.
+// The second kernel: a CTA adds the parts of a row. L / 4 threads take four channels each; where there are many parts,
+// several such groups take them in turns and meet in shared memory.
+constexpr int MOST_SPLITS = 128, LANES = L / 4, MOST_GROUPS = 8, BATCH_OF_PARTS = 8;
 
-// One CTA for 128 channels of a row: adds the parts of all splits, every thread those of its own splits first.
-constexpr int MERGERS = 4, COLUMNS = 128, MOST_SPLITS = 128;
-extern "C" __global__ void __launch_bounds__(MERGERS* COLUMNS) merge(const __grid_constant__ Params p) {
+extern "C" __global__ void __launch_bounds__(LANES* MOST_GROUPS) merge(const __grid_constant__ Params p) {
   __shared__ float shares[MOST_SPLITS];
   __shared__ float both[2];
-  __shared__ float partial[MERGERS][COLUMNS];
+  __shared__ float4 partial[MOST_GROUPS][LANES];
   wait_for_previous_kernel();
   let_next_kernel_start();
-  const i64 pairs = static_cast<i64>(p.batches) * p.rows, at = blockIdx.x / (L / COLUMNS);
-  const int column = blockIdx.x % (L / COLUMNS) * COLUMNS + threadIdx.x % COLUMNS, mine = threadIdx.x / COLUMNS;
-  float values[MOST_SPLITS / MERGERS];  // on their way while the shares are computed
+  const int lane = threadIdx.x % LANES, group = threadIdx.x / LANES, groups = blockDim.x / LANES;
+  const i64 pairs = static_cast<i64>(p.batches) * p.rows, at = blockIdx.x;
+  const float4* from = reinterpret_cast<const float4*>(p.part) + at * LANES + lane;
+  float4 values[BATCH_OF_PARTS];  // on their way while the shares are computed
+  const auto load = [&](int first) {
 #pragma unroll
-  for (int i = 0; i < MOST_SPLITS / MERGERS; i++) {
-    const int split = mine + i * MERGERS;
-    values[i] = split < p.splits ? p.part[(split * pairs + at) * L + column] : 0.0f;
-  }
+    for (int i = 0; i < BATCH_OF_PARTS; i++)
+      values[i] = first + i * groups < p.splits ? from[(first + i * groups) * pairs * LANES] : float4{0.0f, 0.0f, 0.0f, 0.0f};
+  };
+  load(group);
   if (threadIdx.x < 32) weigh_parts<MOST_SPLITS>(p.sums, pairs, at, p.splits, shares, both);
   __syncthreads();
-  float result = 0.0f;
+  float result[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+  for (int first = group; first < p.splits;) {
 #pragma unroll
-  for (int i = 0; i < MOST_SPLITS / MERGERS; i++) result += shares[mine + i * MERGERS] * values[i];
-  partial[mine][threadIdx.x % COLUMNS] = result;
-  __syncthreads();
-  if (mine != 0) return;
-#pragma unroll
-  for (int i = 1; i < MERGERS; i++) result += partial[i][threadIdx.x];
+    for (int i = 0; i < BATCH_OF_PARTS; i++) {
+      const float share = shares[min(first + i * groups, MOST_SPLITS - 1)];
+      result[0] += share * values[i].x, result[1] += share * values[i].y;
+      result[2] += share * values[i].z, result[3] += share * values[i].w;
+    }
+    first += BATCH_OF_PARTS * groups;
+    load(first);
+  }
+  if (groups > 1) {
+    partial[group][lane] = {result[0], result[1], result[2], result[3]};
+    __syncthreads();
+    if (group != 0) return;
+    for (int i = 1; i < groups; i++) {
+      const float4 other = partial[i][lane];
+      result[0] += other.x, result[1] += other.y, result[2] += other.z, result[3] += other.w;
+    }
+  }
   const int row = at % p.rows, head = row % p.heads, query = row / p.heads;
   const i64 batch = at / p.rows;
   const bool some = both[1] > 0.0f;
-  if (column == 0) p.lse[(batch * p.heads + head) * p.sq + query] = some ? (both[0] + log2_(both[1])) / LOG2E : -INFINITE;
-  store_float<QUERY>(p.out, at * L + column, some ? result / both[1] : 0.0f);
+  const float by = some ? 1.0f / both[1] : 0.0f;
+  if (threadIdx.x == 0) p.lse[(batch * p.heads + head) * p.sq + query] = some ? (both[0] + log2_(both[1])) / LOG2E : -INFINITE;
+  const float four[4] = {result[0] * by, result[1] * by, result[2] * by, result[3] * by};
+  store_four<QUERY>(p.out, at * L + 4 * lane, four);
 }

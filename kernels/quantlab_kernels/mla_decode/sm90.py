@@ -29,7 +29,7 @@ _CODES: dict[Code, int] = {"float": 0, "e4m3": 1, "int8": 2, "int4": 3}
 _MAPPED = {torch.bfloat16: driver.BFLOAT16, torch.float16: driver.FLOAT16}
 _FOLDER = Path(__file__).parent
 TILE, CHUNK, ROPE = 64, 8192, 64  # tokens of a tile, bytes of 64 tokens in the ring, channels of the position
-MERGED, MERGERS = 128, 4  # channels that a CTA of the second kernel adds, threads for each
+PARTS_AT_ONCE, MOST_GROUPS = 8, 8  # of a thread of the second kernel; groups of threads that share a row's parts
 SHARED = 232448  # bytes of shared memory that a CTA may have
 
 
@@ -164,9 +164,8 @@ def run(
     shape = driver.Launch(p.batch * tiles * count, grid.threads, grid.cluster, SHARED, early=True)
     attend.launch(shape, params, device)
     if count > 1:
-        merge.launch(
-            driver.Launch(p.batch * rows * p.rank // MERGED, MERGERS * MERGED, 1, 0, early=True), params, device
-        )  # fmt: skip
+        groups = min(MOST_GROUPS, -(-count // PARTS_AT_ONCE))
+        merge.launch(driver.Launch(p.batch * rows, p.rank // 4 * groups, 1, 0, early=True), params, device)
 
 
 def readable(cache: PackedLatent) -> bool:
