@@ -28,7 +28,7 @@ from quantlab_calib.blockwise import Block, Blockwise
 from quantlab_calib.capture import CaptureError
 from quantlab_calib.rotate import RotationError
 from quantlab_kernels.formats import INT4
-from quantlab_kernels.packing import pack_int4, unpack_int4
+from quantlab_kernels.packing import unpack_int4
 from quantlab_kernels.qtensor import QuantizedTensor
 
 if TYPE_CHECKING:
@@ -86,8 +86,8 @@ class Rounded:
         with safe_open(place.file, "pt") as file:
             words = file.get_slice(f"{place.layer}.words")[rows]
             scale = file.get_slice(f"{place.layer}.scale")[rows]
-        codes = unpack_int4(words, weight.shape[1])
-        return QuantizedTensor(codes.to(weight.device), scale.to(weight.device), self.plan.stored.kind(module).weight)
+        codes = unpack_int4(words.to(weight.device), weight.shape[1])
+        return QuantizedTensor(codes, scale.to(weight.device), self.plan.stored.kind(module).weight)
 
     def save(self, out: Output) -> None:
         """Nothing lies beside the checkpoint."""
@@ -272,8 +272,8 @@ class Store:
         if self.read(block.path) is not None:
             return False
         tensors: dict[str, Tensor] = {}
-        for name, (codes, scale) in block.rounded.items():
-            tensors |= {f"{name}.words": pack_int4(codes), f"{name}.scale": scale.contiguous()}
+        for name, (words, scale) in block.rounded.items():
+            tensors |= {f"{name}.words": words, f"{name}.scale": scale.contiguous()}
         tensors |= {f"{name}.changed": value.contiguous() for name, value in block.changed.items()}
         about = asdict(replace(block, rounded={}, changed={}))
         temporary = self.file(block.path).with_suffix(".part")
@@ -299,8 +299,7 @@ class Store:
         for name in names:
             layer, _, kind = name.rpartition(".")
             if kind == "words":
-                words = tensors[name]
-                block.rounded[layer] = (unpack_int4(words, words.shape[1] * 8), tensors[f"{layer}.scale"])
+                block.rounded[layer] = (tensors[name], tensors[f"{layer}.scale"])
             elif kind == "changed":
                 block.changed[layer] = tensors[name]
         return block

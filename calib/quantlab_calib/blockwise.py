@@ -28,6 +28,7 @@ from quantlab_calib.rotate import RotationError, hadamard, rotate_block, rotate_
 from quantlab_calib.rounding import decode_int4, round_int4
 from quantlab_calib.smooth import apply, find_folds, search, trace
 from quantlab_calib.tune import Latent, Tune, tune
+from quantlab_kernels.packing import pack_int4, unpack_int4
 from quantlab_kernels.qtensor import TensorSpec, quantize
 
 T = TypeVar("T")
@@ -68,7 +69,8 @@ class Block:
     """A block that has been quantized.
 
     path     of the block in the model
-    rounded  codes int8 [N, K] and scales float32 [N, K / 128] by name of the weight, on the CPU
+    rounded  words of codes (`packing.pack_int4`) int32 [N, K / 8] and scales float32 [N, K / 128] by name of the
+             weight, on the CPU
     changed  parameters that scales were folded into, as they are now, on the CPU
     scaled   the exponents chosen for each fold, by its producer
     tokens   how many each layer saw
@@ -83,6 +85,11 @@ class Block:
     tokens: dict[str, int] = field(default_factory=dict)
     error: tuple[float, float] | None = None
     notes: list[str] = field(default_factory=list)
+
+    def codes(self, name: str, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Codes int8 [N, K] and scales of a weight, on a device."""
+        words, scale = (tensor.to(device) for tensor in self.rounded[name])
+        return unpack_int4(words, scale.shape[1] * GROUP), scale
 
 
 @dataclass
@@ -167,8 +174,8 @@ class Blockwise:
         else:
             self.quantized = _Quantized(layers, self.steps.input)
             targets = self._backing_off(partial(self._targets, index))
-            for name, (codes, scale) in block.rounded.items():
-                self.quantized.set(name, codes.to(self.device), scale.to(self.device))
+            for name in block.rounded:
+                self.quantized.set(name, *block.codes(name, self.device))
             for name, value in block.changed.items():
                 self.model.get_parameter(name).data.copy_(value)
         self.ours.states = self._backing_off(partial(self._through, index, self.ours, self.quantized.product))
@@ -357,7 +364,7 @@ class Blockwise:
         sizes = [len(self.quantized.layers[name]) for name in names]
         for name, c, s in zip(names, codes.split(sizes), scale.split(sizes), strict=True):
             self.quantized.set(name, c, s)
-            block.rounded[name] = (c.to("cpu"), s.to("cpu"))
+            block.rounded[name] = (pack_int4(c).to("cpu"), s.to("cpu"))
 
     def _observe(self, index: int, names: list[str]) -> dict[str, MomentObserver]:
         """Second moments of the inputs of these layers over all tokens; layers that read one tensor share theirs."""
@@ -411,10 +418,7 @@ class Blockwise:
 
     def _tune(self, index: int, block: Block, targets: Tensor, settings: Tune) -> None:
         layers = self.quantized.layers
-        latents = {
-            name: Latent(layers[name], codes.to(self.device), scale.to(self.device))
-            for name, (codes, scale) in block.rounded.items()
-        }
+        latents = {name: Latent(layers[name], *block.codes(name, self.device)) for name in block.rounded}
 
         def product(name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             quantized = x + (self.quantized.input(x.detach()) - x).detach()

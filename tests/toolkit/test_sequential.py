@@ -163,7 +163,7 @@ def test_many_experts_without_data_are_one_note():
 
 def test_blocks_that_were_made_otherwise_do_not_count(tmp_path):
     tokens, other = torch.zeros(2, 4, dtype=torch.int64), torch.ones(2, 4, dtype=torch.int64)
-    block = Block("layers.3", {"layers.3.w": (torch.ones(2, 128, dtype=torch.int8), torch.ones(2, 1))})
+    block = Block("layers.3", {"layers.3.w": (torch.ones(2, 16, dtype=torch.int32), torch.ones(2, 1))})
     block.changed["layers.3.norm.weight"] = torch.randn(8).to(torch.bfloat16)
     block.scaled["layers.3.norm"] = (0.5, 0.0)
     block.error, block.tokens, block.notes = (0.5, 0.25), {"layers.3.w": 8}, ["a note"]
