@@ -107,8 +107,7 @@ def load(
     enable()
     # mismatched sizes are refused below, by name; transformers would raise without one
     kwargs = {"ignore_mismatched_sizes": True, **_with_attention(attention, kwargs)}
-    if not (Path(path) / "config.json").is_file():
-        raise UsageError(f"{path}: no config.json there; give the folder of a checkpoint")
+    _require_checkpoint(path)
     config = transformers.AutoConfig.from_pretrained(
         path, local_files_only=True, trust_remote_code=kwargs.get("trust_remote_code", False)
     )
@@ -128,6 +127,11 @@ def load(
     if warmup:
         warm_up(model)
     return with_kv(model, path, kv)
+
+
+def _require_checkpoint(path: str | Path) -> None:
+    if not (Path(path) / "config.json").is_file():
+        raise UsageError(f"{path}: no config.json there; give the folder of a checkpoint")
 
 
 def _with_attention(attention: str | None, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -176,16 +180,28 @@ def pipeline(
     attention: str | None = None,
     **kwargs: Any,
 ) -> Any:
-    """`transformers.pipeline` on a model that `load` has checked; tokenizer and processors are those of the folder."""
+    """`transformers.pipeline` on a model that `load` has checked; tokenizer and processors are those of the folder.
+
+    Raises UsageError where the task wants a tokenizer and the folder has none, and what `load` raises.
+    """
     import transformers
 
-    model = load(path, device_map=device_map, dtype=dtype, kv=kv, attention=attention)
+    from quantlab_calib import data
+
+    _require_checkpoint(path)
     implementation = transformers.pipelines.check_task(task)[1]["impl"]
     if isinstance(implementation, str):
         implementation = getattr(transformers, implementation.rpartition(".")[2])
     for part in ("tokenizer", "image_processor", "feature_extractor", "processor"):
         if getattr(implementation, f"_load_{part}", False):
             kwargs.setdefault(part, str(path))
+    code = {"trust_remote_code": kwargs.get("trust_remote_code", False)}
+    if kwargs.get("tokenizer") == str(path):
+        try:
+            kwargs["tokenizer"] = data.load_tokenizer(path, **code)
+        except data.DataError as error:
+            raise UsageError(str(error)) from None
+    model = load(path, device_map=device_map, dtype=dtype, kv=kv, attention=attention, **code)
     return transformers.pipeline(task, model=model, **kwargs)
 
 

@@ -215,6 +215,10 @@ def test_pipeline(quantized, edited, tmp_path: Path):
     from transformers import PreTrainedTokenizerFast, TextGenerationPipeline
 
     folder = edited(quantized("llama", "fp8-block"), tmp_path)
+    with pytest.raises(UsageError, match=r"tokenizer has no vocabulary|no tokenizer that transformers can read"):
+        quantlab.pipeline("text-generation", folder)
+    with pytest.raises(UsageError, match=r"no config\.json there"):
+        quantlab.pipeline("text-generation", tmp_path / "nothing")
     words = {f"w{i}": i for i in range(127)} | {"<unk>": 127}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
