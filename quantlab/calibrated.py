@@ -7,6 +7,7 @@ a file per block, until `stream` comes to the layer.
 
 from __future__ import annotations
 
+import math
 import re
 import shutil
 import tempfile
@@ -44,6 +45,9 @@ from quantlab_kernels.formats import E4M3, INT4
 from quantlab_kernels.qtensor import QuantizedTensor, TensorSpec, scale_of
 
 BATCH_TOKENS = 4096
+FAST = Gptq(sweeps=0, aim=0.7)  # few tokens: README of `calib`
+CPU_SHARE = 4  # on a CPU `fast` takes a quarter of the data
+CPU_WEIGHTS = 1 << 31  # and leaves larger models alone: GPTQ's work grows with the cube of a layer's width
 FEWEST_TOKENS = GROUP  # with fewer tokens than a group has channels, a layer keeps plain rounding
 
 Progress = Callable[[str, int, int], None]
@@ -132,6 +136,8 @@ def run(
     if calibration.activations == "static" and getattr(plan.stored.input, "block", None) != (1, GROUP):
         scheme = plan.recipe.scheme
         raise UsageError(f"static activations have a scale per group of {GROUP}; use fp8-block, not {scheme}")
+    if calibration.optional and device.type == "cpu":
+        _check_work(source, plan)
     # on a CPU float32 is faster than bfloat16, and at least as exact
     dtype = torch.float32 if device.type == "cpu" else None
     lazy = LazyModel(source, device, dtype, trust_remote_code=trust_remote_code)
@@ -177,7 +183,7 @@ def steps_of(stored: Stored, calibration: Calibration) -> Steps | None:
         return None
     return Steps(
         input=stored.input,
-        gptq=Gptq(sweeps=0 if calibration.effort == "fast" else Gptq.sweeps) if "gptq" in steps else None,
+        gptq=(FAST if calibration.effort == "fast" else Gptq()) if "gptq" in steps else None,
         original="original" in steps,
         smooth=EXPONENTS if "smooth" in steps else (),
         tune=Tune(steps=calibration.tune_steps) if "tune" in steps else None,
@@ -196,9 +202,11 @@ def blocks_of(model: Any) -> str | None:
 
 
 def _windows(source: Source, lazy: LazyModel, calibration: Calibration, trust_remote_code: bool) -> Tensor:
-    context, length = context_length(source.config), calibration.length
-    if context is not None and calibration.optional:
-        length = min(length, context)
+    context, length, count = context_length(source.config), calibration.length, calibration.count
+    if calibration.optional:
+        length = min(length, context or length)
+        if calibration.samples is None and lazy.device.type == "cpu":
+            count //= CPU_SHARE
     if context is not None and length > context:
         raise UsageError(
             f"calibration of {length} tokens a sequence: {source.model} has a context of {context}; "
@@ -210,7 +218,7 @@ def _windows(source: Source, lazy: LazyModel, calibration: Calibration, trust_re
             calibration.data,
             tokenizer,
             "calibration",
-            count=calibration.count,
+            count=count,
             length=length,
             seed=calibration.seed,
             fewest=1 if calibration.data == "bundled" else None,
@@ -221,6 +229,16 @@ def _windows(source: Source, lazy: LazyModel, calibration: Calibration, trust_re
     if int(windows.max()) >= size:
         raise UsageError(f"{source.model}: its tokenizer gives token {int(windows.max())}, the model has {size}")
     return windows
+
+
+def _check_work(source: Source, plan: Plan) -> None:
+    """Raise PreflightError for a model that would keep a CPU busy for longer than `fast` should."""
+    weights = sum(math.prod(info.shape) for decision in plan.quantized for _, info in decision.parts)
+    if weights > CPU_WEIGHTS:
+        raise PreflightError(
+            f"{source.model}: calibration of {weights / 1e9:.1f} billion weights takes long on a CPU; use a GPU, or "
+            f"--effort default"
+        )
 
 
 def _modules(plan: Plan) -> list[str]:

@@ -140,5 +140,5 @@ def _calibrated(
     except (PreflightError, UsageError) as error:
         if not calibration.optional:
             raise
-        return None, (f"rounded without data, as calibration is not possible: {error}",)
+        return None, (f"rounded without data: {error}",)
     return found, ()

@@ -139,7 +139,7 @@ EFFORTS: dict[str, tuple[str, ...]] = {
     "default": ("gptq", "original"),
     "best": ("rotate", "gptq", "original"),
 }
-SAMPLES = {"fast": 16, "default": 64, "best": 64}  # sequences that an effort takes unless told
+SAMPLES = {"fast": 32, "default": 64, "best": 64}  # sequences that an effort takes unless told
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ class Calibration:
     length       tokens per sequence
     seed         of the choice of sequences
     activations  "dynamic": 1x128 scales computed at run time; "static": from the pass, kept in a side file of ours
-    effort       which steps INT4 weights get; "fast": those of "default" on a quarter of the data, codes visited once
+    effort       which steps INT4 weights get; "fast": those of "default" on less data, codes visited once
     rotate, smooth, gptq, original, tune  each step by itself, None leaves it to the effort: turn the residual stream;
                  fold scales into norms and layers before; GPTQ over whole rows; aim at the outputs of the original
                  model; tune codes for a block's output

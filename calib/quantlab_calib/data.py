@@ -34,8 +34,11 @@ class DataError(ValueError):
 
 
 def bundled(purpose: Purpose) -> str:
-    """The text that ships with the package. The two purposes share no document."""
-    return resources.files("quantlab_calib").joinpath("text", f"{purpose}.txt").read_text(encoding="utf-8")
+    """The text that ships with the package: articles, and for calibration source code too, because what is rounded for
+    prose alone loses on code. The two purposes share no document."""
+    names = ("calibration", "code") if purpose == "calibration" else ("evaluation",)
+    folder = resources.files("quantlab_calib").joinpath("text")
+    return "\n\n\n".join(folder.joinpath(f"{name}.txt").read_text(encoding="utf-8") for name in names)
 
 
 def documents(source: str, purpose: Purpose) -> Iterator[Document]:

@@ -34,7 +34,7 @@ Calib = Annotated[
 ]
 Samples = Annotated[
     int | None,
-    Option("--calib-samples", help="Sequences of calibration data.", show_default="64; 16 with --effort fast"),
+    Option("--calib-samples", help="Sequences of calibration data.", show_default="64; 32 with --effort fast"),
 ]
 Length = Annotated[int, Option("--calib-length", help="Tokens per sequence.")]
 Seed = Annotated[int, Option("--seed", help="Of the choice of calibration sequences.")]

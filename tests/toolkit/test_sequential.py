@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from quantlab import calibrated
 from quantlab.convert import convert
 from quantlab.errors import PreflightError, UsageError
 from quantlab.pipeline import quantize
@@ -128,19 +129,24 @@ def test_fast_is_better_than_plain_rounding_and_needs_no_text(with_tokenizer, tm
     assert not summary.warnings
 
 
-def test_fast_rounds_plainly_what_cannot_be_calibrated_and_says_so(tiny, tmp_path):
+def test_fast_rounds_plainly_what_cannot_be_calibrated_and_says_so(with_tokenizer, tmp_path, monkeypatch):
+    model = with_tokenizer("llama")
     (tmp_path / "model").mkdir()
     for name in ("config.json", "model.safetensors"):
-        (tmp_path / "model" / name).symlink_to(tiny("llama").folder / name)
+        (tmp_path / "model" / name).symlink_to(model.folder / name)
     for name, calibration in (("plain", None), ("fast", Calibration(effort="fast"))):
         recipe = Recipe("int4", calibration=calibration)
         summary = quantize(tmp_path / "model", recipe, tmp_path / name, device="cpu", workers=1)
     (warning,) = summary.warnings
-    assert "rounded without data, as calibration is not possible: " in warning
-    assert "no tokenizer" in warning
+    assert warning.startswith(f"rounded without data: {tmp_path / 'model'}: no tokenizer")
     assert summary.calibration == {}
     plain, fast = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "fast"))
     assert all(torch.equal(plain[name], fast[name]) for name in plain)
+    monkeypatch.setattr(calibrated, "CPU_WEIGHTS", 1000)
+    summary = quantize(
+        model.folder, Recipe("int4", calibration=Calibration(effort="fast")), tmp_path / "large", device="cpu"
+    )
+    assert "calibration of 0.0 billion weights takes long on a CPU" in summary.warnings[0]
     with pytest.raises(UsageError, match="no tokenizer"):
         quantize(tmp_path / "model", Recipe("int4", calibration=Calibration(length=32)), tmp_path / "out", device="cpu")
 
