@@ -46,7 +46,10 @@ def test_illegal_configurations_have_a_reason(config: Config, reason: str):
         (Config(token_scales=8192), Int4Problem(1, 4096, 4096), "copied at once of one tile's tokens"),
         (Config(token_scales=8192), Int4Problem(17, 4096, 4096, grouped=True), "copied at once of one tile's tokens"),
         (Config(token_scales=64), Int4Problem(16, 4096, 4096, grouped=True), "64 bytes for the scales of the tokens"),
-        (Config(3, 1, 128, stages=6, prefetch=0, stream=1), Int4Problem(256, 4096, 4096, grouped=True), "wrong sums"),
+        (Config(1, 4, 16, stages=4), Int4Problem(16, 4096, 4096, grouped=True), "4 stages for 4 groups"),
+        (Config(2, 1, 160, stages=4, parts=2), Int4Problem(256, 4096, 4096, grouped=True), "2 parts of 160 tokens"),
+        (Config(2, 1, 144, stages=4, parts=4), Int4Problem(256, 4096, 4096), "4 parts of 144 tokens"),
+        (Config(2, 1, 256, stages=4, parts=4), Int4Problem(256, 4096, 4096), "registers a thread"),
     ],
 )
 def test_scales_of_tokens_that_do_not_fit_the_configuration(config: Config, problem: Int4Problem, reason: str):

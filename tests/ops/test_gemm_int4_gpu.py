@@ -197,6 +197,22 @@ def test_sums_of_other_ctas_are_there_when_they_are_read(m, n, k, grouped, monke
 
 
 @hopper
+@pytest.mark.parametrize("m", [256, 700])
+def test_a_stage_is_given_back_when_its_scales_have_arrived(m):
+    """On these tiles the last scales of tokens were still on their way when their stage was filled again, which gave
+    wrong sums in every run of 256 tokens."""
+    codes, words, b_scale = weight(28672, 4096)
+    tiles = tiles_for(words, E4M3)
+    problem = Int4Problem(m, 28672, 4096, E4M3, grouped=True)
+    config = sm90_configs.deepest(Config(3, 1, 128, prefetch=0, stream=1), problem)
+    a, a_scale = activations("rows", m, 4096, E4M3, grouped=True)
+    first = run(config, a, a_scale, tiles, b_scale)
+    check(first, a, a_scale, codes, b_scale)
+    for _ in range(20):
+        assert torch.equal(run(config, a, a_scale, tiles, b_scale), first)
+
+
+@hopper
 def test_nothing_outside_the_result_is_written():
     codes, words, b_scale = weight(200, 512)
     a, a_scale = activations("normal", 37, 512, E4M3)

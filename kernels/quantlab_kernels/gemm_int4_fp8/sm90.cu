@@ -22,6 +22,8 @@
 //   ROW_GROUPS  math warpgroups side by side along the rows of the weight;   BX = 64 * ROW_GROUPS
 //   K_GROUPS    math warpgroups that share the same rows and take K blocks in turns
 //   BY          tokens in a tile, a multiple of 16
+//   PARTS       1, or how many MMAs share a block's codes, each for BY / PARTS tokens, an even number: two of them are
+//               always under way, so that decoding and promotion hide behind products, and a code is decoded for more tokens
 //   STAGES      length of the ring;   SHARED  bytes of dynamic shared memory that the launch provides
 //   PREFETCH    1: the next block's codes are read while the MMA of this one runs
 //   EARLY       GROUPED: 1, the scales of tokens are read while the MMA runs
@@ -42,12 +44,15 @@ constexpr int MATH_THREADS = 128 * MATH_GROUPS;
 constexpr int THREADS = MATH_THREADS + 128;
 // Where an even share of the registers is too little, the producers give some of theirs to the math groups.
 constexpr int EVEN_REGISTERS = MATH_GROUPS == 1 ? 255 : MATH_GROUPS == 2 ? 168 : MATH_GROUPS == 3 ? 128 : 96;
-constexpr bool MOVE_REGISTERS = BY + (X == 0 ? 16 : 32) + 8 * PREFETCH + 32 > EVEN_REGISTERS;
+constexpr int PRODUCTS = PARTS > 1 ? 2 : 1;  // under way at a time
+constexpr bool MOVE_REGISTERS =
+    BY / 2 + PRODUCTS * (BY / PARTS / 2 + (X == 0 ? 16 : 32)) + 8 * PREFETCH + 32 > EVEN_REGISTERS;
 constexpr int PRODUCER_REGISTERS = MATH_GROUPS == 2 ? 40 : 32;
 constexpr int MATH_REGISTERS = MATH_GROUPS == 2 ? 232 : MATH_GROUPS == 3 ? 160 : 112;
 constexpr int PANELS = X == 0 ? 1 : 2;      // a stage's activations lie in panels of 128 bytes along K
 constexpr int STEP = X == 0 ? 32 : 16;      // of K in one MMA
 constexpr int STEPS = BK / STEP;
+constexpr int PART = BY / PARTS;            // tokens of one MMA
 constexpr int ACCUMULATORS = BY / 2;        // registers of one thread
 constexpr int SCALE_SIZE = SCALE == 0 ? 4 : 2;
 
@@ -74,6 +79,8 @@ constexpr int OFFSET_GROUPS = OFFSET_BARRIERS + 16 * STAGES + 16;
 constexpr int SHARED_BYTES = OFFSET_GROUPS + EXPERTS * GROUPS_BYTES;
 static_assert(SHARED_BYTES == SHARED, "the host allocates what is laid out here");
 static_assert(BY % 16 == 0, "tiles leave in pairs of eight tokens");
+static_assert(PARTS == 1 || (PARTS % 2 == 0 && PART % 8 == 0 && BY % PARTS == 0), "products take turns");
+static_assert(PARTS == 1 || (K_GROUPS == 1 && !GROUPED), "a group takes every block, its tokens have one scale each");
 static_assert(SPLIT == 1 || !EXPERTS, "tiles of experts belong to single CTAs");
 // A group that waits for a stage must have waited for that stage's last contents too: copies may end out of order, and
 // the parity of a barrier does not tell a phase from the one before the last.
@@ -395,23 +402,29 @@ DEVICE void pin_operands(u32 (&a)[STEPS][4]) {
   for (int i = 0; i < STEPS * 4; ++i) asm volatile("" : "+r"(a[i / 4][i % 4])::"memory");
 }
 
-DEVICE void multiply(float (&part)[ACCUMULATORS], u32 (&a)[STEPS][4], const Shared& s, int stage) {
-  const u32 x = descriptor_low(s.x(0)) + stage * (PANELS * PANEL_BYTES / 16);
-  pin(part);
+DEVICE void decode_all(const Block& block, u32 (&a)[STEPS][4]) {
+#pragma unroll
+  for (int step = 0; step < STEPS; ++step) decode(block.words, step, a[step]);
+}
+
+// Of part `part` of a stage's tokens.
+DEVICE void multiply(float (&product)[PART / 2], u32 (&a)[STEPS][4], const Shared& s, int stage, int part) {
+  const u32 x = descriptor_low(s.x(0)) + stage * (PANELS * PANEL_BYTES / 16) + part * (PART * 128 / 16);
+  pin(product);
   pin_operands(a);
   wgmma_fence();
 #pragma unroll
   for (int step = 0; step < STEPS; ++step) {
     constexpr int in_panel = STEPS / PANELS;
-    wgmma(part, a[step], descriptor(x + step / in_panel * (PANEL_BYTES / 16) + 2 * (step % in_panel)), step > 0);
+    wgmma(product, a[step], descriptor(x + step / in_panel * (PANEL_BYTES / 16) + 2 * (step % in_panel)), step > 0);
   }
   wgmma_commit();
-  pin(part);
+  pin(product);
 }
 
-DEVICE void promote(float (&sum)[ACCUMULATORS], const float (&part)[ACCUMULATORS], const float (&scale)[2]) {
+DEVICE void promote(float* sum, const float (&product)[PART / 2], const float (&scale)[2]) {
 #pragma unroll
-  for (int i = 0; i < ACCUMULATORS; ++i) sum[i] += scale[i / 2 % 2] * part[i];
+  for (int i = 0; i < PART / 2; ++i) sum[i] += scale[i / 2 % 2] * product[i];
 }
 
 // Of two tokens; those of an expert may begin anywhere.
@@ -466,6 +479,7 @@ DEVICE void give_back(const Shared& s, const Position& at, int stage) {
   if (at.lane == 0) barrier_arrive(s.empty(stage));
 }
 
+#if PARTS == 1
 // The sums of `blocks` blocks of K, of which this group takes every K_GROUPS-th.
 DEVICE void accumulate(float (&sum)[ACCUMULATORS], const Shared& s, const Position& at, Ring ring, int blocks,
                        const TokenScales& scales) {
@@ -483,10 +497,9 @@ DEVICE void accumulate(float (&sum)[ACCUMULATORS], const Shared& s, const Positi
       block.load(at, ring.stage);
     }
     u32 a[STEPS][4];
-#pragma unroll
-    for (int step = 0; step < STEPS; ++step) decode(block.words, step, a[step]);
+    decode_all(block, a);
     const float scale[2] = {block.scale[0], block.scale[1]};
-    multiply(part, a, s, ring.stage);
+    multiply(part, a, s, ring.stage, 0);
     if (GIVE_BACK_LATE && i > at.k_group) give_back(s, at, held);
     held = ring.stage;
     ring.skip(K_GROUPS);
@@ -509,6 +522,64 @@ DEVICE void accumulate(float (&sum)[ACCUMULATORS], const Shared& s, const Positi
   }
   if (GIVE_BACK_LATE && at.k_group < blocks) give_back(s, at, held);
 }
+
+#else
+// One block, whose first product is under way: the next part's is begun before this one is promoted, after the last part
+// (LAST: of all blocks) the next block's first.
+template <bool LAST>
+DEVICE void step(float (&sum)[ACCUMULATORS], float (&product)[2][PART / 2], u32 (&a)[STEPS][4], u32 (&next)[STEPS][4],
+                 float (&scale)[2], Ring& ring, const Shared& s, const Position& at) {
+  const int stage = ring.stage;
+  Block block;
+  if (!LAST) ring.skip(1);
+#pragma unroll
+  for (int part = 0; part < PARTS; ++part) {
+    const bool end = part == PARTS - 1;
+    if (!end) multiply(product[(part + 1) % 2], a, s, stage, part + 1);
+    if (!LAST && part == PARTS - 2) {
+      barrier_wait(s.full(ring.stage), ring.phase);
+      block.load(at, ring.stage);
+    }
+    if (!LAST && end) {
+      decode_all(block, next);
+      multiply(product[0], next, s, ring.stage, 0);
+    }
+    if (LAST && end) {
+      wgmma_wait<0>();
+    } else {
+      wgmma_wait<1>();
+    }
+    pin(product[part % 2]);
+    if (end) pin_operands(a);
+    if (end && at.lane == 0) barrier_arrive(s.empty(stage));
+    promote(sum + part * (PART / 2), product[part % 2], scale);
+  }
+  if (!LAST) scale[0] = block.scale[0], scale[1] = block.scale[1];
+}
+
+// The sums of `blocks` blocks of K.
+DEVICE void accumulate(float (&sum)[ACCUMULATORS], const Shared& s, const Position& at, Ring ring, int blocks,
+                       const TokenScales&) {
+  float product[2][PART / 2], scale[2];
+  u32 even[STEPS][4], odd[STEPS][4];
+  Block block;
+  barrier_wait(s.full(ring.stage), ring.phase);
+  block.load(at, ring.stage);
+  scale[0] = block.scale[0], scale[1] = block.scale[1];
+  decode_all(block, even);
+  multiply(product[0], even, s, ring.stage, 0);
+  for (; blocks > 2; blocks -= 2) {
+    step<false>(sum, product, even, odd, scale, ring, s, at);
+    step<false>(sum, product, odd, even, scale, ring, s, at);
+  }
+  if (blocks == 2) {
+    step<false>(sum, product, even, odd, scale, ring, s, at);
+    step<true>(sum, product, odd, even, scale, ring, s, at);
+  } else {
+    step<true>(sum, product, even, odd, scale, ring, s, at);
+  }
+}
+#endif
 
 // ---- sums of several groups and CTAs ----
 

@@ -57,10 +57,10 @@ def source(config: Config, problem: Int4Problem) -> nvrtc.Source:
         "OUTPUT_TMA": int(output_tma(problem)), "ROW_GROUPS": config.row_groups, "K_GROUPS": config.k_groups,
         "BY": config.by, "STAGES": config.stages, "PREFETCH": config.prefetch, "BAND": config.band,
         "SHARED": config.shared_bytes(problem), "EXPERTS": int(problem.experts > 0),
-        "SPLIT": config.split, "TOKEN_SCALES": config.token_scales, "EARLY": config.early,
+        "SPLIT": config.split, "TOKEN_SCALES": config.token_scales, "EARLY": config.early, "PARTS": config.parts,
     }  # fmt: skip
     headers = {name: (_FOLDER.parent / "common" / name).read_text() for name in ("sm90.cuh", "experts.cuh")}
-    headers["wgmma.cuh"] = wgmma_source(config.by, problem.x)
+    headers["wgmma.cuh"] = wgmma_source(config.by // config.parts, problem.x)
     return nvrtc.Source("gemm_int4", (_FOLDER / "sm90.cu").read_text(), headers, macros)
 
 

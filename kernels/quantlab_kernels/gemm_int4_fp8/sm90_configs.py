@@ -26,6 +26,8 @@ class Config:
     split   CTAs of a cluster that share the K of one tile; more than one without `stream`
     token_scales  bytes for the scales of all groups of all tokens, copied once; 0: every stage brings its own
     early   1: the scales of tokens are read while the MMA runs, if they have any for each group
+    parts   MMAs for which a block's codes are decoded once, each of `by / parts` tokens, two of them under way at a time;
+            1: one MMA, whose sums are promoted before the next begins
     """
 
     row_groups: int = 2
@@ -38,6 +40,7 @@ class Config:
     split: int = 1
     token_scales: int = 0
     early: int = 0
+    parts: int = 1
 
     @property
     def bx(self) -> int:
@@ -94,14 +97,17 @@ def reject(config: Config, problem: Int4Problem) -> str | None:
         return f"{shared} bytes of shared memory, {SHARED_LIMIT} are there"
     if config.math_groups not in _REGISTERS:
         return f"{config.math_groups} math groups, 1 to 4 fit on a multiprocessor"
+    if config.parts > 1 and (problem.grouped or config.k_groups > 1 or config.by % (8 * config.parts)):
+        return (
+            f"{config.parts} parts of {config.by} tokens, which take multiples of 8 with one scale each, and all of K"
+        )
     operands = 16 if problem.x.itemsize == 1 else 32
-    needed = config.by + operands + 8 * config.prefetch + 16
+    under_way = 2 if config.parts > 1 else 1
+    needed = config.by // 2 + under_way * (config.by // config.parts // 2 + operands) + 8 * config.prefetch + 16
     if needed > _REGISTERS[config.math_groups]:
         return f"about {needed} registers a thread, {_REGISTERS[config.math_groups]} are there"
     if config.split > 1 and (config.stream or problem.experts or problem.k // GROUP < config.split):
         return f"{config.split} CTAs for each tile, whose K of {problem.k} is cut otherwise"
-    if problem.grouped and config.stream == 1 and config.row_groups == 3:
-        return "tiles in parts before whole ones gave wrong sums with this shape and scales of groups (see the README)"
     if config.token_scales and (not problem.grouped or problem.experts or problem.m > config.by):
         return "scales are copied at once of one tile's tokens, if those have any for each group of K"
     if 0 < config.token_scales < _token_scale_bytes(problem):
@@ -134,6 +140,9 @@ def _family(problem: Int4Problem) -> Iterator[Config]:
     by = next((b for b in (16, 32, 64) if problem.m <= b), 128)
     few = ((1, 2, by, 1), (1, 4, by, 1), (2, 1, by, 1), (2, 2, by, 1), (3, 1, by, 1), (4, 1, by, 1))
     many = ((2, 1, 64, 1), (2, 1, 128, 1), (2, 1, 192, 1), (3, 1, 96, 0), (3, 1, 112, 1), (3, 1, 128, 0))
+    for width, parts in ((128, 2), (160, 2), (192, 4), (224, 4), (256, 8)) if by == 128 else ():
+        for stream in (0, 1, 2):
+            yield Config(2, 1, width, prefetch=0, parts=parts, stream=stream)
     for rows, k_groups, width, prefetch in few if by < 128 else many:
         shape = Config(rows, k_groups, width, prefetch=prefetch)
         if reject(deepest(shape, problem), problem):
@@ -168,8 +177,6 @@ def _many(problem: Int4Problem) -> Config:
     """For more than 64 tokens: the widest tile that the registers hold, and ends of waves cut along K."""
     if problem.x.itemsize > 1:
         return Config(2, 1, 128, prefetch=0, stream=2 if problem.m <= 512 else 1)
-    if problem.grouped and (problem.m > 512 or problem.n >= 16384 or problem.k >= 8192):
-        return Config(2, 1, 128, prefetch=0, early=1)  # scales arrive under the MMA, before their stage is given back
     if problem.m > 512 or problem.n >= 16384:
         return Config(3, 1, 128, prefetch=0, stream=1)
     chosen = Config(2, 1, 128)
