@@ -162,7 +162,8 @@ def test_many_tiles_for_each_cta(x, grouped):
         a, a_scale = activations("normal", m, k, x, grouped)
         by = 16 if m == 16 else 128
         problem = Int4Problem(m, n, k, x, grouped=grouped)
-        shapes = (Config(2, 1, by, prefetch=0), Config(3, 1, by, prefetch=0), Config(1, 4, 64, prefetch=0))
+        shapes = [Config(2, 1, by, prefetch=0), Config(3, 1, by, prefetch=0), Config(1, 4, 64, prefetch=0)]
+        shapes += [Config(2, 1, 192, prefetch=0, parts=4), Config(2, 1, 160, prefetch=0, parts=2)]
         deepest = (sm90_configs.deepest(shape, problem) for shape in shapes)
         for deep in ready((d for d in deepest if sm90_configs.reject(d, problem) is None), problem):
             for stream in (0, 1, 2):

@@ -26,8 +26,8 @@ class Config:
     split   CTAs of a cluster that share the K of one tile; more than one without `stream`
     token_scales  bytes for the scales of all groups of all tokens, copied once; 0: every stage brings its own
     early   1: the scales of tokens are read while the MMA runs, if they have any for each group
-    parts   MMAs for which a block's codes are decoded once, each of `by / parts` tokens, two of them under way at a time;
-            1: one MMA, whose sums are promoted before the next begins
+    parts   MMAs for which a block's codes are decoded once, each of `by / parts` tokens, two of them under way at a
+            time; 1: one MMA, whose sums are promoted before the next begins
     """
 
     row_groups: int = 2
