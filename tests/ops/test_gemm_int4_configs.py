@@ -34,6 +34,7 @@ def test_every_problem_has_legal_configurations(m: int, x: torch.dtype):
         (Config(4, 1, 128, stages=3), "registers a thread"),
         (Config(1, 4, 16, stages=14), "14 stages for 4 groups"),
         (Config(1, 2, 16, stages=8, split=2), "2 CTAs for each tile"),
+        (Config(1, 2, 16, stages=8, stream=2, spread=1), "tiles are not given out whole"),
     ],
 )
 def test_illegal_configurations_have_a_reason(config: Config, reason: str):

@@ -28,6 +28,7 @@ class Config:
     early   1: the scales of tokens are read while the MMA runs, if they have any for each group
     parts   MMAs for which a block's codes are decoded once, each of `by / parts` tokens, two of them under way at a
             time; 1: one MMA, whose sums are promoted before the next begins
+    spread  1: CTAs begin at different blocks of K, without `stream`
     """
 
     row_groups: int = 2
@@ -41,6 +42,7 @@ class Config:
     token_scales: int = 0
     early: int = 0
     parts: int = 1
+    spread: int = 0
 
     @property
     def bx(self) -> int:
@@ -108,6 +110,8 @@ def reject(config: Config, problem: Int4Problem) -> str | None:
         return f"about {needed} registers a thread, {_REGISTERS[config.math_groups]} are there"
     if config.split > 1 and (config.stream or problem.experts or problem.k // GROUP < config.split):
         return f"{config.split} CTAs for each tile, whose K of {problem.k} is cut otherwise"
+    if config.spread and (config.stream or problem.experts):
+        return "CTAs begin at different blocks of K, but tiles are not given out whole"
     if config.token_scales and (not problem.grouped or problem.experts or problem.m > config.by):
         return "scales are copied at once of one tile's tokens, if those have any for each group of K"
     if 0 < config.token_scales < _token_scale_bytes(problem):
@@ -151,6 +155,9 @@ def _family(problem: Int4Problem) -> Iterator[Config]:
             yield replace(shape, stream=stream)
     for rows, k_groups in ((1, 1), (1, 2), (1, 4)) if by < 128 else ((2, 1),):
         yield Config(rows, k_groups, by, stream=0, split=2)
+        yield Config(rows, k_groups, by, stream=0, split=2, spread=1)
+    if by < 128:
+        yield Config(2, 2, by, prefetch=int(by < 64), stream=0, spread=1)
 
 
 def default(problem: Int4Problem) -> Config:

@@ -41,11 +41,11 @@ def supports(problem: Problem) -> str | None:
 def config(problem: Problem) -> Config:
     """Groups. Few rows: one per program, so that the chip fills. Many: tiles of 8 KB of 16-bit input and more.
 
-    One scale for each row: whole rows, 32 columns a thread."""
+    One scale for each row: whole rows, 16 columns a thread."""
     if not problem.group:
         columns = min(LONGEST_ROW, max(128, triton.next_power_of_2(problem.k)))
         rows = max(1, 2048 // columns)
-        return Config(rows, columns, max(1, rows * columns // 1024))
+        return Config(rows, columns, rows * columns // 512)
     if problem.m * problem.k <= 1 << 18:
         return Config(1, 128, 1)
     return Config(8, 256, 4)
