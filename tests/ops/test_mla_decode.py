@@ -128,18 +128,20 @@ def paged(cache: PackedLatent, page: int) -> tuple[PackedLatent, Tensor]:
     return pool, torch.cat((order, junk), 1).to(torch.int32)
 
 
-def check(decode: Callable[..., tuple[Tensor, Tensor]], call: Call) -> None:
+def check(decode: Callable[..., tuple[Tensor, Tensor]], call: Call, narrow: bool = False) -> None:
     """Every element within its bound of the float64 definition on the same codes, and the log-sum-exp close."""
     out, lse = call.run(decode)
     dense = call.cache if call.table is None else reference.gathered(call.cache, call.table)
     given = call.q_latent, call.q_rope, dense, call.length, call.start, SCALE
     exact, exact_lse, weights = reference.attend(*given)
-    bound = decode_bound(exact, weights, *given)
+    bound = decode_bound(exact, weights, *given, narrow=narrow)
     assert bool(torch.isfinite(out).all())
     assert bool(((out.double() - exact).abs() <= bound).all()), f"{((out.double() - exact).abs() / bound).max()}"
     nothing = torch.isinf(exact_lse)
     assert torch.equal(nothing, torch.isinf(lse))
-    assert bool((torch.where(nothing, 0.0, lse.double() - exact_lse).abs() <= 0.01).all())
+    assert bool((torch.where(nothing, 0.0, lse.double() - exact_lse).abs() <= (0.06 if narrow else 0.01)).all())
+    if narrow:  # no more than what E4M3 latents lose themselves
+        assert float((out.double() - exact).norm() / exact.norm()) < 0.025
 
 
 CASES = [
@@ -328,6 +330,13 @@ ON_A_GPU = [
     Case("int8", (300, 17), heads=32, rank=128, rope=32, sq=2),
     Case("16bit", (300, 17), heads=40, rank=256, rope=32),
 ]
+MANY_ROWS = [
+    *(Case(name, (1500, 64, 1, 0), heads=64, **V3) for name in ("16bit", "fp8", "int4")),
+    *(Case(name, (700, 65), heads=33, sq=2, page=64, **V3) for name in ("16bit", "fp8", "int4")),
+    *(Case(name, (100, 60), heads=20, sq=3, page=16, start=(70, 7), **V3) for name in ("16bit", "fp8", "int4")),
+    *(Case(name, (5000,), heads=128, even=True, **V3) for name in ("16bit", "fp8", "int4")),
+    *(Case(name, (300, 17), heads=40, rank=256, rope=64) for name in ("16bit", "fp8")),
+]
 ON_HOPPER = [
     *ON_A_GPU[:-3],
     *(Case(name, (700, 65), heads=heads, **V3) for name in FORMATS for heads in (1, 16, 20, 33, 64)),
@@ -344,15 +353,17 @@ ON_HOPPER = [
         *(("triton", case, torch.float16) for case in ON_A_GPU[8:12]),
         *(("sm90", case, torch.bfloat16) for case in ON_HOPPER),
         *(("sm90", case, torch.float16) for case in ON_HOPPER[8:12]),
+        *(("sm90_rows", case, torch.bfloat16) for case in MANY_ROWS),
+        *(("sm90_rows", case, torch.float16) for case in MANY_ROWS[:3]),
     ],
     ids=str,
 )
 def test_every_element(backend: str, case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
-    if backend == "sm90" and torch.cuda.get_device_capability() != (9, 0):
+    if backend.startswith("sm90") and torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("made for Hopper")
     monkeypatch.setenv("QUANTLAB_MLA_DECODE_BACKEND", backend)
     call = build(case, dtype, "cuda")
-    check(mla_decode, call)
+    check(mla_decode, call, narrow=backend == "sm90_rows" and case.format != "16bit")
     first, second = call.run(mla_decode), call.run(mla_decode)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 

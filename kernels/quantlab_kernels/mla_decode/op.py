@@ -15,7 +15,7 @@ from quantlab_kernels.common.ops import define, require
 from quantlab_kernels.kv_append.op import check_places
 from quantlab_kernels.mla_decode import eager
 
-BACKENDS = Backends("mla_decode", ("sm90", "triton", "eager"), last_resort="eager")
+BACKENDS = Backends("mla_decode", ("sm90_rows", "sm90", "triton", "eager"), last_resort="eager")
 _QUERIES = (torch.bfloat16, torch.float16, torch.float32)
 
 

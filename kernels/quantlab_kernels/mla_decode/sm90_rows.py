@@ -22,41 +22,38 @@ if TYPE_CHECKING:
 
 _FOLDER = Path(__file__).parent
 ROWS, THREADS = 64, 384
+FEW = 32  # rows for which the transposed schedule is as quick
 _FORMATS = {"float": 0, "e4m3": 1, "int4": 3}
 
 
 @dataclass(frozen=True)
 class Config:
-    """halves: of tiles of latents in the ring, position parts: `ropes`;  parts: E4M3 numbers that make a query."""
+    """halves: of tiles of latents in the ring, and `raws` of packed ones; position parts: `ropes`."""
 
-    halves: int = 5
+    halves: int
     ropes: int = 2
-    parts: int = 1
-    in_turn: bool = False
     raws: int = 0
-    early: bool = False
 
 
 def supports(problem: Problem) -> str | None:
-    return able(problem)
+    rows = problem.heads * problem.sq
+    return able(problem) or (None if rows > FEW else f"{rows} rows, quicker from {FEW + 1} on")
 
 
 def able(problem: Problem) -> str | None:
+    """Whether it can run; weights of codes are rounded to E4M3, see the README."""
     p = problem
-    if p.code not in _FORMATS:
-        return f"{p.code} latents, needs floats, E4M3 or INT4"
-    if p.heads * p.sq < ROWS // 2:
-        return f"{p.heads * p.sq} rows, takes {ROWS} at once"
+    if p.code not in _FORMATS or (p.code == "int4" and p.rank != 512):
+        return f"{p.code} latents of {p.rank} channels, needs floats, E4M3, or INT4 of 512"
     if p.dtype not in (torch.bfloat16, torch.float16) or (p.code == "float" and p.dtype != p.kept):
-        return f"{p.dtype} queries, needs the cache's 16-bit dtype"
+        return f"{p.dtype} queries for a cache of {p.kept}, needs 16 bits, of one dtype for latents in 16 bits"
     return sm90.supports(problem)
 
 
 @functools.cache
 def config(problem: Problem) -> Config:
-    if problem.code == "float":
-        return Config()
-    return Config(halves=10, ropes=3, parts=2) if problem.code == "e4m3" else Config(halves=6, ropes=3, parts=2, raws=8)
+    """As much in the ring as shared memory holds."""
+    return {"float": Config(5), "e4m3": Config(8), "int4": Config(6, raws=4)}[problem.code]
 
 
 def source(config: Config, problem: Problem) -> nvrtc.Source:
@@ -65,24 +62,25 @@ def source(config: Config, problem: Problem) -> nvrtc.Source:
     macros = {
         "L": p.rank, "FORMAT": _FORMATS[p.code], "KEPT": sm90.FLOATS[p.kept], "QUERY": sm90.FLOATS[p.dtype], "N": ROWS,
         "PAGED": int(p.page > 0), "BOX": math.gcd(p.page, sm90.TILE), "SHARED": sm90.SHARED, "HALVES": c.halves,
-        "ROPES": c.ropes, "PARTS": c.parts, "RAWS": c.raws, "EARLY": int(c.early), "IN_TURN": int(c.in_turn),
+        "RAWS": c.raws, "ROPES": c.ropes,
     }  # fmt: skip
     kept = "bf16" if p.kept == torch.bfloat16 else "f16"
-    wgmma = [wgmma_variant("wgmma_rope", ROWS, "f32", kept, kept, registers=True)]
     if p.code == "float":
-        wgmma += [
-            wgmma_variant("wgmma_scores", ROWS, "f32", kept, kept, registers=True),
+        wgmma = [
+            wgmma_variant("wgmma_kept", ROWS, "f32", kept, kept, registers=True),
             wgmma_variant("wgmma_shared", ROWS, "f32", kept, kept, registers=False),
             wgmma_variant("wgmma_outputs", p.rank // 2, "f32", kept, kept, registers=False, turned_b=True),
         ]
     else:
-        wgmma += [
-            wgmma_variant("wgmma_scores", ROWS, "f32", "e4m3", "e4m3", registers=True),
-            wgmma_variant("wgmma_shared", ROWS, "f32", "e4m3", "e4m3", registers=False),
+        wgmma = [
+            wgmma_variant("wgmma_rope", ROWS, "f32", kept, kept, registers=False),
+            wgmma_variant("wgmma_scores", ROWS, "f32", "e4m3", "e4m3", registers=False),
             wgmma_variant("wgmma_outputs", ROWS, "f32", "e4m3", "e4m3", registers=True),
         ]
     headers = {name: (_FOLDER.parent / "common" / name).read_text() for name in ("sm90.cuh", "attention.cuh")}
-    headers |= {name: (_FOLDER / name).read_text() for name in ("work.cuh", "merge.cuh")}
+    headers |= {
+        name: (_FOLDER / name).read_text() for name in ("work.cuh", "rows_floats.cuh", "rows_codes.cuh", "merge.cuh")
+    }
     headers["wgmma.cuh"] = "".join(wgmma)
     return nvrtc.Source("mla_decode_rows", (_FOLDER / "rows.cu").read_text(), headers, macros)
 
