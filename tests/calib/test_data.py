@@ -27,6 +27,7 @@ def test_bundled_texts_are_readable_and_share_no_paragraph():
     assert all(100_000 < len(text) < 400_000 for text in texts)
     paragraphs = [{p.strip() for p in text.split("\n\n") if len(p) > 80} for text in texts]
     assert not paragraphs[0] & paragraphs[1]
+    assert ["def " in text for text in texts] == [True, False]  # calibration sees code, evaluation stays prose
 
 
 def test_a_window_begins_with_what_the_tokenizer_puts_in_front(character_tokenizer, tmp_path):

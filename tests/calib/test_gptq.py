@@ -77,6 +77,24 @@ def test_aiming_at_the_original_makes_up_for_inputs_that_are_off():
     assert error(weight, aimed, *unseen) < 0.7 * error(weight, plain, *unseen)
 
 
+def test_a_share_of_the_aim_lies_between_none_and_all():
+    weight, original = weight_of(), correlated(4000, 256)
+    x = original * 0.95 + 0.1 * original.roll(1, dims=1)
+    seen = observed(x, original)
+
+    def moved(aim: float) -> torch.Tensor:
+        codes, scale = Gptq(damping=0.01, aim=aim).prepare(seen.moments[None], seen.cross[None]).round(weight[None])
+        return decode_int4(codes[0], scale[0])
+
+    def output_of(decoded: torch.Tensor) -> float:
+        return float(((x @ decoded.T - original @ weight.T) / x.norm(dim=1, keepdim=True)).square().sum())
+
+    none, some, every = (output_of(moved(aim)) for aim in (0.0, 0.7, 1.0))
+    assert every < some < none
+    plain = Gptq(damping=0.01).prepare(seen.moments[None]).round(weight[None])
+    assert torch.equal(moved(0.0), decode_int4(plain[0][0], plain[1][0]))
+
+
 def test_channels_that_never_move_are_rounded_to_nearest():
     weight, x = weight_of(), correlated(1000, 256)
     x[:, 5] = 0.0

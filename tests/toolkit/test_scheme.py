@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -70,3 +71,12 @@ def test_missing_recipe(tmp_path: Path):
 
 def test_none_is_a_scheme_that_leaves_alone():
     assert scheme_named("none") is None
+
+
+def test_the_fast_effort_is_optional_until_something_is_named():
+    fast = Calibration(effort="fast")
+    assert fast.optional
+    assert fast.count < Calibration().count
+    assert replace(fast, samples=5).count == 5
+    named = [replace(fast, data="text.txt"), replace(fast, activations="static"), fast.only(["gptq"]), Calibration()]
+    assert not any(calibration.optional for calibration in named)
