@@ -566,7 +566,7 @@ DEVICE void step(float (&sum)[ACCUMULATORS], float (&product)[2][PART / 2], u32 
     }
     pin(product[part % 2]);
     if (end) pin_operands(a);
-    if (end && at.lane == 0) barrier_arrive(s.empty(stage));
+    if (end) give_back(s, at, stage);
     promote(sum + part * (PART / 2), product[part % 2], scale);
   }
   if (!LAST) scale[0] = block.scale[0], scale[1] = block.scale[1];
