@@ -383,6 +383,20 @@ def test_a_sink_hides_nothing(backend: str):
     assert relative(attention_8bit(q, k, v)[0].transpose(1, 2), exact) < 0.02
 
 
+@pytest.mark.parametrize("size", [1e-4, 30.0, 120.0])
+def test_scores_of_any_size(backend: str, size: float):
+    """Nearly equal weights, whose scores are far from those that are hidden only by definition, and a single one."""
+    q, k, v = inputs(1, (2, 1), (200, 700), 128, "cuda")
+    z = attention_quantize(size * q, k, v)
+    check(z, *attention_prefill(z, causal=True), RMS[backend]["int8"], causal=True)
+
+
+def test_more_heads_than_are_worked_on_together(backend: str):
+    q, k, v = inputs(1, (3, 3), (300, 17000), 128, "cuda")
+    z = attention_quantize(q, k, v)
+    check(z, *attention_prefill(z, causal=True), RMS[backend]["int8"], causal=True)
+
+
 def test_padding_may_be_anything(backend: str):
     q, k, v = inputs(2, (4, 2), (300, 300), 128, "cuda")
     key_range = torch.tensor([[37, 300], [0, 210]], dtype=torch.int32, device="cuda")

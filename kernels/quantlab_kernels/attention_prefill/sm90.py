@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 _FOLDER = Path(__file__).parent
 _OUTPUT = {torch.bfloat16: 1, torch.float16: 2}
 HEAD_DIMS = (64, 80, 96, 128)
+_L2_SHARE = 8 << 20  # bytes of keys and values
 
 
 @dataclass(frozen=True)
@@ -127,15 +128,20 @@ def _prepared(
     tiles = -(-p.sq // rows) + sequences  # a sequence of several ends with a tile of its own
     items = p.batch * p.heads_q * tiles
     scalars = struct.pack(
-        "<12Q10i3f", q_scale, q_shift, k_scale, v_scale, v_mean, *others,
+        "<12Q11i3f", q_scale, q_shift, k_scale, v_scale, v_mean, *others,
         p.batch, p.heads_q, p.heads_kv, p.sq, p.skv, blocks, sequences, items, attributes.left, attributes.right,
-        attributes.scale, attributes.softcap, (p.d & -p.d) ** -0.5,
+        _together(p), attributes.scale, attributes.softcap, (p.d & -p.d) ** -0.5,
     )  # fmt: skip
     params = b"".join(maps) + scalars
     params += bytes(-len(params) % 64)
     code = kernel(config, p.d, p.qk, p.pv, p.softcap, p.sinks, p.out_dtype)
     threads = 128 * (config.consumers + 1)
     return code, driver.Launch(min(items, gpu(device).sm_count), threads, 1, config.shared_bytes(p.d)), params
+
+
+def _together(p: Problem) -> int:
+    """How many heads are worked on at a time: the more, the more even the end, but their keys should stay in the L2."""
+    return max(1, min(p.batch * p.heads_q, _L2_SHARE // max(2 * p.skv * p.d, 1)))
 
 
 # Zeros that a launch leaves as zeros. Launches of one stream cannot overlap and share theirs; a captured one, which may
