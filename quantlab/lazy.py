@@ -8,6 +8,7 @@ batch and rewrites fused experts to disk first.
 from __future__ import annotations
 
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from torch import nn
 from quantlab.architecture import load_targets, meta_model
 from quantlab.checkpoint import Source
 from quantlab.errors import PreflightError
+
+READERS = 8  # threads: one alone does not keep a disk busy
 
 
 class LazyModel:
@@ -62,9 +65,9 @@ class LazyModel:
         names = [name for name in names if name not in self._loaded]
         wanted = {alias for name in names for alias in self._aliases.get(name, (name,)) if alias in self._wanted}
         if wanted:
-            self._convert(
-                {tensor: self.source.read(tensor) for name in sorted(wanted) for tensor in self._wanted[name]}
-            )
+            tensors = [tensor for name in sorted(wanted) for tensor in self._wanted[name]]
+            with ThreadPoolExecutor(READERS) as readers:
+                self._convert(dict(zip(tensors, readers.map(self.source.read, tensors), strict=True)))
         for name in names:
             self._tie(name)
             if _tensor(self.model, name).is_meta:
