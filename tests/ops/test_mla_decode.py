@@ -242,6 +242,15 @@ def test_what_no_gpu_has_verified_is_refused_but_can_be_forced():
     assert "pages of 20 tokens, needs multiples of 64" in hopper.supports(replace(verified, page=20))
     assert "needs bfloat16 or float16" in hopper.supports(replace(verified, kept=torch.float32))
     assert "needs bfloat16 or float16" in str(backend.able(replace(verified, kept=torch.float32)))
+    many = importlib.import_module("quantlab_kernels.mla_decode.sm90_rows")
+    assert many.supports(verified) == hopper.supports(verified)  # which asks for a compiler
+    few = replace(verified, heads=16)
+    assert many.supports(few) == (many.able(few) or "16 rows, quicker from 33 on")
+    assert "int8 latents of 512 channels, needs floats, E4M3, or INT4 of 512" in str(
+        many.able(replace(verified, code="int8"))
+    )
+    assert "needs 16 bits" in str(many.able(replace(verified, dtype=torch.float32)))
+    assert "compiled for sm_90 only" in str(many.able(replace(verified, sm=100)))
 
 
 def test_refusals():
