@@ -174,10 +174,11 @@ struct Outputs {
     channel[0] = __byte_perm(a, b, 0x5410), channel[1] = __byte_perm(a, b, 0x7632);
     channel[2] = __byte_perm(c, d, 0x5410), channel[3] = __byte_perm(c, d, 0x7632);
   }
+  // Two products of 32 rows are under way while those before them are added.
   DEVICE void add(u32 weights, u32 half, const Thread& me) {
     const u32 b = descriptor_low(weights);
     u32 a[2][2][4];  // of both k-steps, for two blocks
-    float x[32];
+    float x[2][16];
 #pragma unroll
     for (int c = 0; c < HALF_CHUNKS; c++) {
 #pragma unroll
@@ -188,19 +189,31 @@ struct Outputs {
         a[i / 2][1][i % 2 * 2] = channel[2], a[i / 2][1][i % 2 * 2 + 1] = channel[3];
       }
 #pragma unroll
-      for (int k = 0; k < 2; k++) {
-        pin(a[0][k]);
-        pin(a[1][k]);
-        pin(x);
-        wgmma_fence();
-        wgmma_outputs(x, a[0][k], descriptor(b), 0);
-        wgmma_outputs(x, a[1][k], descriptor(b + 2), 1);
-        wgmma_commit();
-        wgmma_wait<0>();
-        pin(x);
+      for (int i = 0; i < 4; i++) pin(a[i / 2][i % 2]);
 #pragma unroll
-        for (int i = 0; i < 32; i++) sum[2 * c + k][i] += x[i];
+      for (int unit = 0; unit < 5; unit++) {  // block unit / 2, rows 32 (unit % 2) and on
+        if (unit < 4) {
+          float(&now)[16] = x[unit % 2];
+          const u32 rows = b + unit % 2 * (32 * 128 / 16);
+          pin(now);
+          wgmma_fence();
+          wgmma_outputs(now, a[0][unit / 2], descriptor(rows), 0);
+          wgmma_outputs(now, a[1][unit / 2], descriptor(rows + 2), 1);
+          wgmma_commit();
+        }
+        if (unit == 0) continue;
+        if (unit < 4)
+          wgmma_wait<1>();
+        else
+          wgmma_wait<0>();
+        const int done = unit - 1;
+        pin(x[done % 2]);
+#pragma unroll
+        for (int i = 0; i < 16; i++) sum[2 * c + done / 2][done % 2 * 16 + i] += x[done % 2][i];
+        pin(x[done % 2]);
       }
+#pragma unroll
+      for (int i = 0; i < 4; i++) pin(a[i / 2][i % 2]);
     }
   }
   static DEVICE void pin(u32 (&x)[4]) { asm volatile("" : "+r"(x[0]), "+r"(x[1]), "+r"(x[2]), "+r"(x[3])::"memory"); }

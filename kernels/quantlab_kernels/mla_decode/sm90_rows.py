@@ -75,7 +75,7 @@ def source(config: Config, problem: Problem) -> nvrtc.Source:
         wgmma = [
             wgmma_variant("wgmma_rope", ROWS, "f32", kept, kept, registers=False),
             wgmma_variant("wgmma_scores", ROWS, "f32", "e4m3", "e4m3", registers=False),
-            wgmma_variant("wgmma_outputs", ROWS, "f32", "e4m3", "e4m3", registers=True),
+            wgmma_variant("wgmma_outputs", ROWS // 2, "f32", "e4m3", "e4m3", registers=True),
         ]
     headers = {name: (_FOLDER.parent / "common" / name).read_text() for name in ("sm90.cuh", "attention.cuh")}
     headers |= {
