@@ -14,8 +14,10 @@ extern "C" __global__ void __launch_bounds__(LANES* MOST_GROUPS) merge(const __g
   float4 values[BATCH_OF_PARTS];  // on their way while the shares are computed
   const auto load = [&](int first) {
 #pragma unroll
-    for (int i = 0; i < BATCH_OF_PARTS; i++)
-      values[i] = first + i * groups < p.splits ? from[(first + i * groups) * pairs * LANES] : float4{0.0f, 0.0f, 0.0f, 0.0f};
+    for (int i = 0; i < BATCH_OF_PARTS; i++) {
+      const int part = first + i * groups;
+      values[i] = part < p.splits ? from[part * pairs * LANES] : float4{0.0f, 0.0f, 0.0f, 0.0f};
+    }
   };
   load(group);
   if (threadIdx.x < 32) weigh_parts<MOST_SPLITS>(p.sums, pairs, at, p.splits, shares, both);
@@ -44,7 +46,8 @@ extern "C" __global__ void __launch_bounds__(LANES* MOST_GROUPS) merge(const __g
   const i64 batch = at / p.rows;
   const bool some = both[1] > 0.0f;
   const float by = some ? 1.0f / both[1] : 0.0f;
-  if (threadIdx.x == 0) p.lse[(batch * p.heads + head) * p.sq + query] = some ? (both[0] + log2_(both[1])) / LOG2E : -INFINITE;
+  if (threadIdx.x == 0)
+    p.lse[(batch * p.heads + head) * p.sq + query] = some ? (both[0] + log2_(both[1])) / LOG2E : -INFINITE;
   const float four[4] = {result[0] * by, result[1] * by, result[2] * by, result[3] * by};
   store_four<QUERY>(p.out, at * L + 4 * lane, four);
 }

@@ -2,8 +2,8 @@
 //
 // Of three warpgroups one computes scores and hands weights through shared memory to two that add half of the channels
 // each: while they multiply weights of a tile with its latents, the first is at scores and exponentials of the next.
-// Whoever is the last to read a part of a tile has the copy engine bring the next one to its place. rows_floats.cuh says
-// how 16-bit latents are multiplied, rows_codes.cuh how E4M3 and INT4 are.
+// Whoever is the last to read a part of a tile has the copy engine bring the next one to its place. How 16-bit latents
+// are multiplied says rows_floats.cuh; how E4M3 and INT4 are, rows_codes.cuh.
 //
 // References of exponentials are raised when a score exceeds them by more than LAZY, which is seldom.
 //
@@ -36,10 +36,10 @@ constexpr int OFFSET_TOTAL = OFFSET_RESCALE + 512;                     // [64], 
 constexpr int OFFSET_FACTOR = OFFSET_TOTAL + 256;
 constexpr int OFFSET_SCALES = OFFSET_FACTOR + 256;  // [2][3][64] scales of tokens, their inverses and logarithms
 constexpr int OFFSET_BARRIERS = OFFSET_SCALES + (FORMAT == 0 ? 0 : 6 * 256);
-constexpr int LATE = HALVES - KEPT_CHUNKS / HALF_CHUNKS;  // first half that comes where queries wait for their registers
-constexpr int OFFSET_STAGED = LATE * HALF;
-static_assert(OFFSET_BARRIERS + 8 * (HALVES + ROPES + 4 + (PACKED ? RAWS : 0)) <= SHARED, "the host allocates what is laid out here");
-static_assert(!PACKED || (L == 512 && HALVES == 6 && RAWS % 2 == 0), "a warpgroup unpacks to the place that it read last");
+constexpr int LATE = HALVES - KEPT_CHUNKS / HALF_CHUNKS;  // first half that comes where queries were staged
+constexpr int BARRIERS = HALVES + ROPES + 4 + (PACKED ? RAWS : 0);
+static_assert(OFFSET_BARRIERS + 8 * BARRIERS <= SHARED, "the host allocates what is laid out here");
+static_assert(!PACKED || (L == 512 && HALVES == 6 && RAWS % 2 == 0), "a warpgroup unpacks to where it read last");
 
 // Where the `number`th of something lies among `count` places, and the parity of its barriers.
 struct Turn {
@@ -107,7 +107,8 @@ DEVICE void fetch_half(const Params& p, const Work& work, const Shared& s, int n
   barrier_arrive_expect(full, FETCHED_CHUNKS * boxes.bytes);
 #pragma unroll
   for (int c = 0; c < FETCHED_CHUNKS; c++)
-    boxes.load(p, &p.latent, (number % 2 * FETCHED_CHUNKS + c) * (FORMAT == 0 ? 64 : 128), s.fetched(at.slot) + c * CHUNK, full);
+    boxes.load(p, &p.latent, (number % 2 * FETCHED_CHUNKS + c) * (FORMAT == 0 ? 64 : 128),
+               s.fetched(at.slot) + c * CHUNK, full);
 }
 
 DEVICE void fetch_rope(const Params& p, const Work& work, const Shared& s, int tile) {
@@ -332,7 +333,8 @@ DEVICE void output(const Params& p, const Work& work, const Shared& s, const Thr
   }
   named_barrier_sync(15, THREADS);
   if (p.splits > 1)
-    outputs.store<0>(reinterpret_cast<char*>(p.part), p, work, s, me, (static_cast<i64>(work.split) * p.batches + work.batch) * p.rows);
+    outputs.store<0>(reinterpret_cast<char*>(p.part), p, work, s, me,
+                     (static_cast<i64>(work.split) * p.batches + work.batch) * p.rows);
   else
     outputs.store<QUERY>(p.out, p, work, s, me, static_cast<i64>(work.batch) * p.rows);
 }

@@ -1,12 +1,13 @@
-// E4M3 and INT4 latents as operands of 8-bit MMA in rows.cu. Queries are sums of two E4M3 numbers, weights are rounded to one.
+// E4M3 and INT4 latents as operands of 8-bit MMA in rows.cu. Queries are sums of two E4M3 numbers, weights are rounded
+// to one.
 //
-// The second product is transposed, channels on M, because 8-bit operands in shared memory must have tokens side by side
-// and those in registers can be arranged: four words of four channels are turned by permutations of bytes. Weights lie
-// in the order in which tokens are read without bank conflicts. Matrix units add 8-bit products with 13 bits or so, so
+// The second product is transposed, channels on M, because 8-bit operands in shared memory must have tokens side by
+// side and those in registers can be arranged: four words of four channels are turned by permutations of bytes. Weights
+// lie in the order in which tokens are read without bank conflicts. Matrix units add 8-bit products with 13 bits or so:
 // the products of a tile are added to float32 sums by themselves.
 //
-// INT4 codes become E4M3 numbers, which have all odd numbers to 15: two tiles ahead, by the warpgroups that add outputs, each
-// those that it will read. A half of a tile is then 128 channels and the 128 that share their bytes.
+// INT4 codes become E4M3 numbers, which have all odd numbers to 15: two tiles ahead, by the warpgroups that add
+// outputs, each those that it will read. A half of a tile is then 128 channels and the 128 that share their bytes.
 
 DEVICE u16 e4m3_pair(float low, float high) {
   u16 r;
@@ -122,7 +123,7 @@ DEVICE void compute_scores(float (&x)[32], const Queries&, const Shared& s, cons
   }
 }
 
-// Token 8 j + 2 t + e is element 32 (j / 4) + 16 (j / 2 % 2) + 4 t + 2 (j % 2) + e. Sums are those of rounded weights, which
+// Token 8 j + 2 t + e is element 32 (j / 4) + 16 (j / 2 % 2) + 4 t + 2 (j % 2) + e. Sums are of rounded weights, which
 // are free of the roundings that all tokens share.
 DEVICE void write_weights(Softmax& softmax, float (&x)[32], const Shared& s, int slot, u32 scales, const Thread& me) {
   float sum[2][4] = {};
@@ -163,7 +164,7 @@ struct Outputs {
 #pragma unroll
     for (int i = 0; i < 32 * BLOCKS; i++) sum[i / 32][i % 32] *= i % 2 ? by[i % 32 / 4].y : by[i % 32 / 4].x;
   }
-  // Codes of 4 channels of tokens 8 j + 2 t + {0, 1}, where j is twice `pair` and one more, become 4 tokens of each channel.
+  // Codes of 4 channels of tokens 8 j + 2 t + {0, 1}, j twice `pair` and one more, become 4 tokens of each channel.
   static DEVICE void turn(u32 (&channel)[4], u32 chunk, int pair, const Thread& me) {
     u32 word[4];
 #pragma unroll
@@ -231,9 +232,11 @@ struct Outputs {
       const float by = read<float>(s.base + OFFSET_TOTAL + 4 * n);
 #pragma unroll
       for (int c = 0; c < HALF_CHUNKS; c++) {
-        const int i = j / 2 * 4 + j % 2, first = PACKED ? c * (L / 2) + (me.group - 1) * 128 : ((me.group - 1) * HALF_CHUNKS + c) * 128;
+        const int i = j / 2 * 4 + j % 2, half = me.group - 1;
+        const int first = PACKED ? c * (L / 2) + half * 128 : (half * HALF_CHUNKS + c) * 128;
         const int channel = first + 32 * me.warp + 4 * me.g;
-        const float four[4] = {sum[2 * c][i] * by, sum[2 * c][i + 2] * by, sum[2 * c + 1][i] * by, sum[2 * c + 1][i + 2] * by};
+        const float(&low)[32] = sum[2 * c], (&high)[32] = sum[2 * c + 1];
+        const float four[4] = {low[i] * by, low[i + 2] * by, high[i] * by, high[i + 2] * by};
         store_four<KIND>(to, (rows + row) * L + channel, four);
       }
     }
@@ -245,7 +248,8 @@ DEVICE void unpack(u32& low, u32& high, u32 word) {
   constexpr u32 MAGNITUDES[2] = {0x4E4A4438, 0x57555351};  // 1, 3, 5, 7 and 9, 11, 13, 15
   const u32 negative = ~word & 0x88888888u;                // where 7 - c is the place of the magnitude, not c - 8
   const u32 place = (word & 0x77777777u) ^ (negative - (negative >> 3));
-  const u32 a = __byte_perm(MAGNITUDES[0], MAGNITUDES[1], place), b = __byte_perm(MAGNITUDES[0], MAGNITUDES[1], place >> 16);
+  const u32 a = __byte_perm(MAGNITUDES[0], MAGNITUDES[1], place);
+  const u32 b = __byte_perm(MAGNITUDES[0], MAGNITUDES[1], place >> 16);
   low = __byte_perm(a, b, 0x6420) | (negative << 4 & 0x80808080u);
   high = __byte_perm(a, b, 0x7531) | (negative & 0x80808080u);
 }

@@ -1,5 +1,7 @@
-// 16-bit latents as both operands of rows.cu's products. Half of the queries stay in registers, so that shared memory holds
-// two and a half tiles of tokens.
+// 16-bit latents as both operands of rows.cu's products. Half of the queries stay in registers, so that shared memory
+// holds two and a half tiles of tokens.
+
+constexpr int OFFSET_STAGED = LATE * HALF;
 
 // Queries as they are, in chunks as latents have them; the position's where weights will be.
 DEVICE void stage_queries(const Params& p, const Work& work, u32 base) {
@@ -8,11 +10,12 @@ DEVICE void stage_queries(const Params& p, const Work& work, u32 base) {
   for (int i = threadIdx.x; i < 64 * PIECES; i += THREADS) {
     const int n = i / PIECES, piece = i % PIECES, row = work.first_row + n;
     const int head = row % p.heads, query = row / p.heads;
-    const char* from = piece < L / 8
-                           ? p.q_latent + 2 * (work.batch * p.ql_batch + query * p.ql_token + head * p.ql_head + piece * 8)
-                           : p.q_rope + 2 * (work.batch * p.qr_batch + query * p.qr_token + head * p.qr_head + piece * 8 - L);
+    const i64 latent = work.batch * p.ql_batch + query * p.ql_token + head * p.ql_head + piece * 8;
+    const i64 rope = work.batch * p.qr_batch + query * p.qr_token + head * p.qr_head + piece * 8 - L;
+    const char* from = piece < L / 8 ? p.q_latent + 2 * latent : p.q_rope + 2 * rope;
     const int chunk = piece / 8, shared = chunk - KEPT_CHUNKS;
-    const u32 to = base + (piece >= L / 8 ? OFFSET_P : shared >= 0 ? OFFSET_QUERIES + shared * CHUNK : OFFSET_STAGED + chunk * CHUNK);
+    const int place = shared >= 0 ? OFFSET_QUERIES + shared * CHUNK : OFFSET_STAGED + chunk * CHUNK;
+    const u32 to = base + (piece < L / 8 ? place : OFFSET_P);
     write(to + swizzled(n, piece % 8 * 16), row < p.rows ? load_piece(from) : uint4{0, 0, 0, 0});
   }
 }
@@ -59,7 +62,7 @@ DEVICE void multiply_latents(float (&x)[32], const Queries& q, const Shared& s, 
 }
 
 // Scores of the tile, in powers of two.
-DEVICE void compute_scores(float (&x)[32], const Queries& q, const Shared& s, const Thread& me, const float (&factor)[2],
+DEVICE void compute_scores(float (&x)[32], const Queries& q, const Shared& s, const Thread&, const float (&factor)[2],
                            int tile, u32) {
   pin(x);
   wgmma_fence();
@@ -99,7 +102,8 @@ struct Outputs {
     for (int i = 0; i < OUT; i++) sum[i] = 0.0f;
   }
   DEVICE void rescale(u32 from, const Thread& me) {
-    const float a = read<float>(from + (16 * me.warp + me.g) * 4), b = read<float>(from + (16 * me.warp + me.g + 8) * 4);
+    const u32 at = from + (16 * me.warp + me.g) * 4;
+    const float a = read<float>(at), b = read<float>(at + 32);
     if (!__any_sync(~0u, a != 1.0f || b != 1.0f)) return;
 #pragma unroll
     for (int i = 0; i < OUT; i++) sum[i] *= i / 2 % 2 ? b : a;
