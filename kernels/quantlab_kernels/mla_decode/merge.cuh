@@ -1,22 +1,25 @@
-// The second kernel: a CTA adds the parts of a row. L / 4 threads take four channels each; where there are many parts,
-// several such groups take them in turns and meet in shared memory.
-constexpr int MOST_SPLITS = 128, LANES = L / 4, MOST_GROUPS = 8, BATCH_OF_PARTS = 8;
+// The second kernel adds the parts of a row. A thread takes four channels; a CTA takes a whole row or, where there are many
+// parts, a quarter or so of it, and groups of threads take the parts in turns and meet in shared memory.
+constexpr int MOST_SPLITS = 128, BATCH_OF_PARTS = 8, MERGERS = 512;
 
-extern "C" __global__ void __launch_bounds__(LANES* MOST_GROUPS) merge(const __grid_constant__ Params p) {
+extern "C" __global__ void __launch_bounds__(MERGERS) merge(const __grid_constant__ Params p) {
   __shared__ float shares[MOST_SPLITS];
   __shared__ float both[2];
-  __shared__ float4 partial[MOST_GROUPS][LANES];
+  __shared__ float4 partial[MERGERS];  // [groups][lanes]
   wait_for_previous_kernel();
   let_next_kernel_start();
-  const int lane = threadIdx.x % LANES, group = threadIdx.x / LANES, groups = blockDim.x / LANES;
-  const i64 pairs = static_cast<i64>(p.batches) * p.rows, at = blockIdx.x;
-  const float4* from = reinterpret_cast<const float4*>(p.part) + at * LANES + lane;
+  const i64 pairs = static_cast<i64>(p.batches) * p.rows;
+  const int ctas = gridDim.x / static_cast<int>(pairs), lanes = L / 4 / ctas;  // of a row, of a CTA
+  const int lane = threadIdx.x % lanes, group = threadIdx.x / lanes, groups = blockDim.x / lanes;
+  const i64 at = blockIdx.x / ctas;
+  const int channel = 4 * (blockIdx.x % ctas * lanes + lane);
+  const float4* from = reinterpret_cast<const float4*>(p.part + at * L + channel);
   float4 values[BATCH_OF_PARTS];  // on their way while the shares are computed
   const auto load = [&](int first) {
 #pragma unroll
     for (int i = 0; i < BATCH_OF_PARTS; i++) {
       const int part = first + i * groups;
-      values[i] = part < p.splits ? from[part * pairs * LANES] : float4{0.0f, 0.0f, 0.0f, 0.0f};
+      values[i] = part < p.splits ? from[part * pairs * (L / 4)] : float4{0.0f, 0.0f, 0.0f, 0.0f};
     }
   };
   load(group);
@@ -34,11 +37,11 @@ extern "C" __global__ void __launch_bounds__(LANES* MOST_GROUPS) merge(const __g
     load(first);
   }
   if (groups > 1) {
-    partial[group][lane] = {result[0], result[1], result[2], result[3]};
+    partial[threadIdx.x] = {result[0], result[1], result[2], result[3]};
     __syncthreads();
     if (group != 0) return;
     for (int i = 1; i < groups; i++) {
-      const float4 other = partial[i][lane];
+      const float4 other = partial[i * lanes + lane];
       result[0] += other.x, result[1] += other.y, result[2] += other.z, result[3] += other.w;
     }
   }
@@ -46,8 +49,8 @@ extern "C" __global__ void __launch_bounds__(LANES* MOST_GROUPS) merge(const __g
   const i64 batch = at / p.rows;
   const bool some = both[1] > 0.0f;
   const float by = some ? 1.0f / both[1] : 0.0f;
-  if (threadIdx.x == 0)
+  if (channel == 0)
     p.lse[(batch * p.heads + head) * p.sq + query] = some ? (both[0] + log2_(both[1])) / LOG2E : -INFINITE;
   const float four[4] = {result[0] * by, result[1] * by, result[2] * by, result[3] * by};
-  store_four<QUERY>(p.out, at * L + 4 * lane, four);
+  store_four<QUERY>(p.out, at * L + channel, four);
 }

@@ -29,7 +29,8 @@ _CODES: dict[Code, int] = {"float": 0, "e4m3": 1, "int8": 2, "int4": 3}
 _MAPPED = {torch.bfloat16: driver.BFLOAT16, torch.float16: driver.FLOAT16}
 _FOLDER = Path(__file__).parent
 TILE, CHUNK, ROPE = 64, 8192, 64  # tokens of a tile, bytes of 64 tokens in the ring, channels of the position
-PARTS_AT_ONCE, MOST_GROUPS = 8, 8  # of a thread of the second kernel; groups of threads that share a row's parts
+PARTS_AT_ONCE, MERGERS = 8, 512  # of a thread of the second kernel, threads of its CTA
+MANY_PARTS = 32  # from which on a CTA of the second kernel takes but 128 channels
 SHARED = 232448  # bytes of shared memory that a CTA may have
 
 
@@ -164,8 +165,10 @@ def run(
     shape = driver.Launch(p.batch * tiles * count, grid.threads, grid.cluster, SHARED, early=True)
     attend.launch(shape, params, device)
     if count > 1:
-        groups = min(MOST_GROUPS, -(-count // PARTS_AT_ONCE))
-        merge.launch(driver.Launch(p.batch * rows, p.rank // 4 * groups, 1, 0, early=True), params, device)
+        lanes = p.rank // 4 if count < MANY_PARTS else 32
+        groups = min(MERGERS // lanes, -(-count // PARTS_AT_ONCE))
+        ctas = p.batch * rows * p.rank // (4 * lanes)
+        merge.launch(driver.Launch(ctas, lanes * groups, 1, 0, early=True), params, device)
 
 
 def readable(cache: PackedLatent) -> bool:
