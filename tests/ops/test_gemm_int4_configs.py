@@ -34,7 +34,6 @@ def test_every_problem_has_legal_configurations(m: int, x: torch.dtype):
         (Config(4, 1, 128, stages=3), "registers a thread"),
         (Config(1, 4, 16, stages=14), "14 stages for 4 groups"),
         (Config(1, 2, 16, stages=8, split=2), "2 CTAs for each tile"),
-        (Config(1, 2, 16, stages=8, stream=2, spread=1), "tiles are not given out whole"),
     ],
 )
 def test_illegal_configurations_have_a_reason(config: Config, reason: str):
@@ -63,6 +62,14 @@ def test_few_tokens_have_their_scales_copied_at_once():
 
     assert [bytes_of(1, 14336), bytes_of(64, 4096), bytes_of(64, 14336), bytes_of(256, 512)] == [8192, 8192, 0, 0]
     assert bytes_of(1, 4096, grouped=False) == 0
+
+
+@pytest.mark.parametrize(("m", "n", "k"), [(128, 4096, 4096), (256, 4096, 14336), (512, 4096, 7168), (128, 6144, 4096)])
+def test_each_processor_has_one_tile_where_a_shape_gives_that(m: int, n: int, k: int):
+    problem = Int4Problem(m, n, k)
+    config = default(problem)
+    assert (config.stream, config.split) == (0, 1)
+    assert 96 <= config.tiles(problem) <= 132
 
 
 @pytest.mark.parametrize(

@@ -31,8 +31,6 @@
 //   OUTPUT_TMA  1: 16-bit tiles leave through the copy engine; 0: from registers
 //   BAND        tiles of rows (EXPERTS: of tokens) that are walked together for the sake of the L2 cache
 //   SPLIT       CTAs of a cluster, each with a part of the K of a tile; a CTA has one tile then
-//   SPREAD      1: CTAs begin at different blocks of K and go around, so that few tokens, of which there are few lines, are
-//               not asked for by all at the same time; tiles are whole then
 //   EXPERTS     1: rows of x are sorted by expert and the weight is one [N, K] for each; how many rows an expert has is
 //               read from device memory. Tiles are whole, and leave row by row: the next rows are another expert's
 #include "experts.cuh"
@@ -115,7 +113,6 @@ struct Schedule {
   int part_tile, part_first, left, next;  // the rest of this CTA's share of the streamed tiles; the whole tile after it
   int tile_x, tile_y, tile, first, last;
   int first_token = 0, end_token;
-  int shift = 0;
 #if EXPERTS
   int experts;
   u32 groups;
@@ -151,7 +148,6 @@ struct Schedule {
     const int rank = blockIdx.x % SPLIT;
     first = part ? part_first : blocks * rank / SPLIT;
     last = part ? min(blocks, first + left) : blocks * (rank + 1) / SPLIT;
-    if (SPREAD) shift = tile % (last - first);
     left -= part ? last - first : 0;
     next += part ? 0 : gridDim.x / SPLIT;
     ++part_tile;
@@ -195,13 +191,6 @@ struct Schedule {
 
   DEVICE int row() const { return tile_x * BX; }
   DEVICE int token() const { return first_token + tile_y * BY; }
-
-  // The block of K whose turn is `turn`, counted from `first` to `last` like blocks.
-  DEVICE int block(int turn) const {
-    if (!SPREAD) return turn;
-    const int block = turn + shift;
-    return block < last ? block : block - (last - first);
-  }
 };
 
 struct Ring {
@@ -283,16 +272,16 @@ DEVICE void produce_codes(const Params& p, const Shared& s, Schedule schedule) {
 #pragma unroll
     for (int i = FIRST; i < ROW_GROUPS; i += 2) {
       const int tile = min(schedule.tile_x * ROW_GROUPS + i, count - 1);  // beyond the last row anything will do
-      const long long block = static_cast<long long>(schedule.expert() * count + tile) * p.blocks;
-      source[i / 2] = p.codes + (block + schedule.block(schedule.first)) * TILE_BYTES;
+      const long long block = static_cast<long long>(schedule.expert() * count + tile) * p.blocks + schedule.first;
+      source[i / 2] = p.codes + block * TILE_BYTES;
     }
-    for (int turn = schedule.first; turn < schedule.last; ++turn, ring.skip(1)) {
+    for (int block = schedule.first; block < schedule.last; ++block, ring.skip(1)) {
       barrier_wait(s.empty(ring.stage), ring.phase ^ 1);
       barrier_arrive_expect(s.full(ring.stage), (ROW_GROUPS + 1 - FIRST) / 2 * TILE_BYTES);
 #pragma unroll
       for (int i = FIRST; i < ROW_GROUPS; i += 2) {
         bulk_load(s.codes(ring.stage) + i * TILE_BYTES, source[i / 2], TILE_BYTES, s.full(ring.stage), policy);
-        source[i / 2] += (schedule.block(turn + 1) - schedule.block(turn)) * TILE_BYTES;
+        source[i / 2] += TILE_BYTES;
       }
     }
   }
@@ -301,11 +290,11 @@ DEVICE void produce_codes(const Params& p, const Shared& s, Schedule schedule) {
 DEVICE void produce_row_scales(const Params& p, const Shared& s, Schedule schedule) {
   Ring ring;
   while (schedule.advance()) {
-    for (int turn = schedule.first; turn < schedule.last; ++turn, ring.skip(1)) {
+    for (int block = schedule.first; block < schedule.last; ++block, ring.skip(1)) {
       barrier_wait(s.empty(ring.stage), ring.phase ^ 1);
       barrier_arrive_expect(s.full(ring.stage), ROW_SCALE_BYTES);
       tma_load(s.row_scale(ring.stage), &p.row_scale, s.full(ring.stage), schedule.expert() * p.rows + schedule.row(),
-               schedule.block(turn), kEvictNormal);
+               block, kEvictNormal);
     }
   }
 }
@@ -322,8 +311,7 @@ DEVICE void produce_tokens(const Params& p, const Shared& s, Schedule schedule) 
     bulk_load(s.token_scale(0), p.token_scale_of, bytes, s.scales_ready(), kEvictNormal);
   }
   while (schedule.advance()) {
-    for (int turn = schedule.first; turn < schedule.last; ++turn, ring.skip(1)) {
-      const int block = schedule.block(turn);
+    for (int block = schedule.first; block < schedule.last; ++block, ring.skip(1)) {
       barrier_wait(s.empty(ring.stage), ring.phase ^ 1);
       barrier_arrive_expect(s.full(ring.stage), TOKENS_BYTES);
 #pragma unroll
@@ -468,16 +456,13 @@ DEVICE void promote_grouped(float (&sum)[ACCUMULATORS], const float (&part)[ACCU
 
 // Where the scales of the tile's tokens are for a block. EXPERTS: some bytes behind where the copy engine began.
 struct TokenScales {
-  const Schedule& schedule;
   u32 first, column;
-  DEVICE TokenScales(const Params& p, const Shared& s, const Schedule& schedule)
-      : schedule(schedule), column(scale_column(p)) {
+  DEVICE TokenScales(const Params& p, const Shared& s, const Schedule& schedule) : column(scale_column(p)) {
     first = TOKEN_SCALES ? s.token_scale(0) + schedule.first * column : EXPERTS ? 4 * (schedule.token() & 3) : 0;
     if constexpr (TOKEN_SCALES > 0) barrier_wait(s.scales_ready(), 0);
   }
-  DEVICE u32 of(const Shared& s, int stage, int turn) const {
-    if (!TOKEN_SCALES) return s.token_scale(stage) + first;
-    return first + (schedule.block(schedule.first + turn) - schedule.first) * column;
+  DEVICE u32 of(const Shared& s, int stage, int block) const {
+    return TOKEN_SCALES ? first + block * column : s.token_scale(stage) + first;
   }
 };
 

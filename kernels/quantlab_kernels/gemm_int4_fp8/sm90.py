@@ -58,7 +58,6 @@ def source(config: Config, problem: Int4Problem) -> nvrtc.Source:
         "BY": config.by, "STAGES": config.stages, "PREFETCH": config.prefetch, "BAND": config.band,
         "SHARED": config.shared_bytes(problem), "EXPERTS": int(problem.experts > 0),
         "SPLIT": config.split, "TOKEN_SCALES": config.token_scales, "EARLY": config.early, "PARTS": config.parts,
-        "SPREAD": config.spread,
     }  # fmt: skip
     headers = {name: (_FOLDER.parent / "common" / name).read_text() for name in ("sm90.cuh", "experts.cuh")}
     headers["wgmma.cuh"] = wgmma_source(config.by // config.parts, problem.x)

@@ -28,7 +28,6 @@ class Config:
     early   1: the scales of tokens are read while the MMA runs, if they have any for each group
     parts   MMAs for which a block's codes are decoded once, each of `by / parts` tokens, two of them under way at a
             time; 1: one MMA, whose sums are promoted before the next begins
-    spread  1: CTAs begin at different blocks of K, without `stream`
     """
 
     row_groups: int = 2
@@ -42,7 +41,6 @@ class Config:
     token_scales: int = 0
     early: int = 0
     parts: int = 1
-    spread: int = 0
 
     @property
     def bx(self) -> int:
@@ -110,8 +108,6 @@ def reject(config: Config, problem: Int4Problem) -> str | None:
         return f"about {needed} registers a thread, {_REGISTERS[config.math_groups]} are there"
     if config.split > 1 and (config.stream or problem.experts or problem.k // GROUP < config.split):
         return f"{config.split} CTAs for each tile, whose K of {problem.k} is cut otherwise"
-    if config.spread and (config.stream or problem.experts):
-        return "CTAs begin at different blocks of K, but tiles are not given out whole"
     if config.token_scales and (not problem.grouped or problem.experts or problem.m > config.by):
         return "scales are copied at once of one tile's tokens, if those have any for each group of K"
     if 0 < config.token_scales < _token_scale_bytes(problem):
@@ -144,7 +140,7 @@ def _family(problem: Int4Problem) -> Iterator[Config]:
     by = next((b for b in (16, 32, 64) if problem.m <= b), 128)
     few = ((1, 2, by, 1), (1, 4, by, 1), (2, 1, by, 1), (2, 2, by, 1), (3, 1, by, 1), (4, 1, by, 1))
     many = ((2, 1, 64, 1), (2, 1, 128, 1), (2, 1, 192, 1), (3, 1, 96, 0), (3, 1, 112, 1), (3, 1, 128, 0))
-    for width, parts in ((128, 2), (160, 2), (192, 4), (224, 4), (256, 8)) if by == 128 else ():
+    for width, parts in ((128, 2), (192, 4)) if by == 128 else ():
         for stream in (0, 1, 2):
             yield Config(2, 1, width, prefetch=0, parts=parts, stream=stream)
     for rows, k_groups, width, prefetch in few if by < 128 else many:
@@ -155,41 +151,47 @@ def _family(problem: Int4Problem) -> Iterator[Config]:
             yield replace(shape, stream=stream)
     for rows, k_groups in ((1, 1), (1, 2), (1, 4)) if by < 128 else ((2, 1),):
         yield Config(rows, k_groups, by, stream=0, split=2)
-        yield Config(rows, k_groups, by, stream=0, split=2, spread=1)
-    if by < 128:
-        yield Config(2, 2, by, prefetch=int(by < 64), stream=0, spread=1)
 
 
 def default(problem: Int4Problem) -> Config:
-    """The configuration when nothing was tuned.
-
-    For few tokens math groups stand side by side where there are rows enough, else they share out K. A long K is cut:
-    between the two CTAs of a cluster where such clusters fill the GPU, else evenly among all CTAs. A short one is not,
-    the hand-over would cost more than the processors that stay idle."""
+    """The configuration when nothing was tuned."""
     by = next((b for b in (16, 32, 64) if problem.m <= b), 128)
     if by == 128:
-        return deepest(_many(problem), problem)
-    if problem.n >= 16384:
-        chosen = Config(4, 1, by, prefetch=0, stream=0) if by == 64 else Config(2, 2, by, stream=0)
-    else:
-        chosen = Config(1, 2, by, stream=0 if problem.k <= 4096 else 2)
-        if chosen.stream and _pairs_fill(chosen, problem):
-            chosen = replace(chosen, stream=0, split=2, k_groups=4 if by * problem.x.itemsize == 16 else 2)
+        return deepest(_many(problem) if problem.x.itemsize == 1 else _many_wide(problem), problem)
+    chosen = _few(problem, by)
     if problem.grouped and _token_scale_bytes(problem) <= _TOKEN_SCALES:
         chosen = replace(chosen, token_scales=_TOKEN_SCALES)
     return deepest(chosen, problem)
 
 
+def _few(problem: Int4Problem, by: int) -> Config:
+    """Math groups stand side by side where there are rows enough, else they share out K. Two CTAs of a cluster share
+    the K of a tile where such clusters fill the GPU; else a long K is cut evenly among all CTAs. A short one is not:
+    handing sums over would cost more than processors that idle. (16-bit operands leave registers for fewer groups.)"""
+    if problem.n >= 16384:
+        return Config(4, 1, by, prefetch=0, stream=0) if by == 64 else Config(2, 2, by, stream=0)
+    narrow, short = problem.x.itemsize == 1, problem.k <= 4096
+    shape = Config(1, 4, by, prefetch=int(by < 64)) if narrow else Config(1, 2, by)
+    if 48 <= shape.tiles(problem) <= 66 and (narrow or not short):
+        return replace(shape, stream=0, split=2)
+    return replace(shape, stream=0 if short else 2)
+
+
 def _many(problem: Int4Problem) -> Config:
-    """For more than 64 tokens: the widest tile that the registers hold, and ends of waves cut along K."""
-    if problem.x.itemsize > 1:
-        return Config(2, 1, 128, prefetch=0, stream=2 if problem.m <= 512 else 1)
-    if problem.m > 512 or problem.n >= 16384:
-        return Config(3, 1, 128, prefetch=0, stream=1)
-    chosen = Config(2, 1, 128)
-    return replace(chosen, stream=0, split=2) if _pairs_fill(chosen, problem) else chosen
+    """More than 64 tokens in 8 bits: tiles of a shape that gives each processor just one, if there is such a shape;
+    else wide ones, and the ends of waves are cut along K."""
+    if problem.m <= 128 and problem.n >= 16384:
+        return Config(2, 1, 96 if problem.m <= 96 else 128, stream=0)
+    if problem.m <= 96 and problem.k >= 8192:
+        return Config(2, 1, 96)
+    for shape in (Config(1, 2, 64), Config(1, 2, 128), Config(2, 1, 128)):
+        if 96 <= shape.tiles(problem) <= 132:
+            return replace(shape, stream=0)
+    return Config(3, 1, 128, prefetch=0, stream=1) if problem.m > 512 or problem.n >= 16384 else Config(2, 1, 128)
 
 
-def _pairs_fill(config: Config, problem: Int4Problem) -> bool:
-    """Whether two CTAs for each tile are about as many as Hopper's 132 processors."""
-    return 48 <= config.tiles(problem) <= 66
+def _many_wide(problem: Int4Problem) -> Config:
+    """More than 64 tokens in 16 bits, whose codes take so long to decode that it pays to do it under an MMA."""
+    if problem.m >= 2048:
+        return Config(2, 1, 192, prefetch=0, parts=4, stream=1)
+    return Config(2, 1, 128, prefetch=0, parts=2, stream=2 if problem.m <= 512 else 1)

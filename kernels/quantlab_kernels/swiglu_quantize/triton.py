@@ -115,14 +115,16 @@ def _token_kernel(
             amax = tl.maximum(amax, largest_magnitude(piece, 1, NATIVE), tl.PropagateNan.ALL)
     scale = scale_of(amax, False)
     tl.store(scale_ptr + row, scale, mask=row < m)
-    scale = tl.broadcast_to(scale[:, None], (ROWS, COLUMNS))
+    # A product in float32 is itself rounded, so that a multiplication by the reciprocal loses nothing that counts.
+    inverse = tl.math.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
+    inverse = tl.broadcast_to(inverse[:, None], (ROWS, COLUMNS))
     codes = codes_ptr + wide_row * k
-    store_codes(codes + column, tl.math.div_rn(product, scale), inside & (column < k), NATIVE)
+    store_codes(codes + column, product * inverse, inside & (column < k), NATIVE)
     if LONG:
         for start in range(COLUMNS, k, COLUMNS):
             mask = inside & (start + column < k)
             piece = _product(at + (start + column) * x_column, k, x_column, mask)
-            store_codes(codes + start + column, tl.math.div_rn(piece, scale), mask, NATIVE)
+            store_codes(codes + start + column, piece * inverse, mask, NATIVE)
 
 
 _GROUP, _TOKEN = Launcher(_group_kernel), Launcher(_token_kernel)
