@@ -20,6 +20,18 @@ DEVICE float2 e4m3_floats(u16 pair) {
 }
 DEVICE u32 e4m3_four(const float* x) { return e4m3_pair(x[0], x[1]) | static_cast<u32>(e4m3_pair(x[2], x[3])) << 16; }
 
+// Four channels of a query, raised, as sums of two numbers.
+DEVICE void write_numbers(u32 to, const float* x, float raised) {
+  float four[4], rest[4];
+#pragma unroll
+  for (int k = 0; k < 4; k++) four[k] = x[k] * raised;
+  const u32 first = e4m3_four(four);
+  const float2 low = e4m3_floats(static_cast<u16>(first)), high = e4m3_floats(static_cast<u16>(first >> 16));
+  rest[0] = four[0] - low.x, rest[1] = four[1] - low.y, rest[2] = four[2] - high.x, rest[3] = four[3] - high.y;
+  write(to, __uint_as_float(first));
+  write(to + CHUNKS * CHUNK, __uint_as_float(e4m3_four(rest)));
+}
+
 // Rows of queries, the largest of each near 128 by a power of two, as two E4M3 numbers; a warp takes a row.
 DEVICE void stage_queries(const Params& p, const Work& work, u32 base) {
   const int lane = threadIdx.x % 32;
@@ -51,18 +63,9 @@ DEVICE void stage_queries(const Params& p, const Work& work, u32 base) {
 #pragma unroll
     for (int i = 0; i < L / 256; i++) {
       const int chunk = PACKED ? lane / 16 * 2 + i : 2 * i + lane / 16;
-      const u32 to = chunk * CHUNK + swizzled(n, lane % 16 * 8);
-#pragma unroll
-      for (int j = 0; j < 2; j++) {
-        float four[4], rest[4];
-#pragma unroll
-        for (int k = 0; k < 4; k++) four[k] = x[8 * i + 4 * j + k] * raised;
-        const u32 first = e4m3_four(four);
-        const float2 low = e4m3_floats(static_cast<u16>(first)), high = e4m3_floats(static_cast<u16>(first >> 16));
-        rest[0] = four[0] - low.x, rest[1] = four[1] - low.y, rest[2] = four[2] - high.x, rest[3] = four[3] - high.y;
-        write(base + OFFSET_QUERIES + to + 4 * j, __uint_as_float(first));
-        write(base + OFFSET_QUERIES + CHUNKS * CHUNK + to + 4 * j, __uint_as_float(e4m3_four(rest)));
-      }
+      const u32 to = base + OFFSET_QUERIES + chunk * CHUNK + swizzled(n, lane % 16 * 8);
+      write_numbers(to, x + 8 * i, raised);
+      write_numbers(to + 4, x + 8 * i + 4, raised);
     }
     const u32 both = pack<KEPT>(turned[0] * raised, turned[1] * raised);
     write(base + OFFSET_QUERIES + 2 * CHUNKS * CHUNK + swizzled(n, 4 * lane), __uint_as_float(both));
