@@ -161,7 +161,8 @@ class Blockwise:
             self.quantized = _Quantized(layers, self.steps.input)
             if self.steps.smooth:
                 self._smooth(index, block)
-            targets = self._backing_off(partial(self._targets, index))
+            early = self.steps.original and self.at_once >= len(self.tokens)
+            targets = self._backing_off(partial(self._targets, index)) if early else None
             for stage in self._stages(index):
                 self._backing_off(partial(self._stage, index, stage, block))
             unseen = [name for name in layers if name not in block.rounded]
@@ -169,6 +170,7 @@ class Blockwise:
                 self._keep(block, [name], *round_int4(layers[name]))
             if unseen:
                 block.notes.append(f"{len(unseen)} layers saw no data and are rounded without: {unseen[0]}")
+            targets = targets if early else self._backing_off(partial(self._targets, index))
             if self.steps.tune is not None and targets is not None:
                 self._backing_off(partial(self._tune, index, block, targets, self.steps.tune))
         else:
@@ -336,9 +338,9 @@ class Blockwise:
         """Round groups of layers, all of the same shapes; those of a group share their inputs."""
         assert self.steps.gptq is not None
         seen = [observers[names[0]] for names in groups]
-        moments = torch.stack([o.moments for o in seen if o.moments is not None])
+        moments = _batch([o.moments for o in seen if o.moments is not None])
         crosses = [o.cross for o in seen if o.cross is not None]
-        cross = torch.stack(crosses) if len(crosses) == len(seen) else None
+        cross = _batch(crosses) if len(crosses) == len(seen) else None
         try:
             rounder = self.steps.gptq.prepare(moments, cross)
         except SingularError as error:
@@ -349,6 +351,9 @@ class Blockwise:
             block.notes.append(f"{_named(groups[0])}: {error}, rounded without data")
             self._plainly(block, groups[0])
             return
+        del moments, cross, crosses
+        for observer in seen:
+            observer.moments = observer.cross = None  # a matrix of K x K each
         layers = self.quantized.layers
         for columns in _runs([*zip(*groups, strict=True)], lambda names: sum(layers[n].numel() for n in names)):
             rows = [[*names] for names in zip(*columns, strict=True)]  # of each group the layers that go now
@@ -480,6 +485,11 @@ class _Quantized:
 
     def product(self, name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return nn.functional.linear(self.input(x), self.decoded.get(name, weight), bias)
+
+
+def _batch(matrices: list[Tensor]) -> Tensor:
+    """[B, K, K]; one alone is not copied."""
+    return torch.stack(matrices) if len(matrices) > 1 else matrices[0][None]
 
 
 def _runs(items: list[U], size: Callable[[U], int]) -> Iterator[list[U]]:

@@ -25,6 +25,7 @@ from quantlab_calib.rounding import CODE_MAX, GROUP, search_scales
 from quantlab_calib.search import round_columns
 
 DAMPINGS = (1.0, 10.0, 100.0)  # times the wanted one, tried until the matrix can be factored
+DIRECTLY = 512  # channels of a triangular matrix that is inverted without halving it
 
 
 class SingularError(ArithmeticError):
@@ -54,29 +55,29 @@ class Gptq:
         Raises SingularError.
         """
         with _tensor_cores():
-            return self._prepare(moments.clone(), cross)
+            return self._prepare(moments, cross)
 
     def _prepare(self, moments: Tensor, cross: Tensor | None) -> Rounder:
-        ridge = self._damp(moments)
-        energy = moments.diagonal(dim1=1, dim2=2) - ridge[:, None]
-        if cross is not None and not bool(cross.isfinite().all()):
-            cross = None
-        order = None
-        if self.act_order:
-            order = energy.argsort(dim=1, descending=True, stable=True)[:, :, None]
-            moments = moments.gather(1, order.expand_as(moments)).gather(2, order.mT.expand_as(moments))
-            cross = None if cross is None else cross.gather(2, order.mT.expand_as(cross))
-        return Rounder(energy, cross, order, _inverse_root(moments), moments if self.sweeps else None, self)
-
-    def _damp(self, moments: Tensor) -> Tensor:
-        """Add the ridge in place and return it [B]; channels that never moved become independent of all others."""
-        diagonal = moments.diagonal(dim1=1, dim2=2)
-        if not bool(diagonal.isfinite().all()):
+        energy = moments.diagonal(dim1=1, dim2=2).clone()
+        if not bool(energy.isfinite().all()):
             raise SingularError("its inputs are not finite")
-        mean = diagonal.mean(dim=1)
-        ridge = torch.where(mean > 0, self.damping * mean, torch.ones_like(mean))
-        diagonal += ridge[:, None]
-        return ridge
+        if cross is not None and not bool(cross.sum().isfinite()):
+            cross = None
+        order = energy.argsort(dim=1, descending=True, stable=True)[:, :, None] if self.act_order else None
+        damped = self._damped(moments, order)
+        root = _inverse_root(damped.flip(1, 2))
+        return Rounder(energy, cross, order, root, damped if self.sweeps else None, self)
+
+    def _damped(self, moments: Tensor, order: Tensor | None) -> Tensor:
+        """With the ridge, in the order of processing; channels that never moved become independent of all others."""
+        if order is None:
+            moments = moments.clone()
+        else:
+            moments = moments.gather(1, order.expand_as(moments)).gather(2, order.mT.expand_as(moments))
+        diagonal = moments.diagonal(dim1=1, dim2=2)
+        mean = diagonal.mean(dim=1, keepdim=True)
+        diagonal += torch.where(mean > 0, self.damping * mean, torch.ones_like(mean))
+        return moments
 
 
 @dataclass(frozen=True)
@@ -84,8 +85,8 @@ class Rounder:
     """Rounds weights [B, N, K], any number of rows at a time; made by `Gptq.prepare`.
 
     energy   [B, K], of each channel
-    cross    [B, K, K] or None, see `Gptq.prepare`; columns in the order of processing
-    order    [B, K, 1], channels in that order, or None
+    cross    [B, K, K] or None, see `Gptq.prepare`
+    order    [B, K, 1], channels in the order of processing, or None
     root     [B, K, K], see `_inverse_root`; in that order
     moments  [B, K, K] or None, damped, in that order; for the sweeps
     """
@@ -104,21 +105,27 @@ class Rounder:
 
     def _round(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         if self.cross is not None:
-            change = weight @ self.cross @ self.root.mT @ self.root
-            weight = weight + self.settings.aim * self._placed(change, dim=2)
+            change = self._ordered(weight @ self.cross, dim=2) @ self.root.mT @ self.root
+            weight = weight.add(self._placed(change, dim=2), alpha=self.settings.aim)
         scale = torch.stack([search_scales(w, importance=e) for w, e in zip(weight, self.energy, strict=True)])
         w = weight.mT  # channels are rows from here on
         step = scale.mT.repeat_interleave(w.shape[1] // scale.shape[2], dim=1)
-        if self.order is not None:
-            w, step = (t.gather(1, self.order.expand_as(t)) for t in (w, step))
+        w, step = self._ordered(w, dim=1), self._ordered(step, dim=1)
         codes = _feedback(w.clone(), step, self.root)
         for _ in range(self.settings.sweeps):
             assert self.moments is not None
             codes = _sweep(w, step, self.moments, codes)
         return self._placed(codes, dim=1).mT.to(torch.int8).contiguous(), scale
 
+    def _ordered(self, values: Tensor, dim: int) -> Tensor:
+        """Channels, along `dim`, in the order of processing."""
+        if self.order is None:
+            return values
+        order = self.order if dim == 1 else self.order.mT
+        return values.gather(dim, order.expand_as(values))
+
     def _placed(self, values: Tensor, dim: int) -> Tensor:
-        """Values whose channels, along `dim`, are in the order of processing, each in its place."""
+        """Channels that are in the order of processing, each in its place: the inverse of `_ordered`."""
         if self.order is None:
             return values
         order = self.order if dim == 1 else self.order.mT
@@ -137,13 +144,12 @@ def _tensor_cores() -> Iterator[None]:
         products.fp32_precision = before
 
 
-def _inverse_root(moments: Tensor) -> Tensor:
-    """Upper triangular R [B, K, K] with H^-1 = R^T R.
+def _inverse_root(flipped: Tensor) -> Tensor:
+    """Upper triangular R [B, K, K] with H^-1 = R^T R, given H with rows and columns reversed, which is used up.
 
     R is the inverse of the U in H = U U^T, which is the ordinary Cholesky factor with rows and columns reversed: one
     factorization and one triangular inverse, where the usual way inverts H and factors twice.
     """
-    flipped = moments.flip(1, 2)
     lower, info = torch.linalg.cholesky_ex(flipped)
     for times in DAMPINGS[1:]:
         if not bool(info.any()):
@@ -154,8 +160,21 @@ def _inverse_root(moments: Tensor) -> Tensor:
     if bool(info.any()):
         raise SingularError("its second moments cannot be factored")
     del flipped
-    identity = torch.eye(lower.shape[1], dtype=lower.dtype, device=lower.device).expand_as(lower)
-    return torch.linalg.solve_triangular(lower, identity, upper=False).flip(1, 2)
+    _invert(lower)
+    return torch.flip(lower, (1, 2))
+
+
+def _invert(lower: Tensor) -> None:
+    """Invert lower triangular [B, K, K] in place, by halves: products, and little memory."""
+    if lower.shape[1] <= DIRECTLY:
+        identity = torch.eye(lower.shape[1], dtype=lower.dtype, device=lower.device).expand_as(lower)
+        lower.copy_(torch.linalg.solve_triangular(lower, identity, upper=False))
+        return
+    half = lower.shape[1] // 2
+    first, corner, second = lower[:, :half, :half], lower[:, half:, :half], lower[:, half:, half:]
+    _invert(first)
+    _invert(second)
+    corner.copy_(second @ (corner @ first)).neg_()
 
 
 def _feedback(w: Tensor, step: Tensor, root: Tensor) -> Tensor:
