@@ -36,12 +36,12 @@ def test_a_launch_gives_the_codes_and_errors_of_the_steps(against):
 @pytest.mark.gpu(sm=80)
 def test_a_gpu_rounds_to_the_same_error():
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2000, 384, generator=generator) @ torch.randn(384, 384, generator=generator)
-    moments, weight = (x.T @ x)[None] / 2000, torch.randn(1, 200, 384, generator=generator)
+    x = torch.randn(2000, 1152, generator=generator) @ torch.randn(1152, 1152, generator=generator)
+    moments, weight = (x.T @ x)[None] / 2000, torch.randn(1, 200, 1152, generator=generator)
     errors = []
     for device in ("cpu", "cuda"):
         codes, scale = Gptq(damping=0.05, sweeps=1).prepare(moments.to(device)).round(weight.to(device))
-        wrong = codes.cpu()[0].unflatten(1, (3, 128)) * scale.cpu()[0, :, :, None]
+        wrong = codes.cpu()[0].unflatten(1, (9, 128)) * scale.cpu()[0, :, :, None]
         wrong = wrong.flatten(1) - weight[0]
         errors.append(float((wrong @ moments[0] @ wrong.T).diagonal().sum()))
     assert errors[1] == pytest.approx(errors[0], rel=0.03)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from quantlab_calib.gptq import Gptq, SingularError
+from quantlab_calib.gptq import Gptq, SingularError, _invert
 from quantlab_calib.observers import MomentObserver
 from quantlab_calib.rounding import decode_int4, on_grid, round_int4
 
@@ -93,6 +93,15 @@ def test_a_share_of_the_aim_lies_between_none_and_all():
     assert every < some < none
     plain = Gptq(damping=0.01).prepare(seen.moments[None]).round(weight[None])
     assert torch.equal(moved(0.0), decode_int4(plain[0][0], plain[1][0]))
+
+
+def test_triangular_matrices_are_inverted_by_halves():
+    lower = torch.randn(2, 1100, 1100, generator=torch.Generator().manual_seed(0)).tril() / 33
+    lower.diagonal(dim1=1, dim2=2).copy_(torch.linspace(1.0, 3.0, 1100))
+    inverse = lower.clone()
+    _invert(inverse)
+    torch.testing.assert_close(inverse @ lower, torch.eye(1100).expand_as(lower), rtol=0, atol=1e-4)
+    assert torch.equal(inverse, inverse.tril())
 
 
 def test_channels_that_never_move_are_rounded_to_nearest():
