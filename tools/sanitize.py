@@ -98,10 +98,13 @@ def latents_of_many_heads(m: int) -> tuple[Callable[..., Tensor], tuple[Tensor, 
     return latents(m, 40)
 
 
+CALLS = (fp8_block, fp8_row, fp8_grouped, int4_fp8, int4, absorbed, prefill, decode, latents, latents_of_many_heads)
+
+
 def main() -> int:
     torch.manual_seed(0)
     wrong = False
-    for room in (fp8_block, fp8_row, fp8_grouped, int4_fp8, int4, absorbed, prefill, decode, latents, latents_of_many_heads):
+    for room in CALLS:
         for m in ROWS:
             call, inputs = room(m)
             exact = call(*inputs).float()
