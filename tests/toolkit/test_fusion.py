@@ -47,7 +47,7 @@ TOKENS = torch.arange(3, 15).reshape(2, 6)
 
 def logits(model: torch.nn.Module) -> torch.Tensor:
     with torch.no_grad():
-        return model(TOKENS).logits
+        return model(TOKENS.to(model.device)).logits
 
 
 def test_everything_is_found(llama):
@@ -82,10 +82,11 @@ def test_a_changed_tensor_is_computed_anew(llama):
         assert not torch.equal(attention.q_proj(x), before)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu(sm=80))])
 @pytest.mark.parametrize("kind", [Fp8BlockLinear, Fp8RowLinear])
-def test_logits_stay_within_the_rounding_of_the_activations(kind: type[Fp8Linear]):
+def test_logits_stay_within_the_rounding_of_the_activations(kind: type[Fp8Linear], device: str):
     torch.manual_seed(0)
-    model = quantized(LlamaForCausalLM(LlamaConfig(**SIZES)), kind)
+    model = quantized(LlamaForCausalLM(LlamaConfig(**SIZES)), kind).to(device)
     plain = logits(model)
     found = fuse(model)
     assert (found.joined, found.mlps) == (4, 2)
