@@ -6,8 +6,8 @@ the centred values,
     |out - exact| <= u_out |exact| + sum_j d_j (|v_j| + |exact - mean|) + turn
 
     d_j   what weight j may be off: half a code, of a scale that the largest weight of its block sets, (INT8) or half a
-          unit in the last place, its logarithm in float16 and the sum in an FP8 tensor core; and the rounding of
-          its score in float32
+          unit in the last place and the sum in an FP8 tensor core; and the rounding of its score in float32, for
+          INT8 also that of its logarithm to 10 bits and the polynomial that makes a power of two of it
     turn  the rotation of the result back, in float16 scaled by the row's largest element
 """
 
@@ -39,9 +39,9 @@ def attention_bound(
     blocks = torch.nn.functional.pad(weights, (0, -skv % BLOCK)).unflatten(1, (-1, BLOCK))
     largest = blocks.amax(2, keepdim=True).expand(blocks.shape).flatten(1)[:, :skv]
     if operands.v.dtype == torch.int8:
-        off = 0.5 / LEVELS * largest
+        off = 0.5 / LEVELS * largest + 2.0**-8 * weights
     else:
-        off = (2.0**-4 + 2.0**-8 + FP8_TENSOR_CORE) * weights + 2.0**-18 * largest
+        off = (2.0**-4 + FP8_TENSOR_CORE) * weights + 2.0**-18 * largest
     off = off + 2.0**-17 * weights
     turn = 2.0**-11 * d**0.5 * centred.amax(1, keepdim=True)
     return UNIT_ROUNDOFF[out_dtype] * exact.abs() + off @ v + off.sum(1, keepdim=True) * centred + turn + 1e-30

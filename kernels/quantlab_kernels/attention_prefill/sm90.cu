@@ -2,16 +2,16 @@
 //
 // One producer thread brings tiles through the copy engine; consumer warpgroups of 64 queries each multiply Q K^T into
 // integers (or floats, for E4M3), take exponentials, and multiply the probabilities, in 8 bits and straight from their
-// registers, with V. Tensor cores multiply the scores of the next block while those of this one become codes, and the
-// product of a block while the next one's largest scores are looked for. What is particular:
+// registers, with V. Each has the scores of the next block multiplied while the product of the last one runs
+// (FlashAttention-3, section 3.2). What is particular:
 //
 //   - The probabilities of 128 keys are scaled by the largest of their own row and block, not by the largest so far: 8
 //     uniform bits then serve every block alike, and a sink at the start makes nothing after it underflow.
 //   - The product of a block goes to a fresh accumulator, exact in int32, and is added, scaled, to the FP32 one. That is
 //     the one multiplication per element that rescaling would cost anyway.
 //   - What was added is rescaled only where a maximum has grown by 2^SLACK: float32 holds other powers of two as well.
-//   - A warp that multiplies its registers does nothing else until tensor cores have them. So the product of a block
-//     is started in four parts, each as soon as its codes are made, with the codes of the next in between.
+//   - Three quarters of the exponentials come from the FMA units, two float16 at a time (`Fixed`). The unit that has
+//     them would take as long for all as the tensor cores for both products.
 //   - The row sum adds the quantized probabilities (dp4a), so that weights add up to 1 exactly.
 //   - V's keys come in the order in which an accumulator's thread holds its scores: no shuffle, no transposition.
 //   - At the end the output is turned back by the rotation of V with FP16 MMA.
@@ -35,8 +35,8 @@ constexpr int SCORES = BK / 2;       // registers of one thread
 constexpr int SUMS = D / 2;
 constexpr float LOG2E = 1.4426950408889634f;
 constexpr float LN2 = 0.6931471805599453f;
-constexpr float SLACK = 32.f;      // sums stay below 2^32 * 255 * 127 * Skv, far from the largest float
-constexpr float LOWEST = -1e30f;   // what weights refer to before the first block
+constexpr float LOWEST = -1e30f;  // what weights refer to before the first block
+constexpr float SLACK = 32.f;     // sums stay below 2^32 * 255 * 127 * Skv, far from the largest float
 
 #if QK_FP8
 using Score = float;
@@ -50,7 +50,7 @@ constexpr float LOG2_P = 8.f;  // probabilities up to 256
 #else
 using Sum = int;
 using RowSum = u32;
-constexpr float LOG2_P = 7.994353437f;  // probabilities up to 255
+constexpr float LOG2_P = 7.982993575f;  // probabilities up to 253, 254 by the error of `Fixed`
 #endif
 #if OUTPUT == 2
 using Half = Float16;
@@ -98,13 +98,12 @@ struct Tile {
     if (p.cu_q != nullptr) {
       packed(p, item);
     } else {
-      // Of some heads together, those that see most first: what comes last is small.
       const int tiles = (p.sq + BM - 1) / BM, begin = item / (p.together * tiles) * p.together;
       const int heads = min(p.together, p.batch * p.heads_q - begin), index = item - begin * tiles;
       const int pair = begin + index % heads;
       batch = pair / p.heads_q;
       head = pair - batch * p.heads_q;
-      row = (tiles - 1 - index / heads) * BM;
+      row = (tiles - 1 - index / heads) * BM;  // those that see most first
       row_end = p.sq;
       place = p.skv - p.sq;
       first = p.key_range == nullptr ? 0 : max(0, __ldg(p.key_range + 2 * batch));
@@ -122,8 +121,9 @@ struct Tile {
 
   // Tiles do not reach over the end of a sequence; the items beyond the last tile are empty.
   DEVICE void packed(const Params& p, int item) {
-    head = item % p.heads_q;
-    int index = item / p.heads_q, sequence = 0, begin = 0, end = 0;
+    const int tiles = p.items / p.heads_q;
+    head = item / tiles;
+    int index = item - head * tiles, sequence = 0, begin = 0, end = 0;
     for (; sequence < p.sequences; ++sequence) {
       begin = __ldg(p.cu_q + sequence);
       end = __ldg(p.cu_q + sequence + 1);
@@ -273,21 +273,13 @@ DEVICE void multiply_scores(Score (&scores)[SCORES], const Shared& s, const Posi
   wgmma_commit();
 }
 
-DEVICE void multiply_values(Sum (&sums)[SUMS], const u32 (&p)[4], u32 v, int i) {
+DEVICE void multiply_values(Sum (&sums)[SUMS], const u32 (&p)[4][4], const Shared& s, int stage) {
+  const u32 v = descriptor_low(s.v(0)) + stage * (V_BYTES / 16);
+  pin(sums);
   wgmma_fence();
-  wgmma_pv(sums, p, descriptor(v + 2 * i), i > 0);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) wgmma_pv(sums, p[i], descriptor(v + 2 * i), i > 0);
   wgmma_commit();
-}
-
-// barrier_wait, and the bits of 1 twice in float16: what is made of them cannot come before.
-DEVICE u32 await_ones(u32 barrier, u32 parity) {
-  u32 ones;
-  asm volatile(
-      "{\n.reg .pred done;\n"
-      "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2;\n"
-      "@!done bra again;\n selp.b32 %0, 0x3c003c00, 0, done;\n}" : "=r"(ones) : "r"(barrier), "r"(parity)
-      : "memory");
-  return ones;
 }
 
 DEVICE void release(u32 barrier, const Position& at) {
@@ -303,6 +295,10 @@ DEVICE float to_float(int x) { return static_cast<float>(x); }
 DEVICE float to_float(float x) { return x; }
 
 constexpr int kHiddenScore = -2147483647 - 1;  // of a key that is not seen, among integers
+
+// Floats whose last bit is 1: integers of 22 bits are added to the bits of the second, and sums round to integers.
+constexpr float kWhole = 8388608.f, kSigned = 12582912.f;
+constexpr int kSignedBits = 0x4B400000;
 
 DEVICE void hide(int& score) { score = kHiddenScore; }
 DEVICE void hide(float& score) { score = kHidden; }
@@ -328,6 +324,17 @@ DEVICE float largest_of(const float (&scores)[SCORES], int r) {
   return largest;
 }
 
+// Log2 of the probability, up to LOG2_P. Only a masked block has integers that are hidden.
+template <bool masked>
+DEVICE float power_of(int score, float factor, float offset) {
+  const float x = fmaf(static_cast<float>(score), factor, offset);
+  return masked && score == kHiddenScore ? kHidden : x;
+}
+template <bool masked>
+DEVICE float power_of(float score, float factor, float offset) {
+  return fmaf(score, factor, offset);
+}
+
 #if SOFTCAP
 // Scores as the rest sees them: capped, in units of log2.
 DEVICE void cap_scores(const Score (&scores)[SCORES], float (&x)[SCORES], const Params& p, const Rows& rows,
@@ -341,75 +348,103 @@ DEVICE void cap_scores(const Score (&scores)[SCORES], float (&x)[SCORES], const 
   }
 }
 using Value = float;
+constexpr bool INTEGERS = false;
 #else
 using Value = Score;
+constexpr bool INTEGERS = !QK_FP8;
 #endif
 
-// Four powers of two, first as float16 logarithms, then as 8-bit codes. float16 takes half the registers of float32, so
-// that scores can be multiplied again before the codes are made; its rounding costs less than a tenth of a code.
-struct Powers {
-  u32 pair[2];
-
-  // depth: minus the logarithms; what rounding has made less than 0 is 0.
-  DEVICE void start(const float (&depth)[4]) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      asm("cvt.rn.relu.f16x2.f32 %0, %1, %2;" : "=r"(pair[i]) : "f"(depth[2 * i + 1]), "f"(depth[2 * i]));
-    }
-  }
-  // Both times `most`, the code of 1, plus `plus`.
-  DEVICE static u32 power(u32 pair, u32 most, u32 plus) {
-    u32 y;
-    asm("{.reg .b32 x; neg.f16x2 x, %1; ex2.approx.f16x2 %0, x;}" : "=r"(y) : "r"(pair));
-    return times_plus(y, most, plus);
-  }
+// Four powers of two and their 8-bit codes.
 #if PV_FP8
-  DEVICE void finish(u32& codes, float& sum, u32 ones) const {
-    const u32 low = power(pair[0], ones + 0x20002000, 0), high = power(pair[1], ones + 0x20002000, 0);  // 256
-    const u32 both = times_plus(low, ones, high);
-    asm("{\n.reg .b16 low, high;\ncvt.rn.satfinite.e4m3x2.f16x2 low, %1;\n"
-        "cvt.rn.satfinite.e4m3x2.f16x2 high, %2;\nmov.b32 %0, {low, high};\n}"
-        : "=r"(codes)
-        : "r"(low), "r"(high));
-    sum += Float16::unpack(static_cast<u16>(both)) + Float16::unpack(static_cast<u16>(both >> 16));
+struct Powers {
+  float value[4];
+  DEVICE void start(const float (&x)[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) value[i] = exp2_(x[i]);
   }
+  DEVICE void finish(u32& codes, float& sum) const {
+    asm("{\n.reg .b16 low, high;\ncvt.rn.satfinite.e4m3x2.f32 low, %2, %1;\n"
+        "cvt.rn.satfinite.e4m3x2.f32 high, %4, %3;\nmov.b32 %0, {low, high};\n}"
+        : "=r"(codes)
+        : "f"(value[0]), "f"(value[1]), "f"(value[2]), "f"(value[3]));
+    sum += (value[0] + value[1]) + (value[2] + value[3]);
+  }
+};
 #else
-  // Added to 1024, a number is rounded to an integer, the low byte of the float16.
-  DEVICE void finish(u32& codes, u32& sum, u32 ones) const {
-    const u32 most = 0x5bf85bf8, plus = ones + 0x28002800;  // 255, 1024
-    codes = permute(power(pair[0], most, plus), power(pair[1], most, plus), 0x6420);
+// Additions to 2^23 round to integers, and a product by 256 makes room for a second one in the low 16 bits: all on the
+// FMA pipe, which has slots free.
+struct Powers {
+  float value[4];
+  DEVICE void start(const float (&x)[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) value[i] = exp2_(x[i]);
+  }
+  DEVICE static u32 pack(float low, float high) {
+    return __float_as_uint(fmaf(high + kWhole, 256.f, kWhole - 256.f * kWhole) + low);
+  }
+  DEVICE void finish(u32& codes, u32& sum) const {
+    codes = permute(pack(value[0], value[1]), pack(value[2], value[3]), 0x5410);
     sum = __dp4a(codes, 0x01010101u, sum);
   }
-#endif
 };
 
-// What is known of a block once its scores are there: factor and offset make of them how far they are below the
-// largest of their row, to base 2.
+// The same without the unit for exponentials. A logarithm n + f, n whole and f a fraction of 10 bits, is the float16
+// 2^n (1 + f) once 15 is added, and a polynomial of 1 + f makes up for the rest, 2^f / (1 + f), to 0.35 %. Added to
+// 1024, the product is rounded to an integer, the low byte of the float16.
+struct Fixed {
+  u32 low, high;
+
+  // x: numbers kWhole + 1024 (logarithm + 15), whose lower half has these bits.
+  DEVICE void start(const float (&x)[4]) {
+    low = permute(__float_as_uint(x[0]), __float_as_uint(x[1]), 0x5410);
+    high = permute(__float_as_uint(x[2]), __float_as_uint(x[3]), 0x5410);
+  }
+  DEVICE static constexpr u32 twice(u32 half) { return half * 0x10001; }
+  DEVICE static u32 code(u32 pair) {
+    const u32 one_f = spread(pair, twice(0x03ff), twice(0x3c00));
+    u32 rest = times_plus(one_f, twice(0x3380), twice(0xb98f));  // 0.2344, -0.6948
+    rest = times_plus(rest, one_f, twice(0x3dd5));               // 1.4580
+    return times_plus(pair, rest, twice(0x6400));
+  }
+  DEVICE void finish(u32& codes, u32& sum) const {
+    codes = permute(code(low), code(high), 0x6420);
+    sum = __dp4a(codes, 0x01010101u, sum);
+  }
+};
+#endif
+
+// What is known of a block once its scores are there: factor and offset make powers of two of them.
 struct Block {
   float factor[2], largest[2], offset[2];
+  float step[2], base[2];  // the same for `Fixed`, of integers as kSigned + score
+  int lowest[2];           // bits of such a number: logarithms below -14 are taken for -14
+  bool steep;              // too far from one integer to the next for that, in some row of the warp
+
+  DEVICE void fix() {
+    steep = false;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      step[r] = factor[r] * 1024.f;
+      base[r] = fmaf(offset[r] + 15.f, 1024.f, kWhole);
+      if (!INTEGERS) continue;
+      base[r] = fmaf(step[r], -kSigned, base[r]);
+      lowest[r] = __float_as_int(fmaxf(fmaf(-14.f - offset[r], reciprocal(factor[r]), kSigned), kWhole));
+      steep |= factor[r] > 0.00390625f;
+    }
+    if (INTEGERS) steep = __any_sync(0xffffffff, steep);
+  }
 
   DEVICE void start(const Value (&scores)[SCORES], const Rows& rows, float k_scale) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       factor[r] = SOFTCAP ? 1.f : fmaxf(rows.scale[r] * k_scale, 1e-30f);  // 0 times hidden would be NaN
       largest[r] = quad_max(largest_of(scores, r) * factor[r]);
-      offset[r] = largest[r] == kHidden ? 0.f : largest[r];
+      offset[r] = LOG2_P - (largest[r] == kHidden ? 0.f : largest[r]);
     }
-  }
-
-  template <bool masked>
-  DEVICE float depth_of(int score, int r) const {
-    const float depth = fmaf(static_cast<float>(score), -factor[r], offset[r]);
-    return masked && score == kHiddenScore ? -kHidden : depth;
-  }
-  template <bool masked>
-  DEVICE float depth_of(float score, int r) const {
-    const float depth = fmaf(score, -factor[r], offset[r]);
-    return masked && score == kHidden ? -kHidden : depth;
   }
 };
 
-// Turns what was added to the largest score so far.
+// Makes the largest score so far the reference of all that was added.
 DEVICE void rescale(float (&out)[SUMS], Rows& rows, const Block& block) {
   float factor[2];
 #pragma unroll
@@ -439,24 +474,87 @@ struct Pending {
     }
   }
 
-  DEVICE void add(float (&out)[SUMS], const Sum (&sums)[SUMS]) const {
+  DEVICE void add(float (&out)[SUMS], const Sum (&sums)[SUMS], int first, int last) const {
 #pragma unroll
-    for (int i = 0; i < SUMS; ++i) out[i] = fmaf(to_float(sums[i]), weight[i / 2 % 2], out[i]);
+    for (int i = first; i < last; ++i) out[i] = fmaf(to_float(sums[i]), weight[i / 2 % 2], out[i]);
   }
 };
 
-// The next product's operand, fragments by half of 16 keys, then row, as logarithms.
+#if !PV_FP8
+DEVICE float fixed_of(int score, const Block& block, int r) {
+  return fmaf(__int_as_float(__viaddmax_s32(score, kSignedBits, block.lowest[r])), block.step[r], block.base[r]);
+}
+DEVICE float fixed_of(float score, const Block& block, int r) {
+  return fmaxf(fmaf(score, block.step[r], block.base[r]), kWhole + 1024.f);
+}
+DEVICE void start_fixed(Fixed& fixed, const Value (&scores)[SCORES], const Block& block, int i) {
+  const int base = i / 2 * 8 + i % 2 * 2;
+  float x[4];
+#pragma unroll
+  for (int e = 0; e < 4; ++e) x[e] = fixed_of(scores[base + e / 2 * 4 + e % 2], block, i % 2);
+  fixed.start(x);
+}
+#endif
+
+// Fragment i of the next product's operand (half of 16 keys, then row) as powers of two.
 template <bool masked>
-DEVICE void start_powers(Powers (&powers)[16], const Value (&scores)[SCORES], const Block& block) {
+DEVICE void start_powers(Powers& powers, const Value (&scores)[SCORES], const Block& block, int i) {
+  const int base = i / 2 * 8 + i % 2 * 2;
+  float x[4];
+#pragma unroll
+  for (int e = 0; e < 4; ++e) {
+    x[e] = power_of<masked>(scores[base + e / 2 * 4 + e % 2], block.factor[i % 2], block.offset[i % 2]);
+  }
+  powers.start(x);
+}
+
+DEVICE constexpr bool by_fma(int i) { return i / 2 % 4 < 3; }
+
+// Scores -> operand of the next product and the sums of its rows, and the product before is added. Exponentials need
+// not wait for it.
+template <bool masked, class Wait>
+DEVICE void make_probabilities(u32 (&p)[4][4], RowSum (&sum)[2], float (&out)[SUMS], const Value (&scores)[SCORES],
+                               const Block& block, const Sum (&sums)[SUMS], const Pending& pending, Wait&& wait) {
+  Powers powers[16];
+#pragma unroll
+  for (int i = 0; i < 16; ++i) start_powers<masked>(powers[i], scores, block, i);
+  wait();
+  sum[0] = sum[1] = 0;
 #pragma unroll
   for (int i = 0; i < 16; ++i) {
-    const int at = i / 2 * 8 + i % 2 * 2;
-    float depth[4];
-#pragma unroll
-    for (int e = 0; e < 4; ++e) depth[e] = block.depth_of<masked>(scores[at + e / 2 * 4 + e % 2], i % 2);
-    powers[i].start(depth);
+    powers[i].finish(p[i / 4][i % 4], sum[i % 2]);
+    pending.add(out, sums, i * SUMS / 16, (i + 1) * SUMS / 16);
   }
 }
+
+#if !PV_FP8
+// The same of a block that is seen whole, by both ways side by side.
+template <class Wait>
+DEVICE void make_both_ways(u32 (&p)[4][4], RowSum (&sum)[2], float (&out)[SUMS], const Value (&scores)[SCORES],
+                           const Block& block, const Sum (&sums)[SUMS], const Pending& pending, Wait&& wait) {
+  Powers powers[16];
+  Fixed fixed[16];
+  sum[0] = sum[1] = 0;
+#pragma unroll
+  for (int i = 0; i < 16; ++i) {
+    if (by_fma(i)) {
+      start_fixed(fixed[i], scores, block, i);
+    } else {
+      start_powers<false>(powers[i], scores, block, i);
+    }
+  }
+  wait();
+#pragma unroll
+  for (int i = 0; i < 16; ++i) {
+    if (by_fma(i)) {
+      fixed[i].finish(p[i / 4][i % 4], sum[i % 2]);
+    } else {
+      powers[i].finish(p[i / 4][i % 4], sum[i % 2]);
+    }
+    pending.add(out, sums, i * SUMS / 16, (i + 1) * SUMS / 16);
+  }
+}
+#endif
 
 DEVICE Rows start_rows(const Params& p, const Tile& tile, const Position& at) {
   Rows rows;
@@ -491,35 +589,26 @@ DEVICE void attend(float (&out)[SUMS], Rows& rows, const Params& p, const Shared
                    const Position& at, u32& count, u32 tiles) {
   // In uniform registers: every read of the tile again would be a wait.
   const int scales = uniform(tile.kv * p.blocks), low_block = uniform(tile.low_block);
-  const int high_block = uniform(tile.high_block) - 1;
   const int full_low = uniform(tile.full_low[at.group]), full_high = uniform(tile.full_high[at.group]);
   Score scores[SCORES];
-  Sum sums[SUMS] = {};
-  Powers powers[16];
+  Sum sums[SUMS];
   u32 prob[4][4];
   RowSum sum[2];
   float k_scale, v_scale;
-  bool masked;
   Block block;
-  Pending pending = {};
+  Pending pending;
 #if SOFTCAP
   float values[SCORES];
 #else
   Score(&values)[SCORES] = scores;
 #endif
   u32 values_count = count;
-  auto await_keys = [&] { barrier_wait(s.full_k(stage_of(count)), phase_of(count)); };
   auto start_scores = [&](int n) {
     k_scale = __ldg(p.k_scale + 4 * (scales + n) + at.quad);
+    barrier_wait(s.full_k(stage_of(count)), phase_of(count));
     multiply_scores(scores, s, at, tiles % 2, stage_of(count));
   };
-  auto make_logarithms = [&] {
-    if (masked) {
-      start_powers<true>(powers, values, block);
-    } else {
-      start_powers<false>(powers, values, block);
-    }
-  };
+  auto masked = [&](int n) { return n < full_low || n >= full_high; };
   auto finish_scores = [&](int n) {
     pin(scores);
     release(s.empty_k(stage_of(count)), at);
@@ -527,56 +616,60 @@ DEVICE void attend(float (&out)[SUMS], Rows& rows, const Params& p, const Shared
 #if SOFTCAP
     cap_scores(scores, values, p, rows, k_scale);
 #endif
-    masked = n < full_low || n >= full_high;
-    if (masked) hide_unseen(values, p, tile, at, n);
+    if (masked(n)) hide_unseen(values, p, tile, at, n);
     block.start(values, rows, k_scale);
   };
-  auto await_values = [&] { return await_ones(s.full_v(stage_of(values_count)), phase_of(values_count)); };
   auto start_values = [&] {
-    sum[0] = sum[1] = 0;
-    const u32 v = descriptor_low(s.v(0)) + stage_of(values_count) * (V_BYTES / 16);
-    pin(sums);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const u32 ones = await_values();
-#pragma unroll
-      for (int j = 0; j < 4; ++j) powers[4 * i + j].finish(prob[i][j], sum[j % 2], ones);
-      multiply_values(sums, prob[i], v, i);
-    }
-    pending.start(out, rows, block, sum, v_scale);
+    barrier_wait(s.full_v(stage_of(values_count)), phase_of(values_count));
+    multiply_values(sums, prob, s, stage_of(values_count));
   };
-  auto finish_values = [&](bool any) {
+  auto finish_values = [&] {
     wgmma_wait<0>();
     pin(sums);
-    if (any) release(s.empty_v(stage_of(values_count++)), at);
-    make_logarithms();
+    release(s.empty_v(stage_of(values_count)), at);
+    ++values_count;
   };
 
-  int n = high_block;
+  int n = uniform(tile.high_block) - 1;
   barrier_wait(s.full_q(tiles % 2), tiles / 2 % 2);
-  await_keys();
   start_scores(n);
   wgmma_wait<0>();
   finish_scores(n);
-  for (; n > low_block; --n) {
-    v_scale = __ldg(p.v_scale + scales + n);
-    await_keys();
-    finish_values(n < high_block);  // of block n + 1
-    pending.add(out, sums);
-    start_scores(n - 1);
+  sum[0] = sum[1] = 0;
+#pragma unroll
+  for (int i = 0; i < 16; ++i) {
+    Powers powers;
+    start_powers<true>(powers, values, block, i);
+    powers.finish(prob[i / 4][i % 4], sum[i % 2]);
+  }
+  for (--n; n >= low_block; --n) {
+    v_scale = __ldg(p.v_scale + scales + n + 1);
+    start_scores(n);
     start_values();
-    wgmma_wait<4>();  // all but the product
-    finish_scores(n - 1);
+    pending.start(out, rows, block, sum, v_scale);
+    wgmma_wait<1>();
+    finish_scores(n);
+#if !PV_FP8
+    block.fix();
+    if (!masked(n) && !block.steep) {
+      make_both_ways(prob, sum, out, values, block, sums, pending, finish_values);
+    } else {
+      make_probabilities<true>(prob, sum, out, values, block, sums, pending, finish_values);
+    }
+#else
+    if (masked(n)) {
+      make_probabilities<true>(prob, sum, out, values, block, sums, pending, finish_values);
+    } else {
+      make_probabilities<false>(prob, sum, out, values, block, sums, pending, finish_values);
+    }
+#endif
   }
   release(s.empty_q(tiles % 2), at);
-  v_scale = __ldg(p.v_scale + scales + n);
-  finish_values(n < high_block);
-  pending.add(out, sums);
+  v_scale = __ldg(p.v_scale + scales + n + 1);
   start_values();
-  wgmma_wait<0>();
-  pin(sums);
-  release(s.empty_v(stage_of(values_count)), at);
-  pending.add(out, sums);
+  pending.start(out, rows, block, sum, v_scale);
+  finish_values();
+  pending.add(out, sums, 0, SUMS);
 }
 
 // Divides by the row sums (and the sink's share), writes lse.
