@@ -128,11 +128,10 @@ def launch(
 
 @dataclass(frozen=True)
 class Grid:
-    """rows of a CTA's tile, its threads, CTAs of a cluster (of tiles of the same tokens)."""
+    """rows of a CTA's tile, and its threads."""
 
     rows: int
     threads: int
-    cluster: int = 1
 
 
 def run(
@@ -162,7 +161,7 @@ def run(
     ))  # fmt: skip
     params += bytes(-len(params) % 64)
     device = q_latent.get_device()
-    shape = driver.Launch(p.batch * tiles * count, grid.threads, grid.cluster, SHARED, early=True)
+    shape = driver.Launch(p.batch * tiles * count, grid.threads, 1, SHARED, early=True)
     attend.launch(shape, params, device)
     if count > 1:
         lanes = p.rank // 4 if count < MANY_PARTS else 32
