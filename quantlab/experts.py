@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from quantlab.fusion import is_silu
-from quantlab.linear import CODES, Fp8BlockLinear, Fp8Linear, Fp8RowLinear, MovesWithoutCasting
+from quantlab.linear import CODES, Fp8BlockLinear, Fp8Linear, Fp8RowLinear, MovesWithoutCasting, QuantizedLinear
 from quantlab_kernels import (
     gemm_fp8_grouped,
     moe_combine,
@@ -28,8 +28,11 @@ from quantlab_kernels import (
 class Experts(MovesWithoutCasting):
     """What all formats share; built from the module it replaces, whose activation, gating and numbers it keeps.
 
-    Inference only: a gradient through the experts raises.
+    Inference only: a gradient through the experts raises. Activations are E4M3, with scales as a `linear` has them that
+    sees the tokens of an expert.
     """
+
+    linear: type[QuantizedLinear]
 
     def __init__(self, original: Any) -> None:
         super().__init__()
@@ -50,11 +53,18 @@ class Experts(MovesWithoutCasting):
 
     def dispatch(self, x: Tensor, top_k_index: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         """Rows of tokens sorted by expert, their scales, positions [T, k] of each choice and counts [E]."""
-        raise NotImplementedError
+        return moe_dispatch(x, top_k_index, self.num_experts, group=self.grouped(top_k_index.numel()))
 
     def gate_and_quantize(self, inner: Tensor) -> tuple[Tensor, Tensor | None]:
         """The gated products [S, I] of inner [S, 2I], and their scales."""
-        raise NotImplementedError
+        group = self.grouped(inner.shape[0])
+        if self.swiglu:
+            return swiglu_quantize(inner, group=group)
+        return (quantize_fp8_group if group else quantize_fp8_token)(self.gate(self, inner))
+
+    def grouped(self, rows: int) -> bool:
+        """Whether rows of all experts have a scale for each group of 128: by how many an expert has on average."""
+        return bool(self.linear.grouped(rows // self.num_experts))
 
     def grouped_matmul(self, x: Tensor, scale: Tensor | None, name: str, counts: Tensor, dtype: torch.dtype) -> Tensor:
         """[S, N] of rows sorted by expert with the stacked weight `name`; counts [E] rows per expert."""
@@ -116,9 +126,6 @@ class Fp8Experts(Experts):
         copy = getattr(self, f"_{name}_scale")
         return copy if copy is not None else getattr(self, name + self.suffix).to(torch.float32)
 
-    def dispatch(self, x: Tensor, top_k_index: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-        return moe_dispatch(x, top_k_index, self.num_experts, group=self.linear is Fp8BlockLinear)
-
     def grouped_matmul(self, x: Tensor, scale: Tensor | None, name: str, counts: Tensor, dtype: torch.dtype) -> Tensor:
         assert scale is not None
         return gemm_fp8_grouped(x, scale, getattr(self, name), self.scale(name), counts, out_dtype=dtype)
@@ -128,9 +135,6 @@ class Fp8BlockExperts(Fp8Experts):
     """128x128 weight blocks, 1x128 activation groups."""
 
     linear = Fp8BlockLinear
-
-    def gate_and_quantize(self, inner: Tensor) -> tuple[Tensor, Tensor | None]:
-        return swiglu_quantize(inner) if self.swiglu else quantize_fp8_group(self.gate(self, inner))
 
     def grouped_matmul(self, x: Tensor, scale: Tensor | None, name: str, counts: Tensor, dtype: torch.dtype) -> Tensor:
         if name == "gate_up_proj" and self.intermediate_dim % 128 and scale is not None:
@@ -144,9 +148,6 @@ class Fp8RowExperts(Fp8Experts):
     """One scale per weight row and one per token."""
 
     linear = Fp8RowLinear
-
-    def gate_and_quantize(self, inner: Tensor) -> tuple[Tensor, Tensor | None]:
-        return swiglu_quantize(inner, group=False) if self.swiglu else quantize_fp8_token(self.gate(self, inner))
 
 
 class _NoGradient(torch.autograd.Function):

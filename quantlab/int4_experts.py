@@ -12,13 +12,7 @@ from torch import Tensor, nn
 
 from quantlab.experts import Experts
 from quantlab.int4_linear import Int4Fp8Linear, Int4Linear
-from quantlab_kernels import (
-    gemm_int4_grouped,
-    moe_dispatch,
-    quantize_fp8_group,
-    quantize_fp8_token,
-    swiglu_quantize,
-)
+from quantlab_kernels import gemm_int4_grouped, moe_dispatch
 from quantlab_kernels.common.gemm import as_group_scale
 from quantlab_kernels.common.int4 import GROUP, ROWS, prepare_int4, unrepack_int4
 
@@ -102,19 +96,8 @@ class Int4Experts(Experts):
 
 
 class Int4Fp8Experts(Int4Experts):
-    """INT4 weights, E4M3 activations, with scales as a layer has them that sees the tokens of an expert."""
+    """INT4 weights, E4M3 activations."""
 
     linear = Int4Fp8Linear
-
-    def grouped(self, rows: int) -> bool:
-        """Whether rows of all experts have a scale for each group of 128: by how many an expert has on average."""
-        return bool(self.linear.grouped(rows // self.num_experts))
-
-    def dispatch(self, x: Tensor, top_k_index: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-        return moe_dispatch(x, top_k_index, self.num_experts, group=self.grouped(top_k_index.numel()))
-
-    def gate_and_quantize(self, inner: Tensor) -> tuple[Tensor, Tensor | None]:
-        group = self.grouped(inner.shape[0])
-        if self.swiglu:
-            return swiglu_quantize(inner, group=group)
-        return (quantize_fp8_group if group else quantize_fp8_token)(self.gate(self, inner))
+    dispatch = Experts.dispatch
+    gate_and_quantize = Experts.gate_and_quantize

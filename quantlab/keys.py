@@ -170,9 +170,6 @@ def for_run(
     return Measured(keys, scales)
 
 
-# --- the file ---------------------------------------------------------------------------------------------------------
-
-
 def write(path: Path, keys: dict[int, Keys], weights: str) -> Path:
     """One safetensors file: `<layer>.mean`, `<layer>.scale`, `<layer>.amax`, float32; `weights` is a digest."""
     names = Keys._fields
@@ -268,9 +265,6 @@ def keep(out: Output, keys: dict[int, Keys]) -> None:
     out.copy_file(path, KEY_STATISTICS)
 
 
-# --- scales for engines -----------------------------------------------------------------------------------------------
-
-
 def engine_scales(model: Any, keys: dict[int, Keys], modules: Sequence[tuple[str, str]]) -> tuple[Replace, ...]:
     """Scales of keys and values for each layer of a checkpoint, as engines and compressed-tensors read them: one number
     each, absmax / 448, rounded up to bfloat16.
@@ -309,16 +303,10 @@ def _rounded_up(value: Tensor) -> Tensor:
     return torch.where(nearest.float() < value, (nearest.view(torch.int16) + 1).view(torch.bfloat16), nearest)
 
 
-# --- for verify -------------------------------------------------------------------------------------------------------
-
-
 def problems(source: Source) -> Iterator[str]:
-    """What is wrong with the file beside a checkpoint."""
-    path = source.folder / KEY_STATISTICS
-    if not path.is_file():
-        return
+    """What is wrong with the file that lies beside a checkpoint."""
     try:
-        keys, weights = read(path)
+        keys, weights = read(source.folder / KEY_STATISTICS)
     except UsageError as error:
         yield str(error)
         return

@@ -27,7 +27,7 @@ from transformers.utils.quantization_config import QuantizationMethod
 
 from quantlab import decoding
 from quantlab.architecture import counterpart, load_targets
-from quantlab.checkpoint import KV_SCALES, has_kv_scales, module_of
+from quantlab.checkpoint import ACTIVATION_SCALES, KV_SCALES, has_kv_scales, module_of
 from quantlab.experts import Fp8BlockExperts, Fp8RowExperts, unsupported
 from quantlab.fusion import fuse
 from quantlab.int4_experts import Int4Experts, Int4Fp8Experts
@@ -39,7 +39,6 @@ logger = logging.get_logger(__name__)
 SCALE_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F8_E8M0": torch.float8_e8m0fnu}
 WEIGHTS = (".weight", ".weight_packed")
 Layers = tuple[type, type]  # of a linear layer, of experts
-SIDE_FILE = Path("quantlab") / "activation_scales.safetensors"
 
 
 class _Verbatim:
@@ -227,7 +226,7 @@ class KeepsQuantized(HfQuantizer):
 
     def _static_activations(self, model: Any) -> None:
         """Calibrated activation scales, where the side file says that they are meant to be used."""
-        path = self.folder / SIDE_FILE
+        path = self.folder / ACTIVATION_SCALES
         if not path.is_file():
             return
         with safe_open(path, "pt") as file:
