@@ -152,12 +152,7 @@ DEVICE void value_operand(u32 (&r)[V_CODES], u32 a, u32 b) {
       r[4 * part + 3] = times_plus(spread(high, 0x00F000F0u, 0x64006400u), 0x2C002C00u, 0xD400D400u);
     }
   } else if constexpr (VALUE == 1) {
-    const u32 x = a ^ 0x80808080u, y = b ^ 0x80808080u;
-    const u32 low = __byte_perm(x, y, 0x5140), high = __byte_perm(x, y, 0x7362);
-    r[0] = minus(__byte_perm(low, 0x64646464u, 0x4140), 0x64806480u);
-    r[1] = minus(__byte_perm(low, 0x64646464u, 0x4342), 0x64806480u);
-    r[2] = minus(__byte_perm(high, 0x64646464u, 0x4140), 0x64806480u);
-    r[3] = minus(__byte_perm(high, 0x64646464u, 0x4342), 0x64806480u);
+    int8_turned(r, a, b);
   } else {
     const u32 low = __byte_perm(a, b, 0x5140), high = __byte_perm(a, b, 0x7362);
     r[0] = fp8_pair(low);

@@ -37,6 +37,16 @@ DEVICE u32 times_plus(u32 a, u32 b, u32 c) {
   asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
   return r;
 }
+// Four INT8 codes each of two tokens as float16 numbers: register i gets code i of both.
+template <int COUNT>
+DEVICE void int8_turned(u32 (&r)[COUNT], u32 first, u32 second) {
+  const u32 x = first ^ 0x80808080u, y = second ^ 0x80808080u;
+  const u32 low = __byte_perm(x, y, 0x5140), high = __byte_perm(x, y, 0x7362);
+  r[0] = minus(__byte_perm(low, 0x64646464u, 0x4140), 0x64806480u);
+  r[1] = minus(__byte_perm(low, 0x64646464u, 0x4342), 0x64806480u);
+  r[2] = minus(__byte_perm(high, 0x64646464u, 0x4140), 0x64806480u);
+  r[3] = minus(__byte_perm(high, 0x64646464u, 0x4342), 0x64806480u);
+}
 
 // One warp weighs the parts that a sequence was divided into: `sums` holds (largest score, sum of weights) of each, a part
 // every `stride` pairs. shares [MOST] are factors relative to the largest of all, which goes to `both` with the whole sum.

@@ -63,12 +63,7 @@ DEVICE void output_operand(u32 (&r)[4], u32 a, u32 b, int part) {
     r[2] = minus(spread(w >> 7, 0x001E001Eu, 0x64006400u), 0x640F640Fu);
     r[3] = times_plus(spread(w >> 8, 0x00F000F0u, 0x64006400u), 0x30003000u, 0xD878D878u);
   } else if constexpr (FORMAT == 2) {
-    const u32 x = a ^ 0x80808080u, y = b ^ 0x80808080u;
-    const u32 low = __byte_perm(x, y, 0x5140), high = __byte_perm(x, y, 0x7362);
-    r[0] = minus(__byte_perm(low, 0x64646464u, 0x4140), 0x64806480u);
-    r[1] = minus(__byte_perm(low, 0x64646464u, 0x4342), 0x64806480u);
-    r[2] = minus(__byte_perm(high, 0x64646464u, 0x4140), 0x64806480u);
-    r[3] = minus(__byte_perm(high, 0x64646464u, 0x4342), 0x64806480u);
+    int8_turned(r, a, b);
   } else if constexpr (FORMAT == 1) {
     const u32 low = __byte_perm(a, b, 0x5140), high = __byte_perm(a, b, 0x7362);
     r[0] = fp8_pair(low);
