@@ -189,12 +189,17 @@ def _kind(modules: dict[str, Any], path: str, leaf: str) -> str:
 
 
 def _is_router(modules: dict[str, Any], path: str) -> bool:
-    """A module with one output per expert, beside the experts or named for what it is."""
-    parent, _, name = path.rpartition(".")
-    if re.search(r"Router|Gate$", type(modules[path]).__name__):
+    """A layer of what decides which experts run: of a module called so, or beside the experts, named or as wide as
+    their number."""
+    parts = path.split(".")
+    for end in range(len(parts), 0, -1):
+        above, name, here = ".".join(parts[: end - 1]), parts[end - 1], ".".join(parts[:end])
+        if "router" in name or "Router" in type(modules[here]).__name__:
+            return True
+        if name == "gate" and f"{above}.experts" in modules:
+            return True
+    if type(modules[path]).__name__.endswith("Gate"):
         return True
-    experts = modules.get(f"{parent}.experts")
-    if experts is None or not hasattr(modules[path], "weight"):
-        return False
-    counts = {p.shape[0] for p in experts.parameters(recurse=False) if p.ndim == 3}
-    return name in ("gate", "router") or modules[path].weight.shape[0] in counts
+    experts = modules.get(f"{path.rpartition('.')[0]}.experts")
+    counts = {p.shape[0] for p in experts.parameters(recurse=False) if p.ndim == 3} if experts is not None else set()
+    return modules[path].weight.shape[0] in counts

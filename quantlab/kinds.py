@@ -122,7 +122,9 @@ def kind_of(info: TensorInfo, model: Model) -> str:
         return "head"
     if model.vocabulary == info.shape[0] and not re.search(r"\.\d+(\.|$)", module):
         return "head"  # of an unusual name, but outside the layers and as long as the vocabulary
-    if ROUTER.match(leaf) and (not model.experts or info.shape[0] in model.experts | {1}):
+    if "router" in module.split(".") or (
+        ROUTER.match(leaf) and (not model.experts or info.shape[0] in model.experts | {1})
+    ):
         return "router"
     if (model.model_type in TRANSPOSED_MODELS and leaf in TRANSPOSED) or leaf in USED_DIRECTLY or NORM.search(leaf):
         return "other"

@@ -55,6 +55,40 @@ def test_experts_and_their_router(tiny, name: str, expert: str, router: str):
     assert found.kinds[router] == "router"
 
 
+CLASSES = {
+    "afmoe": "AfmoeForCausalLM", "doge": "DogeForCausalLM", "gemma4_text": "Gemma4ForCausalLM",
+    "hunyuan_v1_moe": "HunYuanMoEV1ForCausalLM", "jetmoe": "JetMoeForCausalLM", "zaya": "ZayaForCausalLM",
+}  # fmt: skip
+DECODER = {
+    "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "head_dim": 32, "vocab_size": 64, "pad_token_id": 0, "moe_intermediate_size": 64,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("model_type", "config", "layer"),
+    [
+        ("afmoe", {"num_experts": 16, "num_dense_layers": 1}, "layers.1.mlp.router.gate"),
+        ("doge", {"is_moe": True, "num_experts": 64}, "layers.0.mlp.router_gate"),
+        ("gemma4_text", {"num_experts": 16, "top_k_experts": 2, "enable_moe_block": True}, "layers.0.router.proj"),
+        ("hunyuan_v1_moe", {"num_experts": 16, "moe_topk": 2}, "layers.0.mlp.gate.wg"),
+        ("jetmoe", {"num_local_experts": 16, "kv_channels": 32}, "layers.0.self_attention.experts.router.layer"),
+        ("jetmoe", {"num_local_experts": 16, "kv_channels": 32}, "layers.0.mlp.router.layer"),
+        ("zaya", {"num_experts": 16}, "layers.0.mlp.gate.router_mlp.fc1"),
+        ("zaya", {"num_experts": 16}, "layers.0.mlp.gate.down_proj"),
+    ],
+)
+def test_layers_inside_routers_are_routers(model_type: str, config: dict, layer: str, tmp_path: Path):
+    """A router may be a module of several layers, and have as many outputs as would fit a kernel."""
+    from transformers import AutoConfig
+
+    AutoConfig.for_model(model_type, **DECODER | config).save_pretrained(tmp_path)
+    found = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(found | {"architectures": [CLASSES[model_type]]}))
+    name = f"model.{layer}.weight"
+    assert architecture(tmp_path, [name]).kinds == {name: "router"}
+
+
 def test_shared_experts_are_ordinary_layers(tiny):
     assert kinds_of(tiny("deepseek_v3"))["model.layers.1.mlp.shared_experts.up_proj.weight"] == "linear"
 
