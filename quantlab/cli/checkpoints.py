@@ -45,7 +45,7 @@ Effort = Annotated[
         "--effort",
         help="Of INT4. fast: GPTQ on little data; default: on more; best: rotated besides. All calibrate, on the "
         "bundled text unless --calib names another.",
-        show_default=False,
+        show_default="fast; default with --calib",
     ),
 ]
 Steps = Annotated[
@@ -111,7 +111,8 @@ def quantize(
 ) -> None:
     """Quantize a model into a checkpoint that loads everywhere.
 
-    Data-free unless --calib, --effort or --steps ask for calibration. Runs shard by shard and never holds the model.
+    FP8 needs no data, INT4 is calibrated on text that comes with the package. Runs shard by shard and never holds the
+    model.
     The same command continues an interrupted run; the output appears only when it is whole and verified.
 
     With --target-bits or --max-kl every group of layers gets its own scheme, and the recipe is kept in the output.
@@ -221,12 +222,14 @@ def _recipe(
         raise UsageError("--scheme and --recipe were both given; a recipe names its schemes, give one of the two")
     if effort is not None and effort not in EFFORTS:
         raise UsageError(f"unknown effort {effort!r}; {did_you_mean(effort, EFFORTS)}")
-    recipe = Recipe.from_toml(file) if file is not None else Recipe(scheme or "fp8-block", kv=kv or "none")
+    recipe = Recipe.from_toml(file) if file is not None else Recipe.advised(scheme or "fp8-block", kv or "none")
     recipe = replace(recipe, kv=kv or recipe.kv, rules=(*(Rule(pattern, "none") for pattern in ignore), *recipe.rules))
     if steps == "rtn":
         if calib or effort:
             raise UsageError("--steps rtn rounds without data; leave out --calib and --effort")
         steps, recipe = None, replace(recipe, calibration=None)
+    elif file is None and calib is None and steps is None and recipe.calibration is not None:
+        effort = effort or recipe.calibration.effort
     data = calib or ("bundled" if steps is not None or effort is not None else None)
     if data is not None:
         calibration = Calibration(data, samples, length, seed, activations, effort or "default")  # type: ignore[arg-type]

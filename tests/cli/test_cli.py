@@ -13,8 +13,10 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+import quantlab
 from quantlab.cli import app, main
-from quantlab.scheme import SCHEMES
+from quantlab.errors import UsageError
+from quantlab.scheme import SCHEMES, Calibration, Recipe
 
 RUN = [sys.executable, "-m", "quantlab.cli"]
 
@@ -126,3 +128,26 @@ def test_rounding_without_data_takes_none(capsys, monkeypatch):
     code, text = fails(capsys, monkeypatch, "quantize", "m", "--scheme", "int4", "--steps", "rtn", "--calib", "bundled")
     assert code == 2
     assert "--steps rtn rounds without data; leave out --calib and --effort" in text
+
+
+@pytest.mark.parametrize(
+    ("options", "calibration"),
+    [
+        ((), Calibration(effort="fast")),
+        (("--calib-samples", "7"), Calibration(effort="fast", samples=7)),
+        (("--effort", "best"), Calibration(effort="best")),
+        (("--calib", "text.txt"), Calibration("text.txt")),
+        (("--steps", "gptq"), Calibration().only(["gptq"])),
+        (("--steps", "rtn"), None),
+    ],
+)
+def test_what_int4_is_calibrated_on(options: tuple[str, ...], calibration: Calibration | None, monkeypatch):
+    recipes = []
+
+    def quantize(model: str, recipe: Recipe, *rest: object, **options: object) -> None:
+        recipes.append(recipe)
+        raise UsageError("seen")
+
+    monkeypatch.setattr(quantlab, "quantize", quantize)
+    CliRunner().invoke(app, ["quantize", "m", "--scheme", "int4-fp8", *options])
+    assert recipes == [Recipe("int4-fp8", calibration=calibration)]

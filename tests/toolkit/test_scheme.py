@@ -38,6 +38,12 @@ def test_first_match_wins_and_the_rest_gets_the_scheme():
     assert recipe.scheme_for("model.layers.1.mlp.up_proj")[0] is SCHEMES["fp8-block"]
 
 
+def test_a_name_is_what_is_advised_and_a_recipe_what_it_says():
+    assert Recipe.of("int4").calibration == Recipe.of("int4-fp8").calibration == Calibration(effort="fast")
+    assert Recipe.of("fp8-block").calibration is Recipe.of("fp8-dynamic").calibration is None
+    assert Recipe.of(Recipe("int4")).calibration is None
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
