@@ -259,7 +259,7 @@ class Recipe:
 
     @classmethod
     def advised(cls, scheme: str, kv: str = "none") -> Recipe:
-        """One scheme for all layers; INT4 is calibrated on a little bundled text: without, it costs three times more."""
+        """One scheme for all layers; INT4 is calibrated on a little bundled text: without, it costs thrice as much."""
         named = scheme_named(scheme)
         int4 = named is not None and named.weight.format is INT4
         return cls(scheme, calibration=Calibration(effort="fast") if int4 else None, kv=kv)
