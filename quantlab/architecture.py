@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from quantlab.source_patterns import weights_read
+
 KINDS = ("linear", "expert", "router", "embedding", "head", "conv", "norm", "other")
 
 
@@ -23,7 +25,7 @@ class Architecture:
     kinds           checkpoint tensor -> one of `KINDS`. "expert" is the weight of routed experts, one matrix per
                     expert or all of them in one 3-D tensor; "head" is the output layer and every linear layer that
                     shares its weight; biases, scalars, layers that transformers keeps in 32 bits and weights that it
-                    rearranges while loading are "other"
+                    rearranges while loading or uses without calling their layer are "other"
     modules         checkpoint tensor -> path of the module that owns it in transformers' tree
     linear_modules  paths of every `nn.Linear`, tied heads included
     class_name      the model class
@@ -185,7 +187,9 @@ def _kind(modules: dict[str, Any], path: str, leaf: str) -> str:
         return "other"
     if _is_router(modules, path):
         return "router"
-    return "linear" if type(module) is nn.Linear else "other"  # the weight of a subclass may be used elsewhere
+    parent, _, name = path.rpartition(".")
+    used_elsewhere = type(module) is not nn.Linear or name in weights_read(type(modules[parent]))
+    return "other" if used_elsewhere else "linear"
 
 
 def _is_router(modules: dict[str, Any], path: str) -> bool:

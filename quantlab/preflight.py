@@ -275,7 +275,7 @@ def _other(info: TensorInfo, module: str, model: kinds.Model, known: str | None,
     if info.dtype not in kinds.FLOATS:
         return "not a 16 or 32 bit float"
     if special:
-        return "linear layer that transformers rearranges, keeps in 32 bits or has a class of its own for"
+        return "linear layer that transformers rearranges, keeps in 32 bits, reads the weight of or has a class for"
     return "parameter that is no linear layer's" if known else ""
 
 

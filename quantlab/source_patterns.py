@@ -2,7 +2,8 @@
 
 Layers that are called on one and the same variable can share its quantization and be computed as one GEMM; a gated MLP
 can quantize its product without writing it. Reading the source finds both in any architecture and needs neither a list
-of models nor a traced example; a `forward` that does not fit a pattern exactly is left as it is.
+of models nor a traced example; a `forward` that does not fit a pattern exactly is left as it is. A layer whose weight
+the code reads instead of calling the layer (Mamba's scans, casts to `weight.dtype`) cannot be quantized at all.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import ast
 import inspect
 import textwrap
 from collections import Counter, defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 
@@ -64,6 +66,28 @@ def gated_mlp(forward: object) -> GatedMlp | None:
                 if activated and up and name:
                     return GatedMlp(gate=activated[1], up=up, down=name, act=activated[0])
     return None
+
+
+@cache
+def weights_read(kind: type) -> frozenset[str]:
+    """Children whose weight the methods of a module's class read themselves, other than for its device.
+
+    What lies under an `if` does not count: those are slow, exact or training paths that ask whether they may.
+    """
+    methods = (getattr(kind, name) for name in dir(kind))
+    own = [m for m in methods if inspect.isfunction(m) and inspect.unwrap(m).__module__ == kind.__module__]
+    return frozenset(name for method in own if (tree := _parse(method)) is not None for name in _weights_read(tree))
+
+
+def _weights_read(node: ast.AST) -> Iterator[str]:
+    match node:
+        case ast.Attribute(value=ast.Attribute(attr="weight"), attr="device"):
+            return
+        case ast.Attribute(value=ast.Attribute(value=ast.Name(id="self"), attr=name), attr="weight"):
+            yield name
+    children = [node.test] if isinstance(node, ast.If) else ast.iter_child_nodes(node)
+    for child in children:
+        yield from _weights_read(child)
 
 
 @cache

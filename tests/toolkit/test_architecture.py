@@ -119,6 +119,16 @@ def test_layers_kept_in_32_bits_are_not_linear(tiny):
     assert kinds["encoder.block.0.layer.1.DenseReluDense.wi.weight"] == "linear"
 
 
+def test_a_layer_whose_weight_its_model_reads_is_not_linear(tmp_path: Path):
+    from transformers import MambaConfig
+
+    MambaConfig(hidden_size=64, vocab_size=64, num_hidden_layers=1, architectures=["MambaForCausalLM"]).save_pretrained(
+        tmp_path
+    )
+    names = [f"backbone.layers.0.mixer.{name}_proj.weight" for name in ("in", "x", "dt", "out")]
+    assert [*architecture(tmp_path, names).kinds.values()] == ["linear", "linear", "other", "linear"]
+
+
 def test_convolutions(tiny):
     assert kinds_of(tiny("whisper"))["model.encoder.conv1.weight"] == "conv"
 

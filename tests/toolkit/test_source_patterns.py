@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from torch import nn
 from transformers.models.bert.modeling_bert import BertSelfAttention
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP
+from transformers.models.mamba.modeling_mamba import MambaMixer
+from transformers.models.nllb_moe.modeling_nllb_moe import NllbMoeDenseActDense
 from transformers.models.phi3.modeling_phi3 import Phi3MLP
 from transformers.models.whisper.modeling_whisper import WhisperAttention
 
-from quantlab.source_patterns import GatedMlp, gated_mlp, shared_inputs
+from quantlab.source_patterns import GatedMlp, gated_mlp, shared_inputs, weights_read
 
 QKV = frozenset({"q_proj", "k_proj", "v_proj", "o_proj"})
 
@@ -92,3 +95,22 @@ def test_a_forward_without_source_is_left_alone():
     assert shared_inputs(namespace["forward"], frozenset({"q", "k"})) == []
     assert gated_mlp(namespace["forward"]) is None
     assert gated_mlp(len) is None
+
+
+class Reads(nn.Module):
+    def forward(self, x):
+        if self.training:
+            return x @ self.slow.weight
+        x = self.cast(x.to(self.cast.weight.dtype))
+        return self.scan(self.called(x.to(self.called.weight.device)))
+
+    def scan(self, x):
+        return x @ self.multiplied.weight
+
+
+def test_weights_that_a_model_reads_itself():
+    assert weights_read(Reads) == {"cast", "multiplied"}
+    assert weights_read(LlamaAttention) == frozenset()
+    assert "dt_proj" in weights_read(MambaMixer)
+    assert weights_read(MambaMixer).isdisjoint({"in_proj", "x_proj", "out_proj"})  # read only to train
+    assert weights_read(NllbMoeDenseActDense) == {"fc2"}
