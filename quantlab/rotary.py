@@ -59,11 +59,12 @@ def _fused(own: Callable[..., Any], partial: bool) -> Callable[..., Any]:
     partial  `own` lets channels beyond those of the cosines pass through
     """
 
-    def apply_rotary_pos_emb(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def apply_rotary_pos_emb(*args: Any, **kwargs: Any) -> Any:
         dim = kwargs.get("unsqueeze_dim", 1)
-        plain = not args and kwargs.keys() <= {"unsqueeze_dim"} and dim in (1, 2)
+        plain = len(args) == 4 and kwargs.keys() <= {"unsqueeze_dim"} and dim in (1, 2)
         if not plain or torch.compiler.is_compiling() or torch.is_grad_enabled():
-            return own(q, k, cos, sin, *args, **kwargs)
+            return own(*args, **kwargs)
+        q, k, cos, sin = args
         if dim == 2:  # [B, S, H, D]
             q, k = q.transpose(1, 2), k.transpose(1, 2)
         if not _fits(q, k, cos, sin, partial):

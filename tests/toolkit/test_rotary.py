@@ -74,6 +74,20 @@ def test_part_of_the_channels():
                 torch.testing.assert_close(x, y)
 
 
+def test_a_function_called_in_another_way_is_the_models_own():
+    """Qwen4-Exp turns queries alone with the function that turns both."""
+
+    def own(q, k=None, cos=None, sin=None, unsqueeze_dim=1):
+        both = modeling_llama.apply_rotary_pos_emb(q, q if k is None else k, cos, sin, unsqueeze_dim)
+        return both[0] if k is None else both
+
+    assert rotary._is_rotary(own, 8)
+    q, angle = torch.randn(2, 3, 5, 8), torch.randn(1, 5, 8)
+    with torch.no_grad():
+        alone = rotary._fused(own, partial=False)(q, cos=angle.cos(), sin=angle.sin())
+    assert torch.equal(alone, own(q, None, angle.cos(), angle.sin()))
+
+
 def test_gradients_and_graphs_take_the_models_own():
     model = model_of("llama")
     with torch.no_grad():
