@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
-from quantlab import checkpoint, decoding, kinds, latent
+from quantlab import checkpoint, decoding, kinds, latent, latent_step
 from quantlab import keys as kept_keys
 from quantlab.architecture import meta_model
 from quantlab.cache_layers import (
@@ -91,6 +91,7 @@ def use(model: Any, kv: KV | str | None, tokens: Tensor | None = None, keys: dic
     """
     for name in (_PREPARE, _PREPARED, _SAVE):
         model.__dict__.pop(name, None)
+    latent_step.restore(model)
     latent.release(model)
     if kv is None or kv == "none":
         return model
@@ -101,6 +102,8 @@ def use(model: Any, kv: KV | str | None, tokens: Tensor | None = None, keys: dic
     kv = latent.use(model, kv) if latents else KV.of(kv)
     if not str(model.config._attn_implementation).startswith("quantlab"):
         model.set_attn_implementation("quantlab")
+    if latents:
+        latent_step.shorten(model)
     if latents or kv.format == "16bit":
         keys = {}
     elif keys is None:

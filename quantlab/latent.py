@@ -31,9 +31,10 @@ from quantlab.cache_layers import KV, DynamicPackedLayer, Handle, PackedLayer, S
 from quantlab.errors import UsageError
 from quantlab.linear import Fp8BlockLinear, QuantizedLinear
 from quantlab_calib.rotate import hadamard
-from quantlab_kernels import bmm_fp8, mla_append, mla_decode
+from quantlab_kernels import bmm_fp8, mla_append, mla_decode, mla_step
 from quantlab_kernels.bmm_fp8 import op as bmm_fp8_op
 from quantlab_kernels.common.hardware import gpu
+from quantlab_kernels.common.heads import bmm_heads
 from quantlab_kernels.common.latent import FORMATS, PackedLatent, dequantize_latent, quantize_latent
 
 _ABSORBED = "quantlab_absorbed"  # of an attention module: `Absorbed`
@@ -114,7 +115,7 @@ def prepare(path: str, module: Any, turn: bool) -> None:
     setattr(module, _ABSORBED, absorbed)
     module.expand_kv = types.MethodType(_expand, module)
     norm = module.kv_a_layernorm
-    if "forward" not in vars(norm) and _epsilon(norm) is not None and _is_plain(norm):
+    if "forward" not in vars(norm) and epsilon(norm) is not None and is_plain(norm):
         norm.forward = types.MethodType(_norm_at_once, norm)
 
 
@@ -122,10 +123,11 @@ def _norm_at_once(self: Any, x: Tensor) -> Tensor:
     """`forward` of a plain RMSNorm in one launch instead of seven; the compiler fuses those by itself."""
     if not x.is_cuda or torch.compiler.is_compiling() or torch.is_grad_enabled():
         return type(self).forward(self, x)
-    return nn.functional.rms_norm(x, self.weight.shape, self.weight, _epsilon(self))
+    return nn.functional.rms_norm(x, self.weight.shape, self.weight, epsilon(self))
 
 
-def _epsilon(norm: Any) -> float | None:
+def epsilon(norm: Any) -> float | None:
+    """What a norm adds to the mean of squares."""
     return getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
 
 
@@ -222,7 +224,11 @@ class Absorbed:
     def queries(self, query: Tensor) -> tuple[Tensor, Tensor]:
         """[B, H, Sq, nope + R] to queries of latents [B, Sq, H, L] and of positions [B, Sq, H, R]."""
         plain, rope = query.transpose(1, 2).split([self.nope, self.rope], -1)
-        return self._multiplied(plain, self.keys, 0, self.nope, False), rope
+        return self.absorb(plain), rope
+
+    def absorb(self, plain: Tensor) -> Tensor:
+        """Queries without their position parts, [B, Sq, H, nope], to queries of latents [B, Sq, H, L]."""
+        return self._multiplied(plain, self.keys, 0, self.nope, False)
 
     def results(self, out: Tensor) -> Tensor:
         """[B, Sq, H, L] to [B, Sq, H, V]."""
@@ -236,7 +242,7 @@ class Absorbed:
             weight = self.module.kv_b_proj
             out = bmm_fp8(rows, weight.weight, weight.scale, first=first, count=count, transposed=transposed)
         else:
-            out = (rows.transpose(0, 1) @ matrix).transpose(0, 1)
+            out = bmm_heads(rows, matrix) if transposed else (rows.transpose(0, 1) @ matrix).transpose(0, 1)
         return out.unflatten(0, (batch, tokens))
 
 
@@ -344,6 +350,14 @@ class LatentLayer(PackedLayer):
         mla_append(key[:, 0], value[:, 0].to(key.dtype), self.cache, self.length)
         self.filled = True
 
+    def step(self, query: Tensor, latent: Tensor, rope: Tensor, layout: tuple[bool, bool], **given: Any) -> Tensor:
+        """Write one token, as its projection made it, and turn queries [B, 1, H, R] of it (`mla_step`)."""
+        self._reserve(1)
+        interleaved, kept = layout
+        return mla_step(
+            query, latent, rope, self.cache, self.length, interleaved=interleaved, kept_interleaved=kept, **given
+        )
+
     def round_trip(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         codes = quantize_latent(key.float(), FORMATS[self.kv.format], self.dtype)
         return dequantize_latent(*codes, torch.float32).to(self.dtype), value
@@ -358,6 +372,11 @@ class LatentLayer(PackedLayer):
 
 class DynamicLatentLayer(DynamicPackedLayer, LatentLayer):
     """Grows by blocks."""
+
+    def step(self, *args: Any, **given: Any) -> Tensor:
+        queries = super().step(*args, **given)
+        self._appended = self.tokens
+        return queries
 
 
 class StaticLatentLayer(StaticPackedLayer, LatentLayer):
@@ -391,7 +410,7 @@ def _fold(module: Any) -> bool:
     before, norm, after = (getattr(module, n, None) for n in ("kv_a_proj_with_mqa", "kv_a_layernorm", "kv_b_proj"))
     if getattr(module, _TURNED, False):
         return True
-    if type(before) is not nn.Linear or type(after) is not nn.Linear or norm is None or not _is_plain(norm):
+    if type(before) is not nn.Linear or type(after) is not nn.Linear or norm is None or not is_plain(norm):
         return False
     size = after.in_features
     turn = hadamard(size).to(after.weight.device)
@@ -404,7 +423,7 @@ def _fold(module: Any) -> bool:
     return True
 
 
-def _is_plain(norm: nn.Module) -> bool:
+def is_plain(norm: nn.Module) -> bool:
     """Whether a norm is an RMSNorm whose result is multiplied by its weights, and nothing else."""
     weight = getattr(norm, "weight", None)
     if not isinstance(weight, nn.Parameter) or len(list(norm.parameters())) != 1:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantlab_kernels import PackedLatent, mla_append
+from quantlab_kernels import PackedLatent, mla_append, mla_step
 from quantlab_kernels.common.latent import FORMATS, dequantize_latent
 
 STEP = {"fp8": 2.0**-4, "int8": 0.5 / 127, "int4": 0.45, "16bit": 2.0**-8}  # of a row's largest magnitude
@@ -89,6 +89,67 @@ def test_pages_on_the_gpu(monkeypatch: pytest.MonkeyPatch):
     check_pages(512, 64, torch.bfloat16, "cuda")
 
 
+LAYOUTS = [(False, False), (True, False), (True, True)]  # pairs side by side: in the projection, in the cache
+
+
+def check_step(
+    name: str, layout: tuple[bool, bool], dtype: torch.dtype = torch.float32, device: str = "cpu", rank: int = 64,
+    rope: int = 16, heads: int = 5,
+) -> None:  # fmt: skip
+    """The cache of a step is that of `mla_append`; queries are turned as the key is; a full cache is left alone."""
+    given = inputs(3, 1, rank, rope, dtype, device)
+    latent, part = given["rows"].split([rank, rope], -1)
+    caches = [PackedLatent.empty(name, 3, 16, rank, rope, dtype=dtype, device=device) for _ in range(2)]  # type: ignore[arg-type]
+    length = torch.tensor([12, 0, 16], dtype=torch.int32, device=device)
+    interleaved, kept = layout
+    angles = {"cos": given["cos"], "sin": given["sin"], "interleaved": interleaved}
+    mla_append(latent, part, caches[0], length + 1, norm=given["norm"], **angles)
+    halves = {key: given[key].unflatten(-1, (2, -1)).movedim(-2, -1)[..., 0] for key in ("cos", "sin")}  # with gaps
+    queries = torch.randn(3, 1, heads, rope + 3, generator=torch.Generator().manual_seed(1)).to(device, dtype)[..., 3:]
+    queries[:, :, 0] = part
+    out = mla_step(
+        queries, latent, part, caches[1], length, norm=given["norm"], interleaved=interleaved, kept_interleaved=kept,
+        **halves,
+    )  # fmt: skip
+    assert length.tolist() == [13, 1, 17]
+    assert torch.equal(caches[0].latent.view(torch.uint8), caches[1].latent.view(torch.uint8))
+    if caches[0].scale is not None and caches[1].scale is not None:
+        assert torch.equal(caches[0].scale, caches[1].scale)
+    apart = caches[1].rope.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2) if kept else caches[1].rope
+    assert torch.equal(caches[0].rope, apart)
+    for row, slot in ((0, 12), (1, 0)):
+        assert torch.equal(out[row, 0, 0], caches[1].rope[row, slot])
+    pairs = queries.unflatten(-1, (-1, 2) if interleaved else (2, -1))
+    turned = out.unflatten(-1, (-1, 2) if kept else (2, -1))
+    sizes = [x.double().square().sum(-1 if side else -2) for x, side in ((pairs, interleaved), (turned, kept))]
+    torch.testing.assert_close(sizes[0], sizes[1], rtol=1e-5 if dtype == torch.float32 else 0.03, atol=1e-3)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["fp8", "int4", "16bit"])
+def test_a_step_appends_and_turns(name: str, layout: tuple[bool, bool]):
+    check_step(name, layout)
+
+
+@pytest.mark.gpu(sm=80)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("heads", [1, 16, 40])
+def test_a_step_on_the_gpu(name: str, layout: tuple[bool, bool], heads: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("QUANTLAB_MLA_APPEND_BACKEND", "triton")
+    check_step(name, layout, torch.bfloat16, "cuda", 512, 64, heads)
+
+
+def test_steps_that_do_not_fit():
+    cache = PackedLatent.empty("fp8", 2, 8, 64, 16)
+    x, r, q = torch.randn(2, 1, 64), torch.randn(2, 1, 16), torch.randn(2, 1, 4, 16)
+    length, angle = torch.tensor([3, 3], dtype=torch.int32), torch.ones(1, 1, 8)
+    with pytest.raises(RuntimeError, match=r"needs one token, torch\.float32"):
+        mla_step(q[:1], x, r, cache, length, cos=angle, sin=angle)
+    with pytest.raises(RuntimeError, match=r"sin \(1, 1, 16\); need floats \[2 or 1, 1, 8\]"):
+        mla_step(q, x, r, cache, length, cos=angle, sin=torch.ones(1, 1, 16))
+
+
 def test_refusals():
     cache = PackedLatent.empty("fp8", 2, 8, 64, 16)
     x, r = torch.randn(2, 3, 64), torch.randn(2, 3, 16)
@@ -125,7 +186,19 @@ def appended(latent, rope, cache, length, *, norm, cos, sin, interleaved):
     backend.launch(
         problem, latent, rope, cache.latent, cache.rope, cache.scale, length, norm, cos, sin, None, 1e-6, interleaved
     )
-test_mla_append.mla_append = appended
+def step(query, latent, rope, cache, length, *, cos, sin, norm, interleaved, kept_interleaved):
+    problem = op.Problem(
+        *latent.shape, rope.shape[2], op.code_of(cache.latent), latent.dtype, 80, heads=query.shape[2]
+    )
+    out = torch.empty(query.shape, dtype=query.dtype)
+    backend.launch_step(
+        problem, query, latent, rope, cache.latent, cache.rope, cache.scale, length, norm, cos, sin, 1e-6, interleaved,
+        kept_interleaved, out,
+    )
+    return out
+test_mla_append.mla_append, test_mla_append.mla_step = appended, step
+for layout in test_mla_append.LAYOUTS:
+    test_mla_append.check_step("fp8", layout, torch.float16, heads=20)
 for name in ("fp8", "int8", "int4", "16bit"):
     test_mla_append.check(name, torch.float16)
 """

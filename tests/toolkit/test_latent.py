@@ -10,7 +10,7 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 import quantlab
-from quantlab import cache, latent
+from quantlab import cache, latent, latent_step
 from quantlab.cache import KV
 from quantlab.errors import UsageError
 from quantlab.latent import DynamicLatentLayer, StaticLatentLayer
@@ -100,6 +100,46 @@ def test_crossover_is_computed():
     assert latent.crossover(nope=128, v=128, latent=512) == 170
     assert latent.crossover(nope=192, v=256, latent=512) == 398
     assert latent.crossover(nope=64, v=64, latent=64) == 1 << 30
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_steps_are_short(name, monkeypatch):
+    """What `test_absorbed_is_expanded` compares is not the model's own forward, but where that does more."""
+    model = cache.use(tiny(name), "fp8")
+    own = name in ("LongcatFlash", "Mistral4")
+    module = next(latent.modules(model))
+    assert isinstance(module.forward, latent_step.Step) != own
+    taken = []
+    step = latent_step.Step.step
+    monkeypatch.setattr(latent_step.Step, "step", lambda self, *given: taken.append(1) or step(self, *given))
+    generate(model, tokens=5)
+    assert len(taken) == (0 if own else 4 * model.config.num_hidden_layers)
+    cache.use(model, None)
+    assert not any("forward" in vars(module) for module in latent.modules(model))
+
+
+def test_joined_projections_are_left_when_they_change():
+    """The same numbers from one GEMM; not past an adapter, a hook, or weights that were moved."""
+    model = cache.use(tiny("DeepseekV2", q_lora_rank=None), "fp8")
+    module = next(latent.modules(model))
+    first, second, step = module.q_proj, module.kv_a_proj_with_mqa, module.forward
+    assert step.join.is_of(first, second)
+    assert first.weight.data_ptr() == step.join.weight.data_ptr()
+    x = torch.randn(2, 1, 64)
+    with torch.no_grad():
+        query, row = step.projected(x)
+        torch.testing.assert_close(query.flatten(-2), first(x))
+        torch.testing.assert_close(row, second(x))
+        second.weight.mul_(2)
+        torch.testing.assert_close(step.projected(x)[1], 2 * row)
+    hook = first.register_forward_hook(lambda *given: None)
+    assert not step.join.is_of(first, second)
+    hook.remove()
+    assert not step.join.is_of(torch.nn.Sequential(first), second)
+    model.double()
+    assert not step.join.is_of(first, second)
+    assert step.projected(x.double())[0].dtype == torch.float64
+    model.load_state_dict(tiny("DeepseekV2", q_lora_rank=None).state_dict())
 
 
 def relative(x, y):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from quantlab_kernels.mla_append import op
 
@@ -17,3 +17,9 @@ def supports(problem: Problem) -> str | None:
 def launch(problem: Problem, *arguments: object) -> None:
     """Write codes and scales by `reference`."""
     op._cpu(*arguments)  # type: ignore[arg-type]
+
+
+def launch_step(problem: Problem, *arguments: Any) -> None:
+    """As `launch`, and turned queries into the last argument."""
+    *given, out = arguments
+    out.copy_(op._step_cpu(*given))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,6 +35,7 @@ class Problem:
     dtype: torch.dtype = torch.bfloat16
     sm: int = 90
     more: bool = False
+    heads: int = 0  # whose queries are turned too, in a decoding step
 
     @property
     def bytes(self) -> int:
@@ -62,6 +65,27 @@ def mla_append(
     """
     _OP(
         latent, rope, cache.latent, cache.rope, cache.scale, length, norm, cos, sin, slots, eps, interleaved
+    )  # fmt: skip
+
+
+def mla_step(
+    query: Tensor, latent: Tensor, rope: Tensor, cache: PackedLatent, length: Tensor, *, cos: Tensor, sin: Tensor,
+    norm: Tensor | None = None, eps: float = 1e-6, interleaved: bool = False, kept_interleaved: bool = False,
+) -> Tensor:  # fmt: skip
+    """What a decoding step does before attention: `mla_append` of one token, its queries turned, the length advanced.
+
+    query        [B, 1, H, R] of latent's dtype, any strides: the part of the queries that carries the position
+    latent, rope, norm, eps  as in `mla_append`, S = 1
+    length       [B] int32: tokens of each sequence without this one, counted up by 1; it is written at the old length
+    cos, sin     [B or 1, 1, R / 2] float, any strides: one angle for a pair
+    interleaved, kept_interleaved  pairs of channels lie side by side in rope and query, and in the cache and the
+                 result; else R/2 apart
+
+    Returns the turned queries [B, 1, H, R]. Raises RuntimeError for operands that do not fit together.
+    """
+    return _STEP(
+        query, latent, rope, cache.latent, cache.rope, cache.scale, length, norm, cos, sin, eps, interleaved,
+        kept_interleaved,
     )  # fmt: skip
 
 
@@ -139,4 +163,73 @@ _OP = define(
     "mla_append(Tensor latent, Tensor rope, Tensor(a!) codes, Tensor(b!) kept, Tensor(c!)? scale, Tensor length,"
     " Tensor? norm, Tensor? cos, Tensor? sin, Tensor? slots, float eps, bool interleaved) -> ()",
     fake=_fake, cpu=_cpu, cuda=_cuda,
+)  # fmt: skip
+
+
+def _check_step(
+    query: Tensor, latent: Tensor, rope: Tensor, codes: Tensor, kept: Tensor, scale: Tensor | None, length: Tensor,
+    norm: Tensor | None, cos: Tensor, sin: Tensor, eps: float, interleaved: bool, kept_interleaved: bool,
+) -> None:  # fmt: skip
+    _check(latent, rope, codes, kept, scale, length, norm, None, None, None, eps, interleaved)
+    batch, tokens, turning = rope.shape
+    require(
+        tokens == 1 and query.dim() == 4 and query.dtype == latent.dtype and query.shape[:2] == (batch, 1)
+        and query.shape[3] == turning,
+        lambda: (
+            f"mla_step: {tokens} tokens, query {query.dtype} {tuple(query.shape)}; needs one token, {latent.dtype} "
+            f"{(batch, 1, 'H', turning)}"
+        ),
+    )  # fmt: skip
+    require(
+        turning % 2 == 0 and all(
+            x.dim() == 3 and x.shape[0] in (1, batch) and tuple(x.shape[1:]) == (1, turning // 2) and x.dtype in _INPUTS
+            for x in (cos, sin)
+        ),
+        lambda: (
+            f"mla_step: cos {tuple(cos.shape)}, sin {tuple(sin.shape)}; need floats [{batch} or 1, 1, {turning // 2}]"
+        ),
+    )  # fmt: skip
+
+
+def _step_fake(query: Tensor, *rest: Any) -> Tensor:
+    _check_step(query, *rest)
+    return torch.empty_like(query, memory_format=torch.contiguous_format)
+
+
+def _step_cpu(
+    query: Tensor, latent: Tensor, rope: Tensor, codes: Tensor, kept: Tensor, scale: Tensor | None, length: Tensor,
+    norm: Tensor | None, cos: Tensor, sin: Tensor, eps: float, interleaved: bool, kept_interleaved: bool,
+) -> Tensor:  # fmt: skip
+    _check_step(
+        query, latent, rope, codes, kept, scale, length, norm, cos, sin, eps, interleaved, kept_interleaved
+    )  # fmt: skip
+    turn = functools.partial(reference.turned_pairs, interleaved=interleaved, kept_interleaved=kept_interleaved)
+    length.add_(1)
+    _, row, slot = rows_of(1, length, None, codes.shape[1], False)
+    reference.write(codes, kept, scale, reference.normalized(latent, norm, eps), turn(rope, cos, sin), row, slot)
+    return turn(query, cos[:, :, None], sin[:, :, None]).to(query.dtype)
+
+
+def _step_cuda(
+    query: Tensor, latent: Tensor, rope: Tensor, codes: Tensor, kept: Tensor, scale: Tensor | None, length: Tensor,
+    norm: Tensor | None, cos: Tensor, sin: Tensor, eps: float, interleaved: bool, kept_interleaved: bool,
+) -> Tensor:  # fmt: skip
+    arguments = query, latent, rope, codes, kept, scale, length, norm, cos, sin, eps, interleaved, kept_interleaved
+    out = _step_fake(*arguments)
+    if latent.numel() == 0:
+        return out
+    batch, _, rank = latent.shape
+    problem = Problem(
+        batch, 1, rank, rope.shape[2], code_of(codes), latent.dtype, gpu_of(latent).sm, True, query.shape[2]
+    )
+    with device_of(latent):
+        BACKENDS.select(problem).launch_step(problem, *arguments, out)
+    return out
+
+
+_STEP = define(
+    "mla_step(Tensor query, Tensor latent, Tensor rope, Tensor(a!) codes, Tensor(b!) kept, Tensor(c!)? scale,"
+    " Tensor(d!) length, Tensor? norm, Tensor cos, Tensor sin, float eps, bool interleaved, bool kept_interleaved)"
+    " -> Tensor",
+    fake=_step_fake, cpu=_step_cpu, cuda=_step_cuda,
 )  # fmt: skip

@@ -27,6 +27,15 @@ def turned(rope: Tensor, cos: Tensor | None, sin: Tensor | None, interleaved: bo
     return straight * cos.to(torch.float32) + across * sin.to(torch.float32)
 
 
+def turned_pairs(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, kept_interleaved: bool) -> Tensor:
+    """Rows [..., R] turned by angles of R / 2 channels, in float32, with pairs side by side or R / 2 apart."""
+    x = x.to(torch.float32)
+    one, two = (x[..., 0::2], x[..., 1::2]) if interleaved else x.chunk(2, -1)
+    cos, sin = cos.to(torch.float32), sin.to(torch.float32)
+    pair = one * cos - two * sin, two * cos + one * sin
+    return torch.stack(pair, -1).flatten(-2) if kept_interleaved else torch.cat(pair, -1)
+
+
 def write(
     codes: Tensor, kept: Tensor, scale: Tensor | None, latent: Tensor, rope: Tensor, row: Tensor, slot: Tensor
 ) -> None:

@@ -17,6 +17,8 @@ from quantlab_kernels.kv_append.triton import KINDS, _eight_bits, _rounded
 if TYPE_CHECKING:
     from quantlab_kernels.mla_append.op import Problem
 
+HEADS = 16  # of one program that turns queries
+
 
 def supports(problem: Problem) -> str | None:
     """Rows of a power of two of channels, from sm_80 on."""
@@ -48,6 +50,31 @@ def launch(
         native, *CLIPS,
     )  # fmt: skip
     _LAUNCH((triton.cdiv(p.tokens, tokens), p.batch), tensors, numbers, constants, 1 if tokens == 1 else 4)
+
+
+def launch_step(
+    problem: Problem, query: Tensor, latent: Tensor, rope: Tensor, codes: Tensor, kept: Tensor, scale: Tensor | None,
+    length: Tensor, norm: Tensor | None, cos: Tensor, sin: Tensor, eps: float, interleaved: bool,
+    kept_interleaved: bool, out: Tensor,
+) -> None:  # fmt: skip
+    """As `launch` for one token of each sequence, and turn queries into out [B, 1, H, R]; a program for the token and
+    more for `HEADS` heads each."""
+    p, native = problem, problem.sm >= 89
+    plain = codes.view(torch.uint8) if codes.dtype == torch.float8_e4m3fn and not native else codes
+    tensors = (
+        query, latent, rope, cos, sin, length if norm is None else norm, plain, kept,
+        length if scale is None else scale, length, out,
+    )  # fmt: skip
+    columns = [n for x in (cos, sin) for n in (0 if x.shape[0] == 1 else x.stride(0), x.stride(2))]
+    numbers = (
+        p.heads, codes.shape[1], eps, query.stride(0), *query.stride()[2:], latent.stride(0), latent.stride(2),
+        rope.stride(0), rope.stride(2), *columns, codes.stride(0), kept.stride(0),
+        0 if scale is None else scale.stride(0),
+    )  # fmt: skip
+    constants = (
+        p.rank, p.rope, HEADS, KINDS[p.code], norm is not None, interleaved, kept_interleaved, native, *CLIPS
+    )  # fmt: skip
+    _STEP((1 + triton.cdiv(p.heads, HEADS), p.batch), tensors, numbers, constants, 4 if p.code == "int4" else 1)
 
 
 def _strides(tensor: Tensor | None) -> tuple[int, int]:
@@ -93,30 +120,15 @@ def _four_bits(
 
 
 @triton.jit
-def _kernel(
-    latent_ptr, rope_ptr, codes_ptr, kept_ptr, scale_ptr, norm_ptr, cos_ptr, sin_ptr, slots_ptr, length_ptr, tokens,
-    capacity, eps, l_batch, l_token, l_column, r_batch, r_token, r_column, cos_batch, cos_token, sin_batch, sin_token,
-    codes_row, kept_row, scale_row,
-    L: tl.constexpr, R: tl.constexpr, TOKENS: tl.constexpr, KIND: tl.constexpr, NORM: tl.constexpr,
-    ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, SLOTS: tl.constexpr, NATIVE: tl.constexpr, C0: tl.constexpr,
-    C1: tl.constexpr, C2: tl.constexpr, C3: tl.constexpr, C4: tl.constexpr,
+def _write_latents(
+    at, codes_ptr, scale_ptr, norm_ptr, l_column, inside, keep, row, slot, eps, codes_row, scale_row, L: tl.constexpr,
+    KIND: tl.constexpr, NORM: tl.constexpr, NATIVE: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr, C2: tl.constexpr,
+    C3: tl.constexpr, C4: tl.constexpr,
 ):  # fmt: skip
+    """Latents of tokens that begin at `at`, normalized and quantized, into their slots."""
     HALF: tl.constexpr = L // 2
-    TURN: tl.constexpr = R // 2
-    batch = tl.program_id(1).to(tl.int64)
-    token = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
-    inside = token < tokens
-    if SLOTS:
-        place = tl.load(slots_ptr + batch * tokens + token, mask=inside, other=-1)
-        keep = inside & (place >= 0)
-        row, slot = tl.where(keep, place // capacity, 0), tl.where(keep, place % capacity, 0)
-    else:
-        position = tl.load(length_ptr + batch).to(tl.int64) - tokens + token
-        keep = inside & (position >= 0) & (position < capacity)
-        row, slot = token * 0 + batch, tl.where(keep, position, 0)
-
     half = tl.arange(0, HALF)
-    at = latent_ptr + (batch * l_batch + token * l_token)[:, None] + half[None, :] * l_column
+    at = at[:, None] + half[None, :] * l_column
     low = tl.load(at, mask=inside[:, None], other=0.0).to(tl.float32)
     high = tl.load(at + HALF * l_column, mask=inside[:, None], other=0.0).to(tl.float32)
     if NORM:
@@ -144,6 +156,34 @@ def _kernel(
             _eight_bits(codes_ptr, low, high, scale, at, HALF, mask, KIND == 0, NATIVE)
             tl.store(scale_ptr + row * scale_row + slot, scale, mask=keep)
 
+
+@triton.jit
+def _kernel(
+    latent_ptr, rope_ptr, codes_ptr, kept_ptr, scale_ptr, norm_ptr, cos_ptr, sin_ptr, slots_ptr, length_ptr, tokens,
+    capacity, eps, l_batch, l_token, l_column, r_batch, r_token, r_column, cos_batch, cos_token, sin_batch, sin_token,
+    codes_row, kept_row, scale_row,
+    L: tl.constexpr, R: tl.constexpr, TOKENS: tl.constexpr, KIND: tl.constexpr, NORM: tl.constexpr,
+    ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, SLOTS: tl.constexpr, NATIVE: tl.constexpr, C0: tl.constexpr,
+    C1: tl.constexpr, C2: tl.constexpr, C3: tl.constexpr, C4: tl.constexpr,
+):  # fmt: skip
+    TURN: tl.constexpr = R // 2
+    batch = tl.program_id(1).to(tl.int64)
+    token = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
+    inside = token < tokens
+    if SLOTS:
+        place = tl.load(slots_ptr + batch * tokens + token, mask=inside, other=-1)
+        keep = inside & (place >= 0)
+        row, slot = tl.where(keep, place // capacity, 0), tl.where(keep, place % capacity, 0)
+    else:
+        position = tl.load(length_ptr + batch).to(tl.int64) - tokens + token
+        keep = inside & (position >= 0) & (position < capacity)
+        row, slot = token * 0 + batch, tl.where(keep, position, 0)
+
+    _write_latents(
+        latent_ptr + batch * l_batch + token * l_token, codes_ptr, scale_ptr, norm_ptr, l_column, inside, keep, row,
+        slot, eps, codes_row, scale_row, L, KIND, NORM, NATIVE, C0, C1, C2, C3, C4,
+    )  # fmt: skip
+
     turn = tl.arange(0, TURN)
     at = rope_ptr + (batch * r_batch + token * r_token)[:, None]
     first, second = turn, turn + TURN
@@ -165,4 +205,65 @@ def _kernel(
     tl.store(at + TURN, two.to(kept_ptr.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _turned_rows(
+    at, cos_ptr, sin_ptr, column, cos_column, sin_column, mask, out, out_mask, TURN: tl.constexpr, PAIRS: tl.constexpr,
+    KEPT: tl.constexpr,
+):  # fmt: skip
+    """Rows that begin at `at` [N, 1], turned by angles of one position, to `out` [N, 1]; PAIRS, KEPT: channels that
+    belong together lie side by side there, else TURN apart."""
+    turn = tl.arange(0, TURN)[None, :]
+    cos = tl.load(cos_ptr + turn * cos_column).to(tl.float32)
+    sin = tl.load(sin_ptr + turn * sin_column).to(tl.float32)
+    first, second = turn, turn + TURN
+    if PAIRS:
+        first, second = 2 * turn, 2 * turn + 1
+    one = tl.load(at + first * column, mask=mask, other=0.0).to(tl.float32)
+    two = tl.load(at + second * column, mask=mask, other=0.0).to(tl.float32)
+    first, second = turn, turn + TURN
+    if KEPT:
+        first, second = 2 * turn, 2 * turn + 1
+    kind = out.dtype.element_ty
+    tl.store(out + first, (one * cos - two * sin).to(kind), mask=out_mask)
+    tl.store(out + second, (two * cos + one * sin).to(kind), mask=out_mask)
+
+
+@triton.jit
+def _step_kernel(
+    query_ptr, latent_ptr, rope_ptr, cos_ptr, sin_ptr, norm_ptr, codes_ptr, kept_ptr, scale_ptr, length_ptr, out_ptr,
+    heads, capacity, eps, q_batch, q_head, q_column, l_batch, l_column, r_batch, r_column, cos_batch, cos_column,
+    sin_batch, sin_column, codes_row, kept_row, scale_row,
+    L: tl.constexpr, R: tl.constexpr, HEADS: tl.constexpr, KIND: tl.constexpr, NORM: tl.constexpr, PAIRS: tl.constexpr,
+    KEPT: tl.constexpr, NATIVE: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr, C2: tl.constexpr, C3: tl.constexpr,
+    C4: tl.constexpr,
+):  # fmt: skip
+    TURN: tl.constexpr = R // 2
+    batch = tl.program_id(1).to(tl.int64)
+    cos_ptr += batch * cos_batch
+    sin_ptr += batch * sin_batch
+    if tl.program_id(0) == 0:
+        row = batch + tl.arange(0, 1)
+        slot = tl.load(length_ptr + row).to(tl.int64)
+        inside, keep = row >= 0, (slot >= 0) & (slot < capacity)
+        tl.debug_barrier()  # all threads have read the length
+        tl.store(length_ptr + row, (slot + 1).to(tl.int32))
+        slot = tl.where(keep, slot, 0)
+        _write_latents(
+            latent_ptr + row * l_batch, codes_ptr, scale_ptr, norm_ptr, l_column, inside, keep, row, slot, eps,
+            codes_row, scale_row, L, KIND, NORM, NATIVE, C0, C1, C2, C3, C4,
+        )  # fmt: skip
+        _turned_rows(
+            rope_ptr + (row * r_batch)[:, None], cos_ptr, sin_ptr, r_column, cos_column, sin_column, inside[:, None],
+            kept_ptr + (row * kept_row + slot * R)[:, None], keep[:, None], TURN, PAIRS, KEPT,
+        )  # fmt: skip
+    else:
+        head = ((tl.program_id(0) - 1) * HEADS + tl.arange(0, HEADS)).to(tl.int64)[:, None]
+        mask = head < heads
+        _turned_rows(
+            query_ptr + batch * q_batch + head * q_head, cos_ptr, sin_ptr, q_column, cos_column, sin_column, mask,
+            out_ptr + (batch * heads + head) * R, mask, TURN, PAIRS, KEPT,
+        )  # fmt: skip
+
+
 _LAUNCH = Launcher(_kernel)
+_STEP = Launcher(_step_kernel)
