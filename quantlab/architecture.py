@@ -30,6 +30,7 @@ class Architecture:
     linear_modules  paths of every `nn.Linear`, tied heads included
     class_name      the model class
     shapes          checkpoint tensor -> shape that the model has for it, where loading does not change the shape
+    unstacked       paths of experts that are one tensor here, and one by one in compressed-tensors checkpoints
     """
 
     kinds: dict[str, str]
@@ -37,6 +38,7 @@ class Architecture:
     linear_modules: frozenset[str]
     class_name: str
     shapes: dict[str, tuple[int, ...]]
+    unstacked: frozenset[str] = frozenset()
 
 
 def architecture(
@@ -67,7 +69,7 @@ def architecture(
         kinds[name], paths[name] = kind, path
     state = model.state_dict()
     shapes = {name: tuple(state[target.parameter].shape) for name, target in targets.items() if not target.patterns}
-    return Architecture(kinds, paths, _linear_modules(modules), type(model).__name__, shapes)
+    return Architecture(kinds, paths, _linear_modules(modules), type(model).__name__, shapes, _unstacked(modules))
 
 
 def meta_model(folder: Path, trust_remote_code: bool = False) -> Any:
@@ -167,6 +169,14 @@ def _linear_modules(modules: dict[str, Any]) -> frozenset[str]:
     from torch import nn
 
     return frozenset(path for path, module in modules.items() if isinstance(module, nn.Linear))
+
+
+def _unstacked(modules: dict[str, Any]) -> frozenset[str]:
+    from transformers.quantizers import base
+
+    patched = getattr(base, "MODULES_TO_PATCH_FOR_QUANTIZATION", {})
+    kinds = {name for name, patch in patched.items() if "compressed-tensors" in patch["quantization_methods"]}
+    return frozenset(path for path, module in modules.items() if type(module).__name__ in kinds)
 
 
 def _kind(modules: dict[str, Any], path: str, leaf: str) -> str:

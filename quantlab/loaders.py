@@ -79,6 +79,7 @@ class LoaderRule:
     says: str
     where: str
     broken: Callable[[View], Iterator[str]]
+    advice: str = "leave it with --ignore"
 
 
 def _weights_have_scales(view: View) -> Iterator[str]:
@@ -172,6 +173,15 @@ def _skips_all_plain(view: View) -> Iterator[str]:
             yield f"{module}: is a 16-bit linear layer, but the skip list does not name it"
 
 
+def _experts_one_by_one(view: View) -> Iterator[str]:
+    known = view.architecture
+    if known is None or view.stored.layout == "fp8":
+        return
+    for name, info in view.source.tensors.items():
+        if len(info.shape) == 3 and known.modules.get(name) in known.unstacked:
+            yield f"{name}: holds all experts, and would be ignored"
+
+
 def _whole_blocks(view: View) -> Iterator[str]:
     """Its `dequantize=True` takes the size of the shape over the grid of scales as the size of a block."""
     for module, scale in view.scales.items():
@@ -255,6 +265,13 @@ RULES = (
     ),
     LoaderRule(
         "transformers",
+        "experts that it takes one by one from compressed-tensors checkpoints are not one tensor",
+        "quantizers/base.py: MODULES_TO_PATCH_FOR_QUANTIZATION",
+        _experts_one_by_one,
+        "use --scheme fp8-block, which leaves them as they are",
+    ),
+    LoaderRule(
+        "transformers",
         "shapes are multiples of the grid of scales",
         "integrations/finegrained_fp8.py: Fp8Dequantize",
         _whole_blocks,
@@ -288,7 +305,7 @@ RULES = (
 
 
 def broken_rules(view: View) -> Iterator[str]:
-    """One line for everything that a loader would stumble over."""
+    """One line for everything that a loader would stumble over, with what to do about it."""
     for rule in RULES:
         for problem in rule.broken(view):
-            yield f"{problem} ({rule.reader}: {rule.says})"
+            yield f"{problem} ({rule.reader}: {rule.says}); {rule.advice}"

@@ -359,7 +359,7 @@ def _check_rules(
             tensors[slot.name] = TensorInfo(slot.name, slot.dtype, slot.shape, part.shard, 0, 0)
     problem = next(broken_rules(View(replace(source, tensors=tensors), stored, architecture)), None)
     if problem:
-        raise PreflightError(f"{source.model}: the result would not load everywhere: {problem}; leave it with --ignore")
+        raise PreflightError(f"{source.model}: the result would not load everywhere: {problem}")
 
 
 def _check_coverage(decisions: list[Decision], source: Source) -> None:

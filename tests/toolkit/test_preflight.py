@@ -17,7 +17,7 @@ from quantlab.errors import PreflightError, UsageError
 from quantlab.kinds import Model, fused_group, in_tower, is_mtp, kind_of
 from quantlab.pipeline import plan
 from quantlab.preflight import Plan
-from quantlab.scheme import Calibration, Recipe, Rule
+from quantlab.scheme import Recipe, Rule
 from quantlab.shards import TensorInfo
 
 Make = Callable[..., Path]
@@ -300,6 +300,22 @@ def test_fused_experts_are_taken_apart_where_the_loader_merges_them(tmp_path: Pa
     fused = model.state_dict()["model.layers.0.mlp.experts.gate_up_proj"]
     assert torch.equal(made.source.reader.read(parts["model.layers.0.mlp.experts.2.up_proj"]), fused[2, 128:])
     assert "model.layers.0.mlp.experts" not in made.skip_modules
+
+
+def test_experts_that_a_loader_would_ignore_are_refused(tmp_path: Path) -> None:
+    """transformers takes the experts of Llama 4 one by one from compressed-tensors checkpoints, and nowhere else."""
+    from transformers import Llama4ForCausalLM, Llama4TextConfig
+
+    config = Llama4TextConfig(
+        hidden_size=128, intermediate_size=128, intermediate_size_mlp=128, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, head_dim=64, vocab_size=64, num_local_experts=2, pad_token_id=0,
+    )  # fmt: skip
+    Llama4ForCausalLM(config).save_pretrained(tmp_path)
+    assert any(d.scheme is None and d.kind == "expert" for d in plan(tmp_path, "fp8-block").decisions)
+    refused = r"feed_forward\.experts\.\w+: holds all experts, and would be ignored .*; use --scheme fp8-block"
+    for scheme in ("fp8-dynamic", "int4-fp8"):
+        with pytest.raises(PreflightError, match=refused):
+            plan(tmp_path, scheme)
 
 
 def test_what_engines_do_not_load_stays_even_if_asked_for(raw_checkpoint: Make) -> None:
