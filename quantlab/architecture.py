@@ -198,7 +198,7 @@ def _kind(modules: dict[str, Any], path: str, leaf: str) -> str:
     if _is_router(modules, path):
         return "router"
     parent, _, name = path.rpartition(".")
-    used_elsewhere = type(module) is not nn.Linear or name in weights_read(type(modules[parent]))
+    used_elsewhere = type(module) is not nn.Linear or name in weights_read(modules[parent].__class__)
     return "other" if used_elsewhere else "linear"
 
 
