@@ -133,65 +133,76 @@ DEVICE void store_column(char* to, i64 row, const Sums& sums, const Thread& me, 
   }
 }
 
-DEVICE void store(const Params& p, const Work& work, const Shared& s, const Sums& sums, const Thread& me,
-                  const float (&top)[N / 4], const float (&whole)[N / 4]) {
-#pragma unroll
-  for (int j = 0; j < N / 4; j++) {
-    const int row = work.first_row + j / 2 * 8 + 2 * me.t + j % 2;
-    if (row >= p.rows) continue;
-    const bool some = whole[j] > 0.0f, teller = me.part == 0 && me.warp == 0 && me.g == 0;
-    if (p.splits == 1) {
-      const int head = row % p.heads, query = row / p.heads;
-      const i64 at = static_cast<i64>(work.batch) * p.rows + row;
-      store_column<QUERY>(p.out, at * L, sums, me, j / 2, j % 2, some ? 1.0f / (WEIGHT * whole[j]) : 0.0f);
-      if (teller)
-        p.lse[(static_cast<i64>(work.batch) * p.heads + head) * p.sq + query] =
-            some ? (top[j] + log2_(whole[j])) / LOG2E : -INFINITE;
-    } else {
-      const i64 at = (static_cast<i64>(work.split) * p.batches + work.batch) * p.rows + row;
-      store_column<0>(reinterpret_cast<char*>(p.part), at * L, sums, me, j / 2, j % 2, 1.0f / WEIGHT);
-      if (teller) p.sums[2 * at] = top[j], p.sums[2 * at + 1] = whole[j];
-    }
+// Column q of this thread: result and log-sum-exp, or a part of them for whoever merges.
+DEVICE void store(const Params& p, const Work& work, const Sums& sums, const Thread& me, int q, float top, float whole) {
+  const int row = work.first_row + q / 2 * 8 + 2 * me.t + q % 2;
+  if (row >= p.rows) return;
+  const bool some = whole > 0.0f, teller = me.part == 0 && me.warp == 0 && me.g == 0;
+  if (p.splits == 1) {
+    const int head = row % p.heads, query = row / p.heads;
+    const i64 at = static_cast<i64>(work.batch) * p.rows + row;
+    store_column<QUERY>(p.out, at * L, sums, me, q / 2, q % 2, some ? 1.0f / (WEIGHT * whole) : 0.0f);
+    if (teller)
+      p.lse[(static_cast<i64>(work.batch) * p.heads + head) * p.sq + query] =
+          some ? (top + log2_(whole)) / LOG2E : -INFINITE;
+  } else {
+    const i64 at = (static_cast<i64>(work.split) * p.batches + work.batch) * p.rows + row;
+    store_column<0>(reinterpret_cast<char*>(p.part), at * L, sums, me, q / 2, q % 2, 1.0f / WEIGHT);
+    if (teller) p.sums[2 * at] = top, p.sums[2 * at + 1] = whole;
   }
 }
 
-// Sums of all teams, relative to the largest of any, become those of the first, which stores them.
-DEVICE void finish(Sums& sums, const Params& p, const Work& work, const Shared& s, const Thread& me) {
-  publish(sums, s, me);
-  named_barrier_sync(15, CONSUMERS);
-  float top[N / 4], whole[N / 4];
+// Largest score and total of all teams for each column of this thread; its sums become relative to that score.
+DEVICE void weigh_teams(float (&top)[N / 4], float (&whole)[N / 4], Sums& sums, const Shared& s, const Thread& me) {
 #pragma unroll
-  for (int j = 0; j < N / 4; j++) {
-    const u32 at = s.base + 4 * (j / 2 * 8 + 2 * me.t + j % 2);
-    top[j] = -INFINITE, whole[j] = 0.0f;
+  for (int q = 0; q < N / 4; q++) {
+    const u32 at = s.base + 4 * (q / 2 * 8 + 2 * me.t + q % 2);
+    top[q] = -INFINITE, whole[q] = 0.0f;
 #pragma unroll
-    for (int team = 0; team < TEAMS; team++) top[j] = fmaxf(top[j], read<float>(at + OFFSET_LARGEST + team * N * 4));
-    const float reference = top[j] == -INFINITE ? 0.0f : top[j];
+    for (int team = 0; team < TEAMS; team++) top[q] = fmaxf(top[q], read<float>(at + OFFSET_LARGEST + team * N * 4));
+    const float reference = top[q] == -INFINITE ? 0.0f : top[q];
     float mine = 1.0f;
 #pragma unroll
     for (int team = 0; team < TEAMS; team++) {
       const float share = exp2_(read<float>(at + OFFSET_LARGEST + team * N * 4) - reference);
-      whole[j] += share * read<float>(at + OFFSET_TOTAL + team * N * 4);
+      whole[q] += share * read<float>(at + OFFSET_TOTAL + team * N * 4);
       if (team == me.team) mine = share;
     }
     if (TEAMS == 1) continue;
 #pragma unroll
     for (int block = 0; block < BLOCKS; block++)
-      sums.out[block][j / 2 * 4 + j % 2] *= mine, sums.out[block][j / 2 * 4 + j % 2 + 2] *= mine;
+      sums.out[block][q / 2 * 4 + q % 2] *= mine, sums.out[block][q / 2 * 4 + q % 2 + 2] *= mine;
   }
+}
+
+// The sums of all teams meet: team q % TEAMS adds and stores column q, the others leave theirs in the ring.
+DEVICE void finish(Sums& sums, const Params& p, const Work& work, const Shared& s, const Thread& me) {
+  publish(sums, s, me);
+  named_barrier_sync(15, CONSUMERS);
+  float top[N / 4], whole[N / 4];
+  weigh_teams(top, whole, sums, s, me);
+  constexpr int ROW = TEAM * 4, COLUMN = 2 * BLOCKS * ROW, WHOLE = N / 4 * COLUMN;
+  const u32 ring = s.base + OFFSET_RING + (me.part * 128 + me.index) * 4;
   if (TEAMS > 1) {
-    constexpr int ROW = TEAM * 4, WHOLE = BLOCKS * (N / 2) * ROW;
-    const u32 at = s.base + OFFSET_RING + (me.part * 128 + me.index) * 4;
 #pragma unroll
-    for (int i = 0; i < BLOCKS * (N / 2); i++)
-      if (me.team > 0) write(at + (me.team - 1) * WHOLE + i * ROW, sums.out[i / (N / 2)][i % (N / 2)]);
+    for (int q = 0; q < N / 4; q++) {
+      if (q % TEAMS == me.team) continue;
+#pragma unroll
+      for (int i = 0; i < 2 * BLOCKS; i++)
+        write(ring + me.team * WHOLE + q * COLUMN + i * ROW, sums.out[i / 2][q / 2 * 4 + q % 2 + i % 2 * 2]);
+    }
     named_barrier_sync(15, CONSUMERS);
-    if (me.team > 0) return;
-#pragma unroll
-    for (int team = 1; team < TEAMS; team++)
-#pragma unroll
-      for (int i = 0; i < BLOCKS * (N / 2); i++)
-        sums.out[i / (N / 2)][i % (N / 2)] += read<float>(at + (team - 1) * WHOLE + i * ROW);
   }
-  store(p, work, s, sums, me, top, whole);
+#pragma unroll
+  for (int q = 0; q < N / 4; q++) {
+    if (q % TEAMS != me.team) continue;
+#pragma unroll
+    for (int other = 1; other < TEAMS; other++) {
+      const int team = me.team + other < TEAMS ? me.team + other : me.team + other - TEAMS;
+#pragma unroll
+      for (int i = 0; i < 2 * BLOCKS; i++)
+        sums.out[i / 2][q / 2 * 4 + q % 2 + i % 2 * 2] += read<float>(ring + team * WHOLE + q * COLUMN + i * ROW);
+    }
+    store(p, work, sums, me, q, top[q], whole[q]);
+  }
 }

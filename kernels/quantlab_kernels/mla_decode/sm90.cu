@@ -46,7 +46,7 @@ constexpr int OFFSET_BASE = OFFSET_FACTOR + N * 4;
 constexpr int OFFSET_PLACE = OFFSET_BASE + N * 4;
 constexpr int OFFSET_BARRIERS = OFFSET_PLACE + N * 4;
 static_assert(OFFSET_BARRIERS + 16 * RING <= SHARED, "the host allocates what is laid out here");
-static_assert((TEAMS - 1) * BLOCKS * (N / 2) * TEAM * 4 <= RING * CHUNK, "sums of teams meet in the ring");
+static_assert(TEAMS * BLOCKS * (N / 2) * TEAM * 4 <= RING * CHUNK, "sums of teams meet in the ring");
 static_assert(RING >= CHUNKS * TEAMS, "every team holds a tile");
 
 #include "codes.cuh"
