@@ -49,7 +49,7 @@ def fuse(model: nn.Module) -> Fusion:
     Outputs change within the rounding of one FP8 quantization: a fused producer does not round to 16 bits in between.
     Layers on different devices, without data, with static activation scales, or of different layouts are left alone.
     """
-    if os.environ.get("QUANTLAB_FUSE") == "0":
+    if not wanted():
         return Fusion()
     unhook_blocks(model)
     mailbox = Mailbox()
@@ -63,6 +63,11 @@ def fuse(model: nn.Module) -> Fusion:
         norms = sum(_fuse_norm(module, mailbox) for module in model.modules())
         rotary = sum(map(fuse_rotary, model.modules()))
     return Fusion(joined, mlps, norms, rotary, share_keys(model))
+
+
+def wanted() -> bool:
+    """Whether the environment leaves it to us."""
+    return os.environ.get("QUANTLAB_FUSE") != "0"
 
 
 def _groups(module: nn.Module) -> list[tuple[str, ...]]:

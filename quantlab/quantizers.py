@@ -33,6 +33,7 @@ from quantlab.fusion import fuse
 from quantlab.int4_experts import Int4Experts, Int4Fp8Experts
 from quantlab.int4_linear import Int4Fp8Linear, Int4Linear
 from quantlab.linear import Fp8BlockLinear, Fp8RowLinear, MovesWithoutCasting
+from quantlab.routing import fuse_routers
 
 logger = logging.get_logger(__name__)
 
@@ -212,6 +213,7 @@ class KeepsQuantized(HfQuantizer):
         self._cast_the_rest(model)
         self._static_activations(model)
         fuse(model)
+        fuse_routers(model)
         decoding.stop_late(model)
         return model
 

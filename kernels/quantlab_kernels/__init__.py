@@ -24,6 +24,7 @@ from quantlab_kernels.mla_append.op import mla_append, mla_step
 from quantlab_kernels.mla_decode.op import mla_decode
 from quantlab_kernels.moe_combine.op import moe_combine
 from quantlab_kernels.moe_dispatch.op import moe_dispatch
+from quantlab_kernels.moe_route.op import moe_route
 from quantlab_kernels.quantize_fp8.op import quantize_fp8_block, quantize_fp8_group, quantize_fp8_token
 from quantlab_kernels.rmsnorm_quantize.op import rmsnorm_quantize
 from quantlab_kernels.rope.op import rope
@@ -49,6 +50,7 @@ __all__ = [
     "mla_step",
     "moe_combine",
     "moe_dispatch",
+    "moe_route",
     "prepare_int4",
     "quantize_fp8_block",
     "quantize_fp8_group",
