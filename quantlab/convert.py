@@ -18,7 +18,7 @@ from quantlab.architecture import meta_model
 from quantlab.checkpoint import ACTIVATION_SCALES, KV_SCALES, RECIPE, SHAPE, SUMMARY, Source, Stored, module_of
 from quantlab.errors import UsageError, VerificationError
 from quantlab.jobs import Copy, Dequantize, Job, Replace, Widen
-from quantlab.loaders import View
+from quantlab.loaders import View, broken_rules, not_written_yet
 from quantlab.output import Output, check_outside, check_space, check_writable, fingerprint, output_folder
 from quantlab.preflight import known_architecture
 from quantlab.scheme import SCHEMES, Recipe, did_you_mean
@@ -60,8 +60,11 @@ def convert(
     kept = source.folder / RECIPE
     recipe = Recipe.from_toml(kept) if kept.is_file() else None
     known, fits = keys.beside(source.folder)
-    target, scales = _with_kv(source, stored, _target(source, stored, to), known, recipe)
+    view = View(source, stored, known_architecture(source)[0])
+    target, scales = _with_kv(view, _target(view, to), known, recipe)
     jobs = [*_jobs(source, stored, target), *scales]
+    if target:
+        _check_rules(replace(view, stored=target), jobs)
     recipe = _recipe(recipe, to) if target and recipe else None
     destination = output_folder(folder, to, output)
     where = stream.pick_device(device)
@@ -121,14 +124,21 @@ def _recipe(recipe: Recipe, to: str) -> Recipe:
     return replace(recipe, scheme=name(recipe.scheme), rules=rules)
 
 
+def _check_rules(view: View, jobs: list[Job]) -> None:
+    """What would be written has to pass the rules of all loaders."""
+    for problem, _ in broken_rules(not_written_yet(view, (slot for job in jobs for slot in job.slots))):
+        raise UsageError(f"{view.source.model}: the result would not load everywhere: {problem}")
+
+
 def _with_kv(
-    source: Source, stored: Stored, target: Stored | None, known: dict[int, keys.Keys] | None, recipe: Recipe | None
+    view: View, target: Stored | None, known: dict[int, keys.Keys] | None, recipe: Recipe | None
 ) -> tuple[Stored | None, tuple[Replace, ...]]:
     """The target with what is known of the KV cache, and scales for it that the source does not have.
 
     `fp8` has no field that speaks of the cache, and transformers complains of tensors that no layer takes: there the
     scales stay behind, and come back from the key statistics.
     """
+    source, stored, architecture = view.source, view.stored, view.architecture
     found = checkpoint.config_of_quantization(source.config) or {}
     if found.get("kv_cache_scheme") and not stored.kv:
         raise UsageError(
@@ -138,14 +148,16 @@ def _with_kv(
         return target and replace(target, kv=False), ()
     if stored.kv or not known or recipe is None or recipe.kv != "fp8":
         return target, ()
-    architecture, model = known_architecture(source)[0], meta_model(source.folder)
+    model = meta_model(source.folder)
     modules = [(path, module_of(tensor)) for tensor, path in (architecture.modules if architecture else {}).items()]
     scales = keys.engine_scales(model, known, modules) if model is not None else ()
     return replace(target, kv=bool(scales)), scales
 
 
-def _target(source: Source, stored: Stored, to: str) -> Stored | None:
-    """How the weights will be stored; None for not quantized."""
+def _target(view: View, to: str) -> Stored | None:
+    """How the weights will be stored; None for not quantized. Where there was no skip list, which means the output
+    layer to transformers, there is one."""
+    source, stored = view.source, view.stored
     if to in FLIPS:
         return _flipped(source, stored, to)
     layout = LAYOUTS[to]
@@ -159,7 +171,7 @@ def _target(source: Source, stored: Stored, to: str) -> Stored | None:
         raise UsageError(
             f"{source.model}: has a scale per row; the format fp8 holds blocks, so keep compressed-tensors"
         )
-    return replace(stored, layout=layout)
+    return replace(stored, layout=layout, skip=stored.skip or tuple(sorted({*view.plain, *view.plain_linear})))
 
 
 def _flipped(source: Source, stored: Stored, to: str) -> Stored:

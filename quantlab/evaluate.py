@@ -334,7 +334,8 @@ class _Run:
     def baseline(self, source: Source, tokens: Tensor) -> Baseline:
         """Run the baseline over all windows, or read what an earlier run left."""
         if config_of_quantization(source.config) is not None:
-            raise UsageError(f"{source.model}: the baseline is itself quantized; give the original model")
+            how = "give the original model, or write it back with `quantlab convert --to bf16`"
+            raise UsageError(f"{source.model}: the baseline is itself quantized; {how}")
         on_gpu = torch.cuda.is_available() and self.device_map != "cpu"
         settings = {"dtype": self.dtype, "gpu": torch.cuda.get_device_name() if on_gpu else None, **_versions()}
         file = baselines.cache_file(source, tokens, settings)

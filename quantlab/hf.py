@@ -172,7 +172,7 @@ def with_kv(model: Any, path: str | Path, kv: Any) -> Any:
 
 def pipeline(
     task: str,
-    path: str | Path,
+    model: str | Path,
     *,
     device_map: Any = None,
     dtype: Any = "auto",
@@ -188,21 +188,21 @@ def pipeline(
 
     from quantlab_calib import data
 
-    _require_checkpoint(path)
+    _require_checkpoint(model)
     implementation = transformers.pipelines.check_task(task)[1]["impl"]
     if isinstance(implementation, str):
         implementation = getattr(transformers, implementation.rpartition(".")[2])
     for part in ("tokenizer", "image_processor", "feature_extractor", "processor"):
         if getattr(implementation, f"_load_{part}", False):
-            kwargs.setdefault(part, str(path))
+            kwargs.setdefault(part, str(model))
     code = {"trust_remote_code": kwargs.get("trust_remote_code", False)}
-    if kwargs.get("tokenizer") == str(path):
+    if kwargs.get("tokenizer") == str(model):
         try:
-            kwargs["tokenizer"] = data.load_tokenizer(path, **code)
+            kwargs["tokenizer"] = data.load_tokenizer(model, **code)
         except data.DataError as error:
             raise UsageError(str(error)) from None
-    model = load(path, device_map=device_map, dtype=dtype, kv=kv, attention=attention, **code)
-    return transformers.pipeline(task, model=model, **kwargs)
+    loaded = load(model, device_map=device_map, dtype=dtype, kv=kv, attention=attention, **code)
+    return transformers.pipeline(task, model=loaded, **kwargs)
 
 
 def warm_up(model: Any, tokens: tuple[int, ...] = (1, 16, 128)) -> None:
@@ -235,7 +235,11 @@ def _require_ours(path: str | Path, model: Any) -> None:
 
 def _require_complete(path: str | Path, info: dict[str, Any]) -> None:
     shapes = [f"{name} {list(has)}, by config.json {list(wanted)}" for name, has, wanted in info["mismatched_keys"]]
-    scales = {key for key in info.get("unexpected_keys", ()) if "_scale" in key.rpartition(".")[2]}
+    unused = set(info.get("unexpected_keys", ()))
+    weights = {key.removesuffix("_packed") for key in unused}  # with its weight a scale may stay unused (MTP)
+    scales = {
+        key for key in unused if "_scale" in key.rpartition(".")[2] and key.rpartition("_scale")[0] not in weights
+    }
     for names, problem in (
         (info["missing_keys"], "parameters are not in the checkpoint and would start from random numbers"),
         (shapes, "parameters have another shape in the checkpoint"),

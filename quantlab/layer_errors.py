@@ -93,7 +93,8 @@ class Pair:
     def weights(self) -> dict[str, tuple[TensorInfo, TensorInfo, TensorInfo]]:
         """module -> (codes, scale, original weight) of every quantized layer."""
         if stored_in(self.original.config) is not None:
-            raise UsageError(f"{self.original.model}: the baseline is itself quantized; give the original model")
+            how = "give the original model, or write it back with `quantlab convert --to bf16`"
+            raise UsageError(f"{self.original.model}: the baseline is itself quantized; {how}")
         view = View(self.quantized, self.stored)
         fused = [info for info in self.original.tensors.values() if len(info.shape) == 3]
         originals = {m: part for info in fused for m, part in fused_experts.matrices(info, self.original.tensors)}

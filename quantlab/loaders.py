@@ -14,8 +14,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from quantlab import kinds
-from quantlab.checkpoint import KV_SCALES, PACKED, SHAPE, WEIGHT, Source, Stored, module_of
-from quantlab.shards import TAGS, TensorInfo
+from quantlab.checkpoint import KV_SCALES, PACKED, SHAPE, WEIGHT, Source, Stored, config_of_quantization, module_of
+from quantlab.shards import TAGS, TensorInfo, TensorSlot
 
 if TYPE_CHECKING:
     from quantlab.architecture import Architecture
@@ -67,6 +67,16 @@ class View:
         """The module's path in transformers."""
         known = self.architecture.modules if self.architecture else {}
         return known.get(module + WEIGHT, module)
+
+    @cached_property
+    def plain_linear(self) -> tuple[str, ...]:
+        """Linear layers that are not quantized, by the names that transformers has for them: tied heads too."""
+        if self.architecture is None:
+            return tuple(self.plain)
+        linear = self.architecture.linear_modules
+        quantized = {self.path_of(module) for module in self.quantized}
+        named = [path for path in map(self.path_of, self.plain) if path in linear]
+        return tuple(dict.fromkeys([*named, *sorted(linear - quantized)]))
 
     def scheme_of(self, module: str) -> str | None:
         """ "quantized", "plain", or None for a module that has no weight here."""
@@ -162,14 +172,11 @@ def _skips_no_quantized(view: View) -> Iterator[str]:
 
 def _skips_all_plain(view: View) -> Iterator[str]:
     skip = SkipList(view.stored.skip)
-    modules = dict.fromkeys(view.plain)
-    if view.architecture:
-        linear = view.architecture.linear_modules
-        quantized = {view.path_of(module) for module in view.quantized}
-        modules = dict.fromkeys(path for path in map(view.path_of, view.plain) if path in linear)
-        modules |= dict.fromkeys(sorted(linear - quantized))
-    for module in modules:
-        if not skip.matches(module):
+    heads = {view.path_of(module) for module, kind in view.plain.items() if kind == "head"} | {"lm_head"}
+    found = config_of_quantization(view.source.config) or {}
+    listed = view.stored.skip or view.stored.layout != "fp8" or found.get("modules_to_not_convert") is not None
+    for module in view.plain_linear:  # without a list the output layer is skipped
+        if not skip.matches(module) and (listed or module not in heads):
             yield f"{module}: is a 16-bit linear layer, but the skip list does not name it"
 
 
@@ -304,8 +311,14 @@ RULES = (
 )
 
 
-def broken_rules(view: View) -> Iterator[str]:
-    """One line for everything that a loader would stumble over, with what to do about it."""
+def broken_rules(view: View) -> Iterator[tuple[str, str]]:
+    """(one line, what to do about it before quantizing) for everything that a loader would stumble over."""
     for rule in RULES:
         for problem in rule.broken(view):
-            yield f"{problem} ({rule.reader}: {rule.says}); {rule.advice}"
+            yield f"{problem} ({rule.reader}: {rule.says})", rule.advice
+
+
+def not_written_yet(view: View, slots: Iterable[TensorSlot]) -> View:
+    """A view of the checkpoint that will hold these tensors."""
+    nowhere = {slot.name: TensorInfo(slot.name, slot.dtype, slot.shape, view.source.folder, 0, 0) for slot in slots}
+    return replace(view, source=replace(view.source, tensors=nowhere))

@@ -357,9 +357,8 @@ def _check_rules(
     for part_name, part in (part for d in decisions for part in d.parts):
         for slot in slots(part_name, part.shape, part.dtype, stored):
             tensors[slot.name] = TensorInfo(slot.name, slot.dtype, slot.shape, part.shard, 0, 0)
-    problem = next(broken_rules(View(replace(source, tensors=tensors), stored, architecture)), None)
-    if problem:
-        raise PreflightError(f"{source.model}: the result would not load everywhere: {problem}")
+    for problem, advice in broken_rules(View(replace(source, tensors=tensors), stored, architecture)):
+        raise PreflightError(f"{source.model}: the result would not load everywhere: {problem}; {advice}")
 
 
 def _check_coverage(decisions: list[Decision], source: Source) -> None:

@@ -174,7 +174,8 @@ def open_model(model: str | Path, trust_remote_code: bool) -> Source:
     """A model that predicts tokens and is not quantized; UsageError for any other."""
     source = Source.open(model)
     if config_of_quantization(source.config) is not None:
-        raise UsageError(f"{model}: is itself quantized; give the original model")
+        how = "give the original model, or write it back with `quantlab convert --to bf16`"
+        raise UsageError(f"{model}: is itself quantized; {how}")
     empty = meta_model(source.folder, trust_remote_code)
     if empty is None:
         raise UsageError(f"{model}: transformers cannot build it; if it brings code: --trust-remote-code")

@@ -97,6 +97,15 @@ def test_quantizing_it_again_gives_the_same_codes(block: Path, tmp_path: Path) -
             assert torch.equal(codes, after[name])
 
 
+def test_without_a_skip_list_the_head_is_skipped(quantized, edited, tmp_path: Path) -> None:
+    """As in DeepSeek's releases; compressed-tensors has no such default."""
+    folder = edited(quantized("llama", "fp8-block"), tmp_path / "in", modules_to_not_convert=None)
+    (folder / "quantlab" / "manifest.json").unlink()
+    assert verify(folder).problems == ()
+    convert(folder, "compressed-tensors", tmp_path / "out")
+    assert config_of(tmp_path / "out")["quantization_config"]["ignore"] == ["lm_head"]
+
+
 def test_what_cannot_be_converted(block: Path, raw_checkpoint: Make, tmp_path: Path) -> None:
     def refused(folder: Path, to: str, message: str) -> None:
         with pytest.raises(UsageError, match=re.escape(message)):

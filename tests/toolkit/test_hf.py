@@ -225,7 +225,7 @@ def test_pipeline(quantized, edited, tmp_path: Path):
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", pad_token="w0").save_pretrained(folder)
     texts = []
     for make in (quantlab.pipeline, transformers.pipeline):
-        generate = make("text-generation", str(folder))
+        generate = make("text-generation", model=str(folder))
         assert isinstance(generate, TextGenerationPipeline)
         assert count(generate.model) == 14
         (out,) = generate("w3 w4 w5", max_new_tokens=2, do_sample=False)

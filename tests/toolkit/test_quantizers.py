@@ -12,9 +12,12 @@ from safetensors.torch import load_file, save_file
 
 import quantlab
 from quantlab import hf
+from quantlab.convert import convert
+from quantlab.errors import UsageError
 from quantlab.experts import Fp8BlockExperts
 from quantlab.int4_linear import Int4Fp8Linear, Int4Linear
 from quantlab.linear import Fp8BlockLinear, Fp8Linear, Fp8RowLinear
+from quantlab.verify import verify
 
 
 @pytest.fixture(autouse=True)
@@ -120,23 +123,28 @@ def test_compressed_tensors_blocks_run_on_our_block_layer(quantized, edited, tmp
         assert torch.equal(quantlab.load(folder)(ids).logits, quantlab.load(source.folder)(ids).logits)
 
 
-def test_ragged_blocks_of_others_load(tiny, tmp_path: Path):
-    """DeepSeek's `kv_a_proj_with_mqa` has 576 rows: its last block is half empty. Ours has 160."""
+@pytest.fixture
+def release(tiny, tmp_path: Path) -> Path:
+    """A checkpoint as DeepSeek releases its models: FP8 blocks without a skip list, ragged ones too, and quantized
+    layers for multi-token prediction, which no class of transformers has."""
     from quantlab_kernels import quantize_fp8_block
 
-    source = tiny("deepseek_v3")
+    source, folder = tiny("deepseek_v3"), tmp_path / "release"
+    folder.mkdir()
     tensors = load_file(source.folder / "model.safetensors")
+    tensors |= {n.replace("layers.1.", "layers.2."): t.clone() for n, t in tensors.items() if "layers.1." in n}
     for name in [n for n in tensors if n.endswith("proj.weight") or "mqa" in n]:
         tensors[name], tensors[f"{name}_scale_inv"] = quantize_fp8_block(tensors[name])
-    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     config = json.loads((source.folder / "config.json").read_text())
-    config["quantization_config"] = {
-        "quant_method": "fp8",
-        "weight_block_size": [128, 128],
-        "modules_to_not_convert": [],
-    }
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    model = quantlab.load(tmp_path)
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_what_deepseek_releases_loads(tiny, release: Path):
+    """Its `kv_a_proj_with_mqa` has 576 rows: the last block is half empty. Ours has 160."""
+    source, model = tiny("deepseek_v3"), quantlab.load(release)
     layer = model.model.layers[0].self_attn.kv_a_proj_with_mqa
     assert isinstance(layer, Fp8BlockLinear)
     assert layer.weight.shape == (160, 128)
@@ -145,6 +153,16 @@ def test_ragged_blocks_of_others_load(tiny, tmp_path: Path):
         found = model(source.inputs()["input_ids"]).logits
         expected = quantlab.load(source.folder)(source.inputs()["input_ids"]).logits
     assert ((found - expected).norm() / expected.norm()).item() < 0.15
+
+
+def test_what_deepseek_releases_is_verified_and_converted(release: Path, tmp_path: Path):
+    problems = verify(release).problems
+    assert problems
+    assert all("kv_a_proj_with_mqa" in line for line in problems), "its ragged blocks, and nothing else"
+    with pytest.raises(UsageError, match=r"would not load everywhere: .*kv_a_proj_with_mqa has 160 rows"):
+        convert(release, "compressed-tensors", tmp_path / "out")
+    convert(release, "bf16", tmp_path / "bf16")
+    assert quantlab.plan(tmp_path / "bf16", "int4-fp8").quantized
 
 
 def test_scales_stored_in_ue8m0_are_kept(quantized, edited, tmp_path: Path):
