@@ -20,6 +20,18 @@ def random_llama(tmp_path_factory):
     return folder
 
 
+def test_a_model_with_experts_is_made(tmp_path):
+    """Latent attention and experts, in layers that are quantized and run on ours."""
+    total = benchmarks.make_checkpoint(benchmarks.SHAPES["tiny-experts"], tmp_path / "tiny", device="cpu")
+    assert total == sum(p.numel() * 2 for p in quantlab.load(tmp_path / "tiny").parameters())
+    quantlab.quantize(tmp_path / "tiny", "fp8-block", tmp_path / "fp8")
+    model = quantlab.load(tmp_path / "fp8", kv="fp8")
+    kinds = {type(module).__name__ for module in model.modules()}
+    assert {"Fp8BlockExperts", "Fp8BlockLinear"} <= kinds
+    with torch.inference_mode():
+        assert benchmarks._decode_ms(model, torch.randint(3, 512, (2, 10)), steps=2) > 0
+
+
 @pytest.mark.parametrize("kv", [None, "int8"])
 def test_decoding_is_timed_over_steps_in_a_static_cache(random_llama, kv: str | None, monkeypatch):
     model = quantlab.load(random_llama, kv=kv).eval()
