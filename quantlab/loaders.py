@@ -200,9 +200,9 @@ def _whole_blocks(view: View) -> Iterator[str]:
 def _exact_names(view: View) -> Iterator[str]:
     if any(name.startswith("re:") for name in view.stored.skip):
         return
-    listed = set(view.stored.skip)
+    listed, model = set(view.stored.skip), kinds.Model.of(view.source.config)
     for module, kind in view.plain.items():
-        if kind in ("linear", "expert") and module not in listed:
+        if kind in ("linear", "expert") and module not in listed and not kinds.is_mtp(module, model):
             yield f"{module}: is a 16-bit layer, but not in the skip list under its full name"
 
 

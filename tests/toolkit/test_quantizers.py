@@ -133,7 +133,8 @@ def release(tiny, tmp_path: Path) -> Path:
     folder.mkdir()
     tensors = load_file(source.folder / "model.safetensors")
     tensors |= {n.replace("layers.1.", "layers.2."): t.clone() for n, t in tensors.items() if "layers.1." in n}
-    for name in [n for n in tensors if n.endswith("proj.weight") or "mqa" in n]:
+    tensors["model.layers.2.eh_proj.weight"] = torch.zeros(128, 256, dtype=torch.bfloat16)
+    for name in [n for n in tensors if re.search(r"(attn|mlp).*proj.*weight", n)]:
         tensors[name], tensors[f"{name}_scale_inv"] = quantize_fp8_block(tensors[name])
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     config = json.loads((source.folder / "config.json").read_text())
