@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantlab.latent import LatentHandle, LatentLayer, epsilon, is_plain, modules
+from quantlab.latent import Absorbed, LatentHandle, LatentLayer, epsilon, is_plain, modules
 from quantlab_kernels import mla_decode
 from quantlab_kernels.mla_append.reference import normalized, turned_pairs
 
@@ -71,10 +71,14 @@ class Step:
 
     def __init__(self, module: Any) -> None:
         self.module, self.own = module, module.forward
-        self.absorbed = module.quantlab_absorbed
         self.scale = float(module.scaling)
         self.layout = _LAYOUTS[0]
         self.join: PlainJoin | None = None
+
+    @property
+    def absorbed(self) -> Absorbed:
+        absorbed: Absorbed = self.module.quantlab_absorbed
+        return absorbed
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         layer = self._layer(hidden_states, kwargs)
