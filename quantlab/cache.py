@@ -235,6 +235,10 @@ def _unsupported(model: Any) -> str | None:
         return "its layers share keys and values"
     if getattr(config, "attention_chunk_size", None):
         return "its attention is chunked"
+    layers = {type(layer).__name__ for layer in DynamicCache(config=config).layers}
+    other = layers - {"DummyLayer", "DynamicLayer", "DynamicSlidingWindowLayer"}
+    if other:
+        return f"its cache has layers of kind {min(other)}"
     if "max_cache_length" not in inspect.signature(getattr(type(model), _PREPARE)).parameters:
         return "this version of transformers prepares caches in another way"
     return None

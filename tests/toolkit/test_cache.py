@@ -313,6 +313,7 @@ def tiny_t5():
         ("Llama4Text", "its attention is chunked"),
         ("Mamba", "its attention does not go through transformers' interface"),
         ("Bert", "it is no decoder that generates"),
+        ("Zaya", "its cache has layers of kind LinearAttentionAndFullAttentionLayer"),
     ],
 )
 def test_models_whose_cache_is_another_are_refused_before_any_work(name, reason, tmp_path):
