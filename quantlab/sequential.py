@@ -153,7 +153,10 @@ def run(
             reason = f"not rotated: {error}"
             continue
         except CaptureError as error:
-            raise PreflightError(f"{model}: its blocks do not run one by one ({error}); use --steps rtn") from None
+            if calibration.rotate or not rotate:
+                raise PreflightError(f"{model}: its blocks do not run one by one ({error}); use --steps rtn") from None
+            reason = f"not rotated: {error}"
+            continue
         except torch.OutOfMemoryError:
             raise PreflightError(
                 f"{model}: ran out of memory on {lazy.device}; use --device cpu or --steps rtn"

@@ -53,6 +53,8 @@ def rotate_block(
     for fold in norms:
         weight = modules[fold.producer].get_parameter("weight")
         columns = weight.double() + fold.offset
+        if len(weight) != len(turn):
+            raise RotationError(f"{fold.producer}: norms {len(weight)} channels, the stream has {len(turn)}")
         for name in fold.consumers:
             _put(weights[name], (weights[name].double() * columns) @ turn)
         weight.fill_(1 - fold.offset)
@@ -98,6 +100,8 @@ def rotate_ends(
     if embedding.weight is head.weight or embedding.weight.data_ptr() == head.weight.data_ptr():
         extra = embedding.weight.numel() * embedding.weight.element_size() / 1e6
         raise RotationError(f"embeddings are tied to the output layer; turned they would be two, {extra:.0f} MB more")
+    if embedding.weight.shape[1] != len(turn):
+        raise RotationError(f"embeddings have {embedding.weight.shape[1]} channels, the stream has {len(turn)}")
     norm = modules[norms[0]]
     entry, exit_ = walk.entry(tokens), walk.exit(hidden, tokens)
     _put(embedding.weight, embedding.weight.double() @ turn)

@@ -8,6 +8,7 @@ from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
     Gemma2Config,
+    GraniteMoeHybridConfig,
     LlamaConfig,
     Phi3Config,
     Qwen2Config,
@@ -47,7 +48,7 @@ def model_of(config, **changes):
         "num_key_value_heads": 2, "vocab_size": 64, "tie_word_embeddings": False,
         "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
     }  # fmt: skip
-    options = {"experts_implementation": "eager"} if "num_experts" in changes else {}
+    options = {"experts_implementation": "eager"} if any("experts" in key for key in changes) else {}
     model = AutoModelForCausalLM.from_config(config(**shape | changes), dtype=torch.float64, **options)
     for name, parameter in model.eval().requires_grad_(False).named_parameters():
         if "norm" in name:
@@ -101,8 +102,13 @@ def test_float64_logits_do_not_change(config, changes):
         (Gemma2Config, {}, "its output does not turn with its input"),  # norms behind the layers, too
         (CohereConfig, {}, "a CohereLayerNorm does not commute with turning"),  # takes the mean off
         (LlamaConfig, {"tie_word_embeddings": True}, "embeddings are tied to the output layer"),
+        (
+            GraniteMoeHybridConfig,  # of which a state-space layer norms what it has computed
+            {"layer_types": ["mamba", "attention"], "mamba_n_heads": 6, "mamba_d_head": 16, "num_local_experts": 2},
+            "mamba.norm: norms 96 channels, the stream has 48",
+        ),
     ],
-    ids=["gemma2", "cohere", "tied"],
+    ids=["gemma2", "cohere", "tied", "hybrid"],
 )
 def test_models_that_do_not_turn_are_refused(config, changes, reason):
     with pytest.raises(RotationError, match=reason):

@@ -18,6 +18,7 @@ from quantlab.sequential import Store, first_row, gathered
 from quantlab.verify import verify
 from quantlab_calib import data
 from quantlab_calib.blockwise import Block, Steps
+from quantlab_calib.capture import CaptureError
 from quantlab_calib.gptq import Gptq
 
 
@@ -95,6 +96,21 @@ def test_rotation_of_tied_embeddings_is_refused(with_tokenizer, tmp_path, calibr
     recipe = Recipe("int4", calibration=calibration.only(["rotate", "gptq"]))
     with pytest.raises(PreflightError, match=r"cannot be rotated: embeddings are tied to the output layer; .* MB more"):
         quantize(with_tokenizer("qwen2").folder, recipe, tmp_path / "out", device="cpu", workers=1)
+
+
+def test_blocks_that_run_unless_rotated(with_tokenizer, tmp_path, calibration, monkeypatch):
+    """Those of DeepSeek-V4 take a stream of another shape than its embeddings have."""
+
+    def refuse(*_):
+        raise CaptureError("RuntimeError: shapes cannot be multiplied")
+
+    monkeypatch.setattr("quantlab_calib.blockwise.rotate_ends", refuse)
+    few = replace(calibration, samples=4, effort="best")
+    source = with_tokenizer("llama").folder
+    found = quantize(source, Recipe("int4", calibration=few), tmp_path / "out", device="cpu", workers=1).calibration
+    assert found["note 1"] == "not rotated: RuntimeError: shapes cannot be multiplied"
+    with pytest.raises(PreflightError, match="its blocks do not run one by one"):
+        quantize(source, Recipe("int4", calibration=few.only(["rotate"])), tmp_path / "b", device="cpu", workers=1)
 
 
 def test_efforts_and_steps_are_reported(with_tokenizer, tmp_path, calibration):
