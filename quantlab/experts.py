@@ -38,7 +38,8 @@ class Experts(MovesWithoutCasting):
         super().__init__()
         self.__dict__.update({k: v for k, v in vars(original).items() if not k.startswith("_")})
         self._modules.update(original._modules)
-        self.gate = type(original)._apply_gate
+        self.gate = type(original)._apply_gate if has_gate(original) else _activate
+        self.first = "gate_up_proj" if has_gate(original) else "up_proj"
         self.swiglu = self.gate.__name__ == "_default_apply_gate" and is_silu(original.act_fn)
         self.num_experts, self.hidden_dim, self.intermediate_dim = original.down_proj.shape
 
@@ -46,6 +47,11 @@ class Experts(MovesWithoutCasting):
     def extents(self) -> tuple[int, int, int]:
         """Experts E, hidden H, intermediate I."""
         return self.num_experts, self.hidden_dim, self.intermediate_dim
+
+    @property
+    def first_rows(self) -> int:
+        """N of the first projection."""
+        return (2 if self.first == "gate_up_proj" else 1) * self.intermediate_dim
 
     @property
     def device(self) -> torch.device:
@@ -56,7 +62,7 @@ class Experts(MovesWithoutCasting):
         return moe_dispatch(x, top_k_index, self.num_experts, group=self.grouped(top_k_index.numel()))
 
     def gate_and_quantize(self, inner: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The gated products [S, I] of inner [S, 2I], and their scales."""
+        """The gated products [S, I] of inner [S, 2I], or the activated [S, I] of [S, I], and their scales."""
         group = self.grouped(inner.shape[0])
         if self.swiglu:
             return swiglu_quantize(inner, group=group)
@@ -81,7 +87,7 @@ class Experts(MovesWithoutCasting):
 
     def _forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         x, scale, positions, counts = self.dispatch(hidden_states, top_k_index)
-        inner = self.grouped_matmul(x, scale, "gate_up_proj", counts, hidden_states.dtype)
+        inner = self.grouped_matmul(x, scale, self.first, counts, hidden_states.dtype)
         x, scale = self.gate_and_quantize(inner)
         out = self.grouped_matmul(x, scale, "down_proj", counts, hidden_states.dtype)
         return moe_combine(out, positions, top_k_weights)
@@ -95,6 +101,8 @@ class Fp8Experts(Experts):
 
     gate_up_proj, down_proj          [E, 2I, H], [E, H, I]  float8_e4m3fn; gate rows come before up rows
     gate_up_proj<s>, down_proj<s>    their scales, stacked; <s> is what the scale's name adds to "weight"
+
+    Without a gate the first is up_proj [E, I, H].
     """
 
     linear: type[Fp8Linear]
@@ -102,9 +110,9 @@ class Fp8Experts(Experts):
     def __init__(self, original: Any, *, scale_name: str, scale_dtype: torch.dtype = torch.float32) -> None:
         super().__init__(original)
         self.suffix = scale_name.removeprefix("weight")
-        double, hidden, inner = 2 * self.intermediate_dim, self.hidden_dim, self.intermediate_dim
+        first, hidden, inner = self.first_rows, self.hidden_dim, self.intermediate_dim
         rows, columns = self.linear.scale_shape(inner, hidden)
-        self._register("gate_up_proj", (double, hidden), (2 * rows, columns), scale_dtype)
+        self._register(self.first, (first, hidden), (first // inner * rows, columns), scale_dtype)
         self._register("down_proj", (hidden, inner), self.linear.scale_shape(hidden, inner), scale_dtype)
 
     def _register(self, name: str, shape: tuple[int, int], scale_shape: tuple[int, int], dtype: torch.dtype) -> None:
@@ -116,7 +124,7 @@ class Fp8Experts(Experts):
 
     def finish_loading(self) -> None:
         """As `Fp8Linear.finish_loading`."""
-        for name in ("gate_up_proj", "down_proj"):
+        for name in (self.first, "down_proj"):
             stored = getattr(self, name + self.suffix)
             if stored.dtype != torch.float32:
                 setattr(self, f"_{name}_scale", stored.detach().to(torch.float32))
@@ -162,16 +170,28 @@ class _NoGradient(torch.autograd.Function):
         )
 
 
+def has_gate(module: nn.Module) -> bool:
+    """Whether experts multiply what they activate by a second projection; transformers marks those that do not."""
+    return getattr(module, "has_gate", True)
+
+
+def _activate(experts: Any, inner: Tensor) -> Tensor:
+    return experts.act_fn(inner)
+
+
 def unsupported(module: nn.Module) -> str | None:
     """Why an experts module cannot be replaced by ours, or None."""
-    up, down = getattr(module, "gate_up_proj", None), getattr(module, "down_proj", None)
+    first, parts = ("gate_up_proj", 2) if has_gate(module) else ("up_proj", 1)
+    up, down = getattr(module, first, None), getattr(module, "down_proj", None)
     if not isinstance(up, Tensor) or not isinstance(down, Tensor) or up.ndim != 3 or down.ndim != 3:
         return "its experts have no fused gate and up projection"
-    if getattr(module, "is_transposed", False) or up.shape != (down.shape[0], 2 * down.shape[2], down.shape[1]):
+    if getattr(module, "is_transposed", False) or up.shape[1:] != (parts * down.shape[2], down.shape[1]):
         return "its experts are stored transposed"
+    if len(up) != len(down):
+        return "some of its experts compute nothing"
     if not getattr(module, "is_concatenated", True):
         return "its experts interleave gate and up"
-    if any(name not in ("gate_up_proj", "down_proj") for name, _ in module.named_parameters()):
+    if any(name not in (first, "down_proj") for name, _ in module.named_parameters()):
         return "its experts have biases or norms"
     if not hasattr(type(module), "_apply_gate"):
         return "its experts compute in a way of their own"

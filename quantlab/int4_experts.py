@@ -23,6 +23,8 @@ class Int4Experts(Experts):
     gate_up_proj_packed, down_proj_packed  int32 [E, 2I, H/8], [E, H, I/8]; gate rows come before up rows
     gate_up_proj_scale, down_proj_scale    [E, 2I, H/128], [E, H, I/128]
     gate_up_proj_shape, down_proj_shape    int64 [E, 4], [E, 2]: N and K of each matrix
+
+    Without a gate the first is up_proj [E, I, H/8].
     """
 
     linear: type[Int4Linear] = Int4Linear
@@ -30,8 +32,9 @@ class Int4Experts(Experts):
     def __init__(self, original: Any, *, scale_name: str, scale_dtype: torch.dtype = torch.bfloat16) -> None:
         super().__init__(original)
         hidden, inner = self.hidden_dim, self.intermediate_dim
-        self.rows = {"gate_up_proj": 2 * inner, "down_proj": hidden}
-        for name, rows, columns, parts in (("gate_up_proj", 2 * inner, hidden, 2), ("down_proj", hidden, inner, 1)):
+        self.rows = {self.first: self.first_rows, "down_proj": hidden}
+        for name, columns in ((self.first, hidden), ("down_proj", inner)):
+            rows, parts = self.rows[name], 2 if name == "gate_up_proj" else 1
             words = torch.empty(self.num_experts, rows, columns // 8, dtype=torch.int32)
             scale = torch.empty(self.num_experts, rows, columns // GROUP, dtype=scale_dtype)
             shape = torch.tensor([[rows // parts, columns] * parts] * self.num_experts)

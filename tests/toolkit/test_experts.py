@@ -64,6 +64,45 @@ def expected(kind: type[Fp8Experts], dense: Dense, hidden: Tensor, index: Tensor
     return out
 
 
+class Ungated(nn.Module):
+    """Experts that activate what they do not multiply, as transformers holds those of Nemotron-H."""
+
+    has_gate = False
+
+    def __init__(self, experts: int = 4, hidden: int = 128, inner: int = 192) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.up_proj = nn.Parameter(torch.randn(experts, inner, hidden, generator=generator) / 8)
+        self.down_proj = nn.Parameter(torch.randn(experts, hidden, inner, generator=generator) / 8)
+        self.act_fn = nn.ReLU()
+
+    def _apply_gate(self, gate_up: Tensor) -> Tensor:
+        raise AssertionError("they have no gate")
+
+
+@BOTH
+def test_experts_without_a_gate(kind):
+    dense, spec = Ungated(), SCHEME[kind]
+    assert unsupported(dense) is None
+    module = kind(dense, scale_name=NAMES[kind])
+    assert [*module.state_dict()] == ["up_proj", "up_proj" + module.suffix, "down_proj", "down_proj" + module.suffix]
+    for name in ("up_proj", "down_proj"):
+        for e, weight in enumerate(getattr(dense, name).data):
+            stored = quantize(weight, spec.weight)
+            getattr(module, name).data[e], weight[:] = stored.codes, stored.dequantize()
+            getattr(module, name + module.suffix).data[e] = stored.scale
+    module.finish_loading()
+    hidden, (index, weights) = torch.randn(7, 128), routing(7, 4)
+    with torch.no_grad():
+        found, wanted = module(hidden, index, weights), torch.zeros_like(hidden)
+        for token, choices in enumerate(index.tolist()):
+            for expert, weight in zip(choices, weights[token], strict=True):
+                x = quantize(hidden[token : token + 1], spec.input).dequantize()
+                inner = quantize((x @ dense.up_proj[expert].T).relu(), spec.input).dequantize()
+                wanted[token] += weight * (inner @ dense.down_proj[expert].T)[0]
+    assert ((found - wanted).norm() / wanted.norm()).item() < 5e-3
+
+
 def routing(tokens: int, experts: int, choices: int = 2) -> tuple[Tensor, Tensor]:
     scores = torch.rand(tokens, experts, generator=torch.Generator().manual_seed(1))
     weights, index = scores.topk(choices)
@@ -143,6 +182,9 @@ def test_what_cannot_be_replaced_says_why():
     biased = Dense()
     biased.down_proj_bias = nn.Parameter(torch.zeros(4, 128))
     assert unsupported(biased) == "its experts have biases or norms"
+    idle = Dense()
+    idle.gate_up_proj = nn.Parameter(torch.cat([idle.gate_up_proj.data] * 2))
+    assert unsupported(idle) == "some of its experts compute nothing"
     own = type("Own", (nn.Module,), {})()
     own.gate_up_proj, own.down_proj = Dense().gate_up_proj, Dense().down_proj
     assert unsupported(own) == "its experts compute in a way of their own"

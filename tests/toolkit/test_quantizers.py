@@ -8,13 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 import quantlab
 from quantlab import hf
 from quantlab.convert import convert
 from quantlab.errors import UsageError
-from quantlab.experts import Fp8BlockExperts
+from quantlab.experts import Experts, Fp8BlockExperts
+from quantlab.int4_experts import Int4Fp8Experts
 from quantlab.int4_linear import Int4Fp8Linear, Int4Linear
 from quantlab.linear import Fp8BlockLinear, Fp8Linear, Fp8RowLinear
 from quantlab.verify import verify
@@ -164,6 +166,28 @@ def test_what_deepseek_releases_is_verified_and_converted(release: Path, tmp_pat
         convert(release, "compressed-tensors", tmp_path / "out")
     convert(release, "bf16", tmp_path / "bf16")
     assert quantlab.plan(tmp_path / "bf16", "int4-fp8").quantized
+
+
+def test_experts_without_a_gate_load_and_are_saved(tmp_path: Path):
+    config = transformers.NemotronHConfig(
+        hidden_size=128, layers_block_type=["moe", "attention"], num_attention_heads=2, num_key_value_heads=2,
+        head_dim=64, moe_intermediate_size=128, moe_shared_expert_intermediate_size=128, n_routed_experts=4, num_experts_per_tok=2,
+        n_group=1, topk_group=1, vocab_size=64, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    transformers.NemotronHForCausalLM._from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "in")
+    quantlab.quantize(tmp_path / "in", "int4-fp8", tmp_path / "out", device="cpu", workers=1)
+    convert(tmp_path / "out", "bf16", tmp_path / "bf16")
+    model, plain = (quantlab.load(tmp_path / name, dtype=torch.float32) for name in ("out", "bf16"))
+    assert [type(m) for m in model.modules() if isinstance(m, Experts)] == [Int4Fp8Experts]
+    model.save_pretrained(tmp_path / "saved")
+    read, saved = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "saved"))
+    assert read.keys() == saved.keys()
+    assert all(torch.equal(read[name], saved[name]) for name in read)
+    ids = torch.randint(3, 60, (2, 8), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        found, wanted = model(ids).logits, plain(ids).logits
+    assert ((found - wanted).norm() / wanted.norm()).item() < 0.15
 
 
 def test_scales_stored_in_ue8m0_are_kept(quantized, edited, tmp_path: Path):
