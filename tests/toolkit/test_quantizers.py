@@ -171,8 +171,8 @@ def test_what_deepseek_releases_is_verified_and_converted(release: Path, tmp_pat
 def test_experts_without_a_gate_load_and_are_saved(tmp_path: Path):
     config = transformers.NemotronHConfig(
         hidden_size=128, layers_block_type=["moe", "attention"], num_attention_heads=2, num_key_value_heads=2,
-        head_dim=64, moe_intermediate_size=128, moe_shared_expert_intermediate_size=128, n_routed_experts=4, num_experts_per_tok=2,
-        n_group=1, topk_group=1, vocab_size=64, pad_token_id=0,
+        head_dim=64, moe_intermediate_size=128, moe_shared_expert_intermediate_size=128, n_routed_experts=4,
+        num_experts_per_tok=2, n_group=1, topk_group=1, vocab_size=64, pad_token_id=0,
     )  # fmt: skip
     torch.manual_seed(0)
     transformers.NemotronHForCausalLM._from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "in")
