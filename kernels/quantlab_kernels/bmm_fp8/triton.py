@@ -18,7 +18,7 @@ from torch import Tensor
 
 from quantlab_kernels.bmm_fp8.op import Problem
 from quantlab_kernels.common.triton_fp8 import decode_e4m3
-from quantlab_kernels.common.triton_launch import Launcher
+from quantlab_kernels.common.triton_launch import Launcher, begin
 
 
 @dataclass(frozen=True)
@@ -75,16 +75,17 @@ def launch(problem: Problem, a: Tensor, w: Tensor, w_scale: Tensor, out: Tensor,
 
 @functools.cache
 def _launcher(num_stages: int) -> Launcher:
-    return Launcher(_kernel, num_stages=num_stages)
+    return Launcher(_kernel, early=True, num_stages=num_stages)
 
 
 @triton.jit
 def _kernel(
     a_ptr, w_ptr, scale_ptr, out_ptr, m, heads, rows, columns, first, a_row, a_head, scale_row, N: tl.constexpr,
     K: tl.constexpr, TRANSPOSED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    SWAP: tl.constexpr, NATIVE: tl.constexpr,
+    SWAP: tl.constexpr, NATIVE: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One BLOCK_M x BLOCK_N tile of one head. What lies past an edge wraps around; only the store is masked."""
+    begin(EARLY)
     head = tl.program_id(1)
     token = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)

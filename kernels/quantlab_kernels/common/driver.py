@@ -10,6 +10,7 @@ import ctypes
 import functools
 import threading
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -90,6 +91,20 @@ class Launch:
     early: bool = False
 
 
+def launch_attributes(cluster: int = 1, early: bool = False) -> tuple[Any, int]:
+    """Attributes of a launch, and how many there are."""
+    attributes, count = (_Attribute * 2)(), 0
+    if cluster > 1:
+        attributes[count].id = _CLUSTER_DIMENSION
+        attributes[count].value[0:3] = [cluster, 1, 1]
+        count += 1
+    if early:
+        attributes[count].id = _PROGRAMMATIC_STREAM_SERIALIZATION
+        attributes[count].value[0] = 1
+        count += 1
+    return attributes, count
+
+
 class Kernel:
     """A loaded kernel that takes one struct as its only parameter."""
 
@@ -123,16 +138,7 @@ class Kernel:
             check(status, f"cuLaunchKernelEx {shape}")
 
     def _prepare(self, shape: Launch, size: int) -> tuple:
-        attributes = (_Attribute * 2)()
-        count = 0
-        if shape.cluster > 1:
-            attributes[count].id = _CLUSTER_DIMENSION
-            attributes[count].value[0:3] = [shape.cluster, 1, 1]
-            count += 1
-        if shape.early:
-            attributes[count].id = _PROGRAMMATIC_STREAM_SERIALIZATION
-            attributes[count].value[0] = 1
-            count += 1
+        attributes, count = launch_attributes(shape.cluster, shape.early)
         config = LaunchConfig((shape.grid, 1, 1), (shape.block, 1, 1), shape.shared, None, attributes, count)
         buffer = ctypes.create_string_buffer(size)
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(buffer))

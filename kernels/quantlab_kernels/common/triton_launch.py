@@ -5,6 +5,10 @@ of a decoding step take on the GPU. The first call here goes that way; what it c
 driver for every call with the same grid, numbers and dtypes. Kernels that need more than a plain launch (scratch
 memory, clusters), operands that are not aligned to 16 bytes and Triton's interpreter keep Triton's own way. Triton's
 launch hooks see the first call only.
+
+A kernel of a few microseconds waits as long for its launch as it runs. One that calls `begin` first may be launched
+while the kernel before it still runs (programmatic dependent launch, from sm_90 on), as our kernels in CUDA are: it
+waits for that one's results by itself, and then lets the next one be launched.
 """
 
 from __future__ import annotations
@@ -14,9 +18,12 @@ import threading
 from typing import Any
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from quantlab_kernels.common import driver
+from quantlab_kernels.common.hardware import gpu
 
 _MOST = 4096  # prepared launches of a thread; a model has a few dozen for each number of tokens
 _SCALARS = {
@@ -24,6 +31,15 @@ _SCALARS = {
     "fp32": ctypes.c_float,
 }  # fmt: skip
 _PLAIN = {"num_ctas": 1, "global_scratch_size": 0, "profile_scratch_size": 0, "launch_cooperative_grid": False}
+
+
+@triton.jit
+def begin(EARLY: tl.constexpr):
+    """To be called before a kernel that is launched `early` touches memory. The next kernel may come once this one has
+    waited: what it does before it waits itself then meets no kernel but this one."""
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
 
 
 class _PerThread(threading.local):
@@ -36,11 +52,13 @@ class _PerThread(threading.local):
 class Launcher:
     """Calls one `triton.jit` kernel whose parameters are tensors, then numbers, then constants.
 
+    early    its last constant says whether it is launched while the kernel before it runs, for `begin`
     options  of Triton's compiler, the same for every launch
     """
 
-    def __init__(self, kernel: Any, **options: Any) -> None:
+    def __init__(self, kernel: Any, *, early: bool = False, **options: Any) -> None:
         self.kernel = kernel
+        self.early = early
         self.options = options
         self._here = _PerThread()
 
@@ -55,6 +73,9 @@ class Launcher:
         """Launch on torch's current stream of the tensors' device, which must be torch's current device."""
         addresses = [tensor.data_ptr() for tensor in tensors]
         device = tensors[0].get_device()
+        early = self.early and device >= 0 and gpu(device).sm >= 90
+        if self.early:
+            constants = (*constants, early)
         key = (grid, numbers, constants, num_warps, device, *[tensor.dtype for tensor in tensors])
         prepared = self._here.prepared.get(key)
         if prepared is None or any(address % 16 for address in addresses):
@@ -62,7 +83,7 @@ class Launcher:
             if key not in self._here.prepared and not any(address % 16 for address in addresses):
                 if len(self._here.prepared) >= _MOST:
                     self._here.prepared.clear()
-                self._here.prepared[key] = prepare(compiled, grid, (*tensors, *numbers, *constants))
+                self._here.prepared[key] = prepare(compiled, grid, (*tensors, *numbers, *constants), early)
             return
         prepared.launch(addresses, device)
 
@@ -89,7 +110,7 @@ class _Prepared:
             driver.check(status, "cuLaunchKernelEx of a Triton kernel")
 
 
-def prepare(compiled: Any, grid: tuple[int, ...], arguments: tuple) -> _Prepared | None:
+def prepare(compiled: Any, grid: tuple[int, ...], arguments: tuple, early: bool = False) -> _Prepared | None:
     """What a later launch needs, or None where the kernel needs more than a plain launch or Triton has changed."""
     try:
         metadata, types = compiled.metadata, list(compiled.src.signature.values())
@@ -109,5 +130,6 @@ def prepare(compiled: Any, grid: tuple[int, ...], arguments: tuple) -> _Prepared
     # Two scratch addresses that Triton passes behind the arguments; kernels that use none read none.
     values += [ctypes.c_uint64(0), ctypes.c_uint64(0)]
     extents = (ctypes.c_uint * 3)(*grid, *(1 for _ in range(3 - len(grid))))
-    config = driver.LaunchConfig(extents, (ctypes.c_uint * 3)(block, 1, 1), shared, None, None, 0)
+    attributes, count = driver.launch_attributes(early=early)
+    config = driver.LaunchConfig(extents, (ctypes.c_uint * 3)(block, 1, 1), shared, None, attributes, count)
     return _Prepared(function, config, values, tensors)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from quantlab_kernels.common.latent import CLIPS
 from quantlab_kernels.common.triton_fp8 import largest_magnitude
-from quantlab_kernels.common.triton_launch import Launcher
+from quantlab_kernels.common.triton_launch import Launcher, begin
 from quantlab_kernels.kv_append.triton import KINDS, _eight_bits, _rounded
 
 if TYPE_CHECKING:
@@ -235,8 +235,9 @@ def _step_kernel(
     sin_batch, sin_column, codes_row, kept_row, scale_row,
     L: tl.constexpr, R: tl.constexpr, HEADS: tl.constexpr, KIND: tl.constexpr, NORM: tl.constexpr, PAIRS: tl.constexpr,
     KEPT: tl.constexpr, NATIVE: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr, C2: tl.constexpr, C3: tl.constexpr,
-    C4: tl.constexpr,
+    C4: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    begin(EARLY)
     TURN: tl.constexpr = R // 2
     batch = tl.program_id(1).to(tl.int64)
     cos_ptr += batch * cos_batch
@@ -266,4 +267,4 @@ def _step_kernel(
 
 
 _LAUNCH = Launcher(_kernel)
-_STEP = Launcher(_step_kernel)
+_STEP = Launcher(_step_kernel, early=True)

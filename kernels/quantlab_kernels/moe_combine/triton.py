@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quantlab_kernels.common.triton_launch import Launcher, begin
 from quantlab_kernels.moe_combine.op import Problem
 
 
@@ -21,13 +22,15 @@ def config(problem: Problem) -> None:
 def launch(problem: Problem, y: Tensor, positions: Tensor, weights: Tensor, out: Tensor, config: None) -> None:
     """Fill out [T, K]; all operands contiguous."""
     columns = 1024
-    _kernel[(problem.tokens * triton.cdiv(problem.k, columns),)](
-        y, positions, weights, out, problem.k, problem.choices, columns, num_warps=4
-    )
+    grid = (problem.tokens * triton.cdiv(problem.k, columns),)
+    _LAUNCH(grid, (y, positions, weights, out), (problem.k,), (problem.choices, columns), 4)
 
 
 @triton.jit
-def _kernel(y_ptr, positions_ptr, weights_ptr, out_ptr, k, CHOICES: tl.constexpr, COLUMNS: tl.constexpr):
+def _kernel(
+    y_ptr, positions_ptr, weights_ptr, out_ptr, k, CHOICES: tl.constexpr, COLUMNS: tl.constexpr, EARLY: tl.constexpr
+):  # fmt: skip
+    begin(EARLY)
     tiles = tl.cdiv(k, COLUMNS)
     token = tl.program_id(0) // tiles
     column = (tl.program_id(0) % tiles) * COLUMNS + tl.arange(0, COLUMNS)
@@ -39,3 +42,6 @@ def _kernel(y_ptr, positions_ptr, weights_ptr, out_ptr, k, CHOICES: tl.constexpr
         values = tl.load(y_ptr + tl.maximum(row, 0) * k + column, mask=mask, other=0.0).to(tl.float32)
         total += tl.where(row >= 0, weight * values, 0.0)
     tl.store(out_ptr + token.to(tl.int64) * k + column, total.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+_LAUNCH = Launcher(_kernel, early=True)

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quantlab_kernels.common.triton_fp8 import divide, largest_magnitude, scale_of, store_codes
+from quantlab_kernels.common.triton_launch import Launcher, begin
 from quantlab_kernels.moe_dispatch import reference
 from quantlab_kernels.moe_dispatch.op import Problem
 
@@ -40,23 +41,26 @@ def launch(
         counts.copy_(found[1])
     else:
         ranks = triton.cdiv(size, _MINE)
-        _route_kernel[(ranks + triton.cdiv(problem.experts, _MINE),)](
-            top_k_index, positions, counts, size, problem.experts, ranks, _MINE, _OTHERS
-        )
+        _ROUTE(
+            (ranks + triton.cdiv(problem.experts, _MINE),), (top_k_index, positions, counts),
+            (size, problem.experts, ranks), (_MINE, _OTHERS), 4,
+        )  # fmt: skip
     native = problem.sm >= 89
     codes = codes if native else codes.view(torch.uint8)
     columns = 1024 if problem.group else triton.next_power_of_2(problem.k)
-    _scatter_kernel[(problem.tokens * triton.cdiv(problem.k, columns),)](
-        x, positions, codes, scale, problem.k, *scale.stride(), problem.choices, problem.group, columns, native,
-        num_warps=4 if columns <= 4096 else 8,
+    _SCATTER(
+        (problem.tokens * triton.cdiv(problem.k, columns),), (x, positions, codes, scale),
+        (problem.k, *scale.stride(), problem.choices), (problem.group, columns, native), 4 if columns <= 4096 else 8,
     )  # fmt: skip
 
 
 @triton.jit
 def _route_kernel(
-    index_ptr, positions_ptr, counts_ptr, size, experts, ranks, MINE: tl.constexpr, OTHERS: tl.constexpr
+    index_ptr, positions_ptr, counts_ptr, size, experts, ranks, MINE: tl.constexpr, OTHERS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """The first `ranks` programs place MINE choices each; the others count the rows of MINE experts each."""
+    begin(EARLY)
     placing = tl.program_id(0) < ranks
     at = tl.where(placing, tl.program_id(0), tl.program_id(0) - ranks) * MINE + tl.arange(0, MINE)
     mine = at
@@ -84,9 +88,10 @@ def _route_kernel(
 @triton.jit
 def _scatter_kernel(
     x_ptr, positions_ptr, codes_ptr, scale_ptr, k, scale_row, scale_column, choices, GROUP: tl.constexpr,
-    COLUMNS: tl.constexpr, NATIVE: tl.constexpr,
+    COLUMNS: tl.constexpr, NATIVE: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """COLUMNS columns of one token."""
+    begin(EARLY)
     tiles = tl.cdiv(k, COLUMNS)
     token = tl.program_id(0) // tiles
     column = (tl.program_id(0) % tiles) * COLUMNS + tl.arange(0, COLUMNS)
@@ -104,3 +109,6 @@ def _scatter_kernel(
             store_codes(codes_ptr + row * k + column, values, mask, NATIVE)
             inside = group * 128 < k
             tl.store(scale_ptr + row * scale_row + group.to(tl.int64) * scale_column, scale, mask=inside)
+
+
+_ROUTE, _SCATTER = Launcher(_route_kernel, early=True), Launcher(_scatter_kernel, early=True)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quantlab_kernels.common.triton_launch import Launcher
+from quantlab_kernels.common.triton_launch import Launcher, begin
 from quantlab_kernels.moe_route.op import Problem
 
 _COLUMNS = 128  # of K in one step of a program
@@ -55,8 +55,9 @@ def launch(
 @triton.jit
 def _logits_kernel(
     x_ptr, weight_ptr, partial_ptr, tokens, experts, k, TOKENS: tl.constexpr, EXPERTS: tl.constexpr,
-    COLUMNS: tl.constexpr, STEPS: tl.constexpr,
+    COLUMNS: tl.constexpr, STEPS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    begin(EARLY)
     token = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
     expert = (tl.program_id(1) * EXPERTS + tl.arange(0, EXPERTS)).to(tl.int64)
     part = tl.program_id(2).to(tl.int64)
@@ -77,8 +78,9 @@ def _logits_kernel(
 def _choose_kernel(
     partial_ptr, bias_ptr, logits_ptr, weights_ptr, index_ptr, tokens, experts, parts, factor, PARTS: tl.constexpr,
     EXPERTS: tl.constexpr, PLACES: tl.constexpr, CHOICES: tl.constexpr, SIGMOID: tl.constexpr, GROUPS: tl.constexpr,
-    KEPT: tl.constexpr, BEST: tl.constexpr, NORMALIZED: tl.constexpr, BIAS: tl.constexpr,
+    KEPT: tl.constexpr, BEST: tl.constexpr, NORMALIZED: tl.constexpr, BIAS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    begin(EARLY)
     token = tl.program_id(0).to(tl.int64)
     expert, part = tl.arange(0, EXPERTS), tl.arange(0, PARTS)
     there = expert < experts
@@ -133,5 +135,5 @@ def _kept_groups(choice, expert, size, GROUPS: tl.constexpr, KEPT: tl.constexpr,
     return ((bits >> (expert // size)) & 1) != 0
 
 
-_LOGITS = Launcher(_logits_kernel)
-_CHOOSE = Launcher(_choose_kernel)
+_LOGITS = Launcher(_logits_kernel, early=True)
+_CHOOSE = Launcher(_choose_kernel, early=True)

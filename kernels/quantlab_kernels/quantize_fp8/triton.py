@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quantlab_kernels.common.triton_fp8 import divide, largest_magnitude, scale_of, store_codes
-from quantlab_kernels.common.triton_launch import Launcher
+from quantlab_kernels.common.triton_launch import Launcher, begin
 from quantlab_kernels.quantize_fp8.configs import Config, choose
 
 if TYPE_CHECKING:
@@ -55,8 +55,10 @@ def launch(problem: Problem, x: Tensor, given: Tensor | None, codes: Tensor, sca
 def _group_kernel(
     x_ptr, given_ptr, codes_ptr, scale_ptr, m, k, x_row, x_column, given_row, given_column, scale_row, scale_column,
     GIVEN: tl.constexpr, POWER2: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr, NATIVE: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows of GROUPS groups of 128 columns; one scale per row and group."""
+    begin(EARLY)
     column_tiles = tl.cdiv(k, 128 * GROUPS)
     row = (tl.program_id(0) // column_tiles) * ROWS + tl.arange(0, ROWS)
     first = (tl.program_id(0) % column_tiles) * GROUPS
@@ -110,8 +112,10 @@ def _block_kernel(
 def _token_kernel(
     x_ptr, codes_ptr, scale_ptr, m, k, x_row, x_column,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, LONG: tl.constexpr, NATIVE: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """ROWS whole rows, in pieces of COLUMNS columns; where one piece is the row (not LONG), it stays in registers."""
+    begin(EARLY)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)
     wide_row = row.to(tl.int64)[:, None]
@@ -136,4 +140,5 @@ def _token_kernel(
             store_codes(codes_ptr + wide_row * k + at, divide(piece, scale, False, SHORT), mask, NATIVE)
 
 
-_GROUP, _BLOCK, _TOKEN = Launcher(_group_kernel), Launcher(_block_kernel), Launcher(_token_kernel)
+_GROUP, _TOKEN = Launcher(_group_kernel, early=True), Launcher(_token_kernel, early=True)
+_BLOCK = Launcher(_block_kernel)

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quantlab_kernels.common.triton_fp8 import divide, largest_magnitude, scale_of, store_codes
-from quantlab_kernels.common.triton_launch import Launcher
+from quantlab_kernels.common.triton_launch import Launcher, begin
 
 if TYPE_CHECKING:
     from quantlab_kernels.rmsnorm_quantize.op import Problem
@@ -60,9 +60,10 @@ def launch(
 @triton.jit
 def _kernel(
     x_ptr, weight_ptr, out_ptr, codes_ptr, scale_ptr, k, x_row, x_column, scale_row, scale_column, eps, offset,
-    COLUMNS: tl.constexpr, SPAN: tl.constexpr, NATIVE: tl.constexpr,
+    COLUMNS: tl.constexpr, SPAN: tl.constexpr, NATIVE: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """A row of COLUMNS columns, of which every SPAN share a scale."""
+    begin(EARLY)
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, COLUMNS)
     mask = column < k
@@ -82,4 +83,4 @@ def _kernel(
     tl.store(scale_ptr + row * scale_row + group.to(tl.int64) * scale_column, scale, mask=group * SPAN < k)
 
 
-_LAUNCH = Launcher(_kernel)
+_LAUNCH = Launcher(_kernel, early=True)

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quantlab_kernels.common.triton_fp8 import largest_magnitude, scale_of, store_codes
-from quantlab_kernels.common.triton_launch import Launcher
+from quantlab_kernels.common.triton_launch import Launcher, begin
 
 if TYPE_CHECKING:
     from quantlab_kernels.swiglu_quantize.op import Problem
@@ -77,9 +77,10 @@ def _product(at, k, x_column, mask):
 @triton.jit
 def _group_kernel(
     x_ptr, codes_ptr, scale_ptr, m, k, x_row, x_column, scale_row, scale_column,
-    ROWS: tl.constexpr, GROUPS: tl.constexpr, NATIVE: tl.constexpr,
+    ROWS: tl.constexpr, GROUPS: tl.constexpr, NATIVE: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows of GROUPS groups of 128 columns."""
+    begin(EARLY)
     tiles = tl.cdiv(k, 128 * GROUPS)
     row = (tl.program_id(0) // tiles) * ROWS + tl.arange(0, ROWS)
     first = (tl.program_id(0) % tiles) * GROUPS
@@ -99,9 +100,10 @@ def _group_kernel(
 @triton.jit
 def _token_kernel(
     x_ptr, codes_ptr, scale_ptr, m, k, x_row, x_column,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, LONG: tl.constexpr, NATIVE: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, LONG: tl.constexpr, NATIVE: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """ROWS whole rows, in pieces of COLUMNS columns; where one piece is the row (not LONG), it stays in registers."""
+    begin(EARLY)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)[None, :]
     wide_row = row.to(tl.int64)[:, None]
@@ -127,4 +129,4 @@ def _token_kernel(
             store_codes(codes + start + column, piece * inverse, mask, NATIVE)
 
 
-_GROUP, _TOKEN = Launcher(_group_kernel), Launcher(_token_kernel)
+_GROUP, _TOKEN = Launcher(_group_kernel, early=True), Launcher(_token_kernel, early=True)
