@@ -168,7 +168,7 @@ def plan(source: Source, recipe: Recipe, *, trust_remote_code: bool = False) -> 
         source.weight_bytes,
         sum(bytes_after(decision) for decision in decisions),
         largest_tensor_parallel([d for d in decisions if d.scheme], source.config),
-        (*doubts, *_warnings(decisions, source, recipe)),
+        (*doubts, *_warnings(decisions, source, recipe), *_merged_beside_int4(decisions, architecture)),
         architecture.class_name if architecture else None,
         architecture.modules if architecture else {},
     )
@@ -418,6 +418,19 @@ def _shape_advice(decisions: list[Decision]) -> Iterable[str]:
         mixed = any(d.scheme and d.scheme.layout != "fp8" for d in decisions)  # fp8-block mixes with nothing
         how = "name them in a recipe with that scheme" if mixed else "use --scheme fp8-dynamic"
         yield f"fp8-dynamic takes shapes in multiples of {ENGINE_ALIGNMENT}: {how}"
+
+
+def _merged_beside_int4(decisions: list[Decision], architecture: Architecture | None) -> Iterable[str]:
+    """transformers takes every weight that it merges with others, quantized or not, for one of the scheme's."""
+    if architecture is None or not any(d.scheme and d.scheme.layout == "pack-quantized" for d in decisions):
+        return
+    merged = [d.module for d in decisions if d.scheme is None and d.tensor.endswith(WEIGHT)]
+    merged = [m for m in merged if m + WEIGHT in architecture.kinds and m + WEIGHT not in architecture.shapes]
+    if merged:
+        yield (
+            "without quantlab transformers cannot load this: beside INT4 weights it merges none of 16 bits, and "
+            f"{len(merged)} stay ({merged[0]}{', ...' if merged[1:] else ''}); fp8-dynamic has no such limit"
+        )
 
 
 def _warnings(decisions: list[Decision], source: Source, recipe: Recipe) -> Iterable[str]:

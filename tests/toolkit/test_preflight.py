@@ -302,6 +302,19 @@ def test_fused_experts_are_taken_apart_where_the_loader_merges_them(tmp_path: Pa
     assert "model.layers.0.mlp.experts" not in made.skip_modules
 
 
+def test_merged_weights_that_stay_beside_int4(tmp_path: Path) -> None:
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    sizes = {"hidden_size": 128, "intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 2}
+    config = Qwen3MoeConfig(
+        **sizes, head_dim=64, num_hidden_layers=1, vocab_size=64, num_experts=4, moe_intermediate_size=48
+    )
+    Qwen3MoeForCausalLM(config).save_pretrained(tmp_path)
+    said = "beside INT4 weights it merges none of 16 bits, and 12 stay "
+    assert any(said + "(model.layers.0.mlp.experts.0." in line for line in plan(tmp_path, "int4").warnings)
+    assert not any("merge" in line for line in plan(tmp_path, "fp8-dynamic").warnings)
+
+
 def test_experts_that_a_loader_would_ignore_are_refused(tmp_path: Path) -> None:
     """transformers takes the experts of Llama 4 one by one from compressed-tensors checkpoints, and nowhere else."""
     from transformers import Llama4ForCausalLM, Llama4TextConfig
