@@ -153,7 +153,8 @@ def run(
         if listed is None:
             raise PreflightError(f"{source.model}: has no one list of repeated blocks; use --steps rtn")
         folder = folder or Path(tempfile.mkdtemp(prefix="quantlab-calibration-"))
-        return sequential.run(lazy, plan, calibration, windows, listed, wanted, steps, folder, progress)
+        job = sequential.Sequential(lazy, plan, calibration, windows, listed, wanted, folder, progress)
+        return job.run(steps)
     batches = windows.split(max(1, BATCH_TOKENS // windows.shape[1]))
     reasons = [] if listed else ["the model ran as a whole (it has no one list of repeated blocks)"]
     asked = calibration.effort == "best" or any(getattr(calibration, step) for step in STEPS)

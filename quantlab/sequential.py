@@ -13,6 +13,7 @@ import re
 import statistics
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from quantlab.architecture import load_targets
 from quantlab.errors import PreflightError
-from quantlab.shards import TORCH_DTYPES
+from quantlab.shards import TORCH_DTYPES, TensorInfo
 from quantlab_calib.blockwise import Block, Blockwise
 from quantlab_calib.capture import CaptureError
 from quantlab_calib.rotate import RotationError
@@ -126,46 +127,99 @@ def gathered(notes: list[str]) -> list[str]:
     return [*(note for note in notes if note not in few), together + "rounded without data"]
 
 
-def run(
-    lazy: LazyModel,
-    plan: Plan,
-    calibration: Calibration,
-    windows: Tensor,
-    path: str,
-    wanted: dict[str, list[str]],
-    steps: Steps,
-    folder: Path,
-    progress: Progress | None,
-) -> Rounded:
-    """Quantize the blocks at `path` of a model one after the other; `folder` is kept until the checkpoint is written.
+@dataclass(frozen=True)
+class Sequential:
+    """Quantizes the blocks at `path` of a model one after the other.
 
     wanted  name of a linear layer of the model -> modules of the quantized checkpoint that it is made of
-    A rotation that the model does not bear is left out with a note, unless the recipe asks for it by name.
+    folder  holds what each block became, until the checkpoint is written
     """
-    int4 = {name: modules for name, modules in wanted.items() if all(_is_int4(plan, module) for module in modules)}
-    model = lazy.source.model
-    for rotate in dict.fromkeys((steps.rotate, False)):
-        try:
-            result = _run(lazy, plan, calibration, windows, path, int4, replace(steps, rotate=rotate), folder, progress)
-        except RotationError as error:
-            if calibration.rotate:
-                raise PreflightError(f"{model}: cannot be rotated: {error}; leave rotate out of the steps") from None
-            reason = f"not rotated: {error}"
-            continue
-        except CaptureError as error:
-            if calibration.rotate or not rotate:
-                raise PreflightError(f"{model}: its blocks do not run one by one ({error}); use --steps rtn") from None
-            reason = f"not rotated: {error}"
-            continue
-        except torch.OutOfMemoryError:
-            raise PreflightError(
-                f"{model}: ran out of memory on {lazy.device}; use --device cpu or --steps rtn"
-            ) from None
-        if steps.rotate and not rotate:
-            result.notes.insert(0, reason)
-        _check_places(result)
+
+    lazy: LazyModel
+    plan: Plan
+    calibration: Calibration
+    windows: Tensor
+    path: str
+    wanted: dict[str, list[str]]
+    folder: Path
+    progress: Progress | None = None
+
+    def run(self, steps: Steps) -> Rounded:
+        """A rotation that the model does not bear is left out with a note, unless the recipe asks for it by name."""
+        model = self.lazy.source.model
+        for rotate in dict.fromkeys((steps.rotate, False)):
+            try:
+                result = self._attempt(replace(steps, rotate=rotate))
+            except RotationError as error:
+                if self.calibration.rotate:
+                    how = "leave rotate out of the steps"
+                    raise PreflightError(f"{model}: cannot be rotated: {error}; {how}") from None
+                reason = f"not rotated: {error}"
+                continue
+            except CaptureError as error:
+                if self.calibration.rotate or not rotate:
+                    raise PreflightError(
+                        f"{model}: its blocks do not run one by one ({error}); use --steps rtn"
+                    ) from None
+                reason = f"not rotated: {error}"
+                continue
+            except torch.OutOfMemoryError:
+                how = "use --device cpu or --steps rtn"
+                raise PreflightError(f"{model}: ran out of memory on {self.lazy.device}; {how}") from None
+            if steps.rotate and not rotate:
+                result.notes.insert(0, reason)
+            _check_places(result)
+            return result
+        raise AssertionError("the last attempt does not rotate")
+
+    @cached_property
+    def int4(self) -> dict[str, list[str]]:
+        """What is wanted, of layers that become INT4 throughout."""
+        return {name: found for name, found in self.wanted.items() if all(_is_int4(self.plan, m) for m in found)}
+
+    def _attempt(self, steps: Steps) -> Rounded:
+        store = Store(self.folder, self.windows, steps)
+        result = Rounded(self.plan, self.calibration, self.windows.numel(), self.folder)
+        targets = plain_targets(self.lazy, self.plan)
+        dtypes = {tensor: TORCH_DTYPES[self.lazy.source.tensors[tensor].dtype] for tensor in targets.values()}
+        total = len(self.lazy.model.get_submodule(self.path))
+        blocks = Blockwise(
+            self.lazy.model,
+            self.windows,
+            self.lazy,
+            self.path,
+            lambda name: name in self.int4,
+            steps,
+            device=self.lazy.device,
+            done=store.read,
+            loaded=partial(self._find_places, store, result.places),
+            stored=lambda name: dtypes.get(targets.get(name, "")),
+        )
+        for number, block in enumerate(blocks.run(), start=1):
+            result.resumed += not store.write(block)
+            result.tokens |= block.tokens
+            result.notes += block.notes
+            result.scaled |= block.scaled
+            result.replacements |= {targets[name]: value for name, value in block.changed.items()}
+            if block.error is not None:
+                result.errors[block.path] = block.error
+            if self.progress is not None:
+                self.progress(f"calibrating {block.path}", number, total)
+        result.replacements |= {targets[name]: value for name, value in blocks.ends.items()}
         return result
-    raise AssertionError("the last attempt does not rotate")
+
+    @cached_property
+    def _parts(self) -> dict[str, TensorInfo]:
+        return {module: info for decision in self.plan.quantized for module, info in decision.parts}
+
+    def _find_places(self, store: Store, places: dict[str, Place], block: str, layers: dict[str, Tensor]) -> None:
+        """Where the modules of a block will lie, from its weights as they were loaded."""
+        for name, weight in layers.items():
+            for module in self.int4[name]:
+                info = self._parts[module]
+                row = first_row(weight, self.lazy.source.reader.read(info, (0, 1)), info.shape[0])
+                if row is not None:
+                    places[module] = Place(store.file(block), name, row)
 
 
 def _check_places(result: Rounded) -> None:
@@ -188,58 +242,6 @@ def _check_places(result: Rounded) -> None:
 
 def _is_int4(plan: Plan, module: str) -> bool:
     return plan.stored.kind(module).weight.format is INT4
-
-
-def _run(
-    lazy: LazyModel,
-    plan: Plan,
-    calibration: Calibration,
-    windows: Tensor,
-    path: str,
-    wanted: dict[str, list[str]],
-    steps: Steps,
-    folder: Path,
-    progress: Progress | None,
-) -> Rounded:
-    store = Store(folder, windows, steps)
-    result = Rounded(plan, calibration, windows.numel(), folder)
-    parts = {module: info for decision in plan.quantized for module, info in decision.parts}
-
-    def loaded(block: str, layers: dict[str, Tensor]) -> None:
-        for name, weight in layers.items():
-            for module in wanted[name]:
-                info = parts[module]
-                row = first_row(weight, lazy.source.reader.read(info, (0, 1)), info.shape[0])
-                if row is not None:
-                    result.places[module] = Place(store.file(block), name, row)
-
-    targets = plain_targets(lazy, plan)
-    dtypes = {tensor: TORCH_DTYPES[lazy.source.tensors[tensor].dtype] for tensor in targets.values()}
-    total = len(lazy.model.get_submodule(path))
-    blocks = Blockwise(
-        lazy.model,
-        windows,
-        lazy,
-        path,
-        lambda name: name in wanted,
-        steps,
-        device=lazy.device,
-        done=store.read,
-        loaded=loaded,
-        stored=lambda name: dtypes.get(targets.get(name, "")),
-    )
-    for number, block in enumerate(blocks.run(), start=1):
-        result.resumed += not store.write(block)
-        result.tokens |= block.tokens
-        result.notes += block.notes
-        result.scaled |= block.scaled
-        result.replacements |= {targets[name]: value for name, value in block.changed.items()}
-        if block.error is not None:
-            result.errors[block.path] = block.error
-        if progress is not None:
-            progress(f"calibrating {block.path}", number, total)
-    result.replacements |= {targets[name]: value for name, value in blocks.ends.items()}
-    return result
 
 
 def plain_targets(lazy: LazyModel, plan: Plan) -> dict[str, str]:
