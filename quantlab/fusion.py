@@ -287,9 +287,16 @@ class FusedNorm:
             out, codes, scale = rmsnorm_quantize(flat, weight, self.eps, offset=self.offset, group=group)
             out, quantized = out.reshape(x.shape), (codes, scale)
         else:
-            out = self.own(x)
+            out = self._plain(x)
         self.mailbox.note = Note(weakref.ref(out), self, self.feeds, quantized)
         return out
+
+    def _plain(self, x: Tensor) -> Tensor:
+        """The norm alone, on a GPU in one launch instead of six."""
+        weight = self.norm.get_parameter("weight")
+        if not x.is_cuda or x.dtype != weight.dtype:
+            return self.own(x)
+        return nn.functional.rms_norm(x, weight.shape, weight + self.offset if self.offset else weight, self.eps)
 
 
 def _fuse_norm(module: nn.Module, mailbox: Mailbox) -> bool:

@@ -10,7 +10,7 @@ import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, WhisperConfig, WhisperModel
 
-from quantlab.fusion import Fusion, Join, Mailbox, fuse
+from quantlab.fusion import FusedNorm, Fusion, Join, Mailbox, fuse
 from quantlab.linear import Fp8BlockLinear, Fp8Linear, Fp8RowLinear
 from quantlab.placement import unhook_blocks
 from quantlab_kernels import quantize_fp8_block
@@ -102,6 +102,21 @@ def test_norms_learn_that_they_feed_quantized_layers(llama):
     assert layer.input_layernorm.forward.feeds is Fp8BlockLinear
     assert layer.post_attention_layernorm.forward.feeds is Fp8BlockLinear
     assert llama.model.norm.forward.feeds is None, "the head is not quantized"
+
+
+@pytest.mark.gpu(sm=80)
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+@torch.no_grad()
+def test_a_norm_that_feeds_no_codes_is_one_launch(llama, offset):
+    """The same numbers within the rounding of 16 bits, before it has learnt whom it feeds and for good."""
+    norm = llama.model.norm.to("cuda", torch.bfloat16)
+    norm.weight.uniform_(0.5, 2)
+    x = torch.randn(3, 7, 256, device="cuda", dtype=torch.bfloat16) * 4
+    expected = norm(x).float() * ((norm.weight + offset) / norm.weight).float()
+    norm.forward = FusedNorm(norm, norm.variance_epsilon, offset, Mailbox())
+    found = norm(x)
+    torch.testing.assert_close(found.float(), expected, atol=1e-2, rtol=2**-6)
+    assert torch.equal(found, torch.nn.functional.rms_norm(x, (256,), norm.weight + offset, norm.variance_epsilon))
 
 
 def test_bias_and_tied_directions():
