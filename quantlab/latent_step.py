@@ -1,9 +1,10 @@
-"""Decoding steps of latent attention in few launches.
+"""Latent attention in few launches, for decoding steps above all.
 
 Between the projections and attention over the packed latents, transformers' modules split, normalize, turn and join
 tensors of a few kilobytes: a dozen launches that take longer than what they compute. For one new token of each sequence
 a module gets a `forward` that does all of it in one (`mla_step`), and reads both projections of its input in one GEMM
-where they are plain; quantized ones are joined already (`fusion`). Everything else keeps the module's own forward.
+where they are plain; quantized ones are joined already (`fusion`). Prompts turn queries where they are. Where gradients
+or a compiler are at work they keep the module's own forward, as does everything else.
 
 No model is known by name. What a module does around attention is observed: its own forward runs once on random input,
 and our steps must give what it handed to the cache and to attention, and returned. Where they do not, it stays.
@@ -16,9 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from quantlab.latent import Absorbed, LatentHandle, LatentLayer, epsilon, is_plain, modules
-from quantlab_kernels import mla_decode
+from quantlab_kernels import mla_decode, mla_turn
 from quantlab_kernels.mla_append.reference import normalized, turned_pairs
 
 _ALIKE = 0.02  # how far steps may be from the module's own: 16 bits round each product of a rotation
@@ -82,9 +84,20 @@ class Step:
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         layer = self._layer(hidden_states, kwargs)
-        if layer is None:
+        if layer is not None:
+            return self.step(hidden_states, kwargs["position_embeddings"], layer), None
+        attend = self._attention()
+        if args or attend is None or kwargs.get("position_embeddings") is None or self._is_traced():
             return self.own(hidden_states, *args, **kwargs)
-        return self.step(hidden_states, kwargs["position_embeddings"], layer), None
+        return self.prompt(attend, hidden_states, **kwargs), None
+
+    def _is_traced(self) -> bool:
+        """Whether gradients, dropout or a graph ask for the module's own forward."""
+        return torch.is_grad_enabled() or self.module.training or torch.compiler.is_compiling()
+
+    def _attention(self) -> Any:
+        """The attention function that the model is set to; None for one that its file defines."""
+        return ALL_ATTENTION_FUNCTIONS.get(self.module.config._attn_implementation)
 
     def _layer(self, hidden: Tensor, kwargs: dict[str, Any]) -> LatentLayer | None:
         """The layer of the cache to step on; None where the module's own forward is to be called."""
@@ -114,6 +127,26 @@ class Step:
             longest=layer.longest,
         )  # fmt: skip
         return module.o_proj(absorbed.results(out).flatten(2))
+
+    def prompt(
+        self, attend: Any, hidden: Tensor, position_embeddings: Any, attention_mask: Tensor | None = None,
+        past_key_values: Any = None, **kwargs: Any,
+    ) -> Tensor:  # fmt: skip
+        """[B, S, hidden] as the module's own forward, which copies queries to turn a part of them."""
+        module, absorbed = self.module, self.absorbed
+        query, row = self.projected(hidden)
+        latent, rope = row.split([absorbed.latent, absorbed.rope], -1)
+        interleaved, kept = self.layout
+        angles = _angles(position_embeddings, absorbed.rope)
+        mla_turn(query[..., absorbed.nope :], rope, *angles, interleaved=interleaved, kept_interleaved=kept)
+        latent, rope = module.kv_a_layernorm(latent)[:, None], rope[:, None]
+        if past_key_values is not None:
+            latent, rope = past_key_values.update(latent, rope, module.layer_idx)
+        key, value = module.expand_kv(latent, rope)
+        out, _ = attend(
+            module, query.transpose(1, 2), key, value, attention_mask, dropout=0.0, scaling=self.scale, **kwargs
+        )
+        return module.o_proj(out.flatten(2))
 
     def query_projection(self) -> Any:
         """The projection of hidden states that queries come from."""

@@ -20,7 +20,7 @@ from quantlab_kernels.gemm_int4.op import gemm_int4
 from quantlab_kernels.gemm_int4_fp8.op import gemm_int4_fp8
 from quantlab_kernels.gemm_int4_grouped.op import gemm_int4_grouped
 from quantlab_kernels.kv_append.op import kv_append
-from quantlab_kernels.mla_append.op import mla_append, mla_step
+from quantlab_kernels.mla_append.op import mla_append, mla_step, mla_turn
 from quantlab_kernels.mla_decode.op import mla_decode
 from quantlab_kernels.moe_combine.op import moe_combine
 from quantlab_kernels.moe_dispatch.op import moe_dispatch
@@ -48,6 +48,7 @@ __all__ = [
     "mla_append",
     "mla_decode",
     "mla_step",
+    "mla_turn",
     "moe_combine",
     "moe_dispatch",
     "moe_route",

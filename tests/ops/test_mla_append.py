@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantlab_kernels import PackedLatent, mla_append, mla_step
+from quantlab_kernels import PackedLatent, mla_append, mla_step, mla_turn
 from quantlab_kernels.common.latent import FORMATS, dequantize_latent
+from quantlab_kernels.mla_append.reference import turned_pairs
 
 STEP = {"fp8": 2.0**-4, "int8": 0.5 / 127, "int4": 0.45, "16bit": 2.0**-8}  # of a row's largest magnitude
 
@@ -140,6 +141,38 @@ def test_a_step_on_the_gpu(name: str, layout: tuple[bool, bool], heads: int, mon
     check_step(name, layout, torch.bfloat16, "cuda", 512, 64, heads)
 
 
+def check_turn(
+    layout: tuple[bool, bool], dtype: torch.dtype = torch.float32, device: str = "cpu", rope: int = 16
+) -> None:
+    """Queries and keys in the columns of wider rows are turned as in a step; what stands beside them stays."""
+    heads, given = 5, inputs(2, 9, 8, rope, dtype, device)
+    rows = torch.randn(2, 9, heads + 1, rope + 8, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+    before = rows.clone()
+    cos, sin = (given[key][..., : rope // 2] for key in ("cos", "sin"))
+    mla_turn(rows[:, :, 1:, 8:], rows[:, :, 0, 8:], cos, sin, interleaved=layout[0], kept_interleaved=layout[1])
+    wanted = turned_pairs(before[..., 8:].double().cpu(), cos[:, :, None].cpu(), sin[:, :, None].cpu(), *layout)
+    torch.testing.assert_close(
+        rows[..., 8:].float().cpu(), wanted, atol=0.02 if dtype != torch.float32 else 1e-6, rtol=0
+    )
+    assert torch.equal(rows[..., :8], before[..., :8])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_queries_and_keys_are_turned_in_place(layout: tuple[bool, bool]):
+    check_turn(layout)
+    with pytest.raises(RuntimeError, match="needs floats of one dtype"):
+        mla_turn(torch.zeros(1, 2, 3, 8), torch.zeros(1, 2, 4), torch.ones(1, 2, 4), torch.ones(1, 2, 4))
+    with pytest.raises(RuntimeError, match="mla_turn: cos"):
+        mla_turn(torch.zeros(1, 2, 3, 8), torch.zeros(1, 2, 8), torch.ones(1, 2, 8), torch.ones(1, 2, 4))
+
+
+@pytest.mark.gpu(sm=80)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_turning_in_place_on_the_gpu(layout: tuple[bool, bool], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("QUANTLAB_MLA_APPEND_BACKEND", "triton")
+    check_turn(layout, torch.bfloat16, "cuda", 64)
+
+
 def test_steps_that_do_not_fit():
     cache = PackedLatent.empty("fp8", 2, 8, 64, 16)
     x, r, q = torch.randn(2, 1, 64), torch.randn(2, 1, 16), torch.randn(2, 1, 4, 16)
@@ -196,7 +229,13 @@ def step(query, latent, rope, cache, length, *, cos, sin, norm, interleaved, kep
         kept_interleaved, out,
     )
     return out
-test_mla_append.mla_append, test_mla_append.mla_step = appended, step
+def turn(query, rope, cos, sin, *, interleaved, kept_interleaved):
+    batch, tokens, heads, turning = query.shape
+    problem = op.Problem(batch, tokens, 16, turning, "float", query.dtype, 80, True, heads)
+    backend.launch_turn(problem, query, rope, cos, sin, interleaved, kept_interleaved)
+test_mla_append.mla_append, test_mla_append.mla_step, test_mla_append.mla_turn = appended, step, turn
+for layout in test_mla_append.LAYOUTS:
+    test_mla_append.check_turn(layout, torch.float16)
 for layout in test_mla_append.LAYOUTS:
     test_mla_append.check_step("fp8", layout, torch.float16, heads=20)
 for name in ("fp8", "int8", "int4", "16bit"):

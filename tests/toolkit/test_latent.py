@@ -110,10 +110,13 @@ def test_steps_are_short(name, monkeypatch):
     module = next(latent.modules(model))
     assert isinstance(module.forward, latent_step.Step) != own
     taken = []
-    step = latent_step.Step.step
-    monkeypatch.setattr(latent_step.Step, "step", lambda self, *given: taken.append(1) or step(self, *given))
+    for kind in ("step", "prompt"):
+        usual = getattr(latent_step.Step, kind)
+        counted = lambda *given, usual=usual, kind=kind, **more: taken.append(kind) or usual(*given, **more)  # noqa: E731
+        monkeypatch.setattr(latent_step.Step, kind, counted)
     generate(model, tokens=5)
-    assert len(taken) == (0 if own else 4 * model.config.num_hidden_layers)
+    layers = 0 if own else model.config.num_hidden_layers
+    assert (taken.count("prompt"), taken.count("step")) == (layers, 4 * layers)
     cache.use(model, None)
     assert not any("forward" in vars(module) for module in latent.modules(model))
 

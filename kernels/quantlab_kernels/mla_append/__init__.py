@@ -1,5 +1,5 @@
 """Normalizing, turning, quantizing new latents and writing them into a packed cache, in one launch."""
 
-from quantlab_kernels.mla_append.op import mla_append, mla_step
+from quantlab_kernels.mla_append.op import mla_append, mla_step, mla_turn
 
-__all__ = ["mla_append", "mla_step"]
+__all__ = ["mla_append", "mla_step", "mla_turn"]

@@ -23,3 +23,8 @@ def launch_step(problem: Problem, *arguments: Any) -> None:
     """As `launch`, and turned queries into the last argument."""
     *given, out = arguments
     out.copy_(op._step_cpu(*given))
+
+
+def launch_turn(problem: Problem, *arguments: Any) -> None:
+    """Turn queries and keys by `reference`."""
+    op._turn_cpu(*arguments)

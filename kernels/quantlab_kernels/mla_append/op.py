@@ -89,6 +89,17 @@ def mla_step(
     )  # fmt: skip
 
 
+def mla_turn(
+    query: Tensor, rope: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False, kept_interleaved: bool = False
+) -> None:
+    """Turn queries [B, S, H, R] and keys [B, S, R] by their positions where they are, of a dtype and any strides.
+
+    cos, sin [B or 1, S, R / 2] and the order of channels as in `mla_step`. Raises RuntimeError for operands that do not
+    fit together.
+    """
+    _TURN(query, rope, cos, sin, interleaved, kept_interleaved)
+
+
 def _check(
     latent: Tensor, rope: Tensor, codes: Tensor, kept: Tensor, scale: Tensor | None, length: Tensor,
     norm: Tensor | None, cos: Tensor | None, sin: Tensor | None, slots: Tensor | None, eps: float, interleaved: bool,
@@ -180,13 +191,18 @@ def _check_step(
             f"{(batch, 1, 'H', turning)}"
         ),
     )  # fmt: skip
+    _check_pairs("mla_step", batch, 1, turning, cos, sin)
+
+
+def _check_pairs(op: str, batch: int, tokens: int, turning: int, cos: Tensor, sin: Tensor) -> None:
     require(
         turning % 2 == 0 and all(
-            x.dim() == 3 and x.shape[0] in (1, batch) and tuple(x.shape[1:]) == (1, turning // 2) and x.dtype in _INPUTS
-            for x in (cos, sin)
+            x.dim() == 3 and x.shape[0] in (1, batch) and tuple(x.shape[1:]) == (tokens, turning // 2)
+            and x.dtype in _INPUTS for x in (cos, sin)
         ),
         lambda: (
-            f"mla_step: cos {tuple(cos.shape)}, sin {tuple(sin.shape)}; need floats [{batch} or 1, 1, {turning // 2}]"
+            f"{op}: cos {tuple(cos.shape)}, sin {tuple(sin.shape)}; need floats [{batch} or 1, {tokens}, "
+            f"{turning // 2}]"
         ),
     )  # fmt: skip
 
@@ -232,4 +248,47 @@ _STEP = define(
     " Tensor(d!) length, Tensor? norm, Tensor cos, Tensor sin, float eps, bool interleaved, bool kept_interleaved)"
     " -> Tensor",
     fake=_step_fake, cpu=_step_cpu, cuda=_step_cuda,
+)  # fmt: skip
+
+
+def _check_turn(
+    query: Tensor, rope: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, kept_interleaved: bool
+) -> None:  # fmt: skip
+    require(
+        rope.dim() == 3 and query.dim() == 4 and query.dtype == rope.dtype and rope.dtype in _INPUTS
+        and query.shape[:2] == rope.shape[:2] and query.shape[3] == rope.shape[2],
+        lambda: (
+            f"mla_turn: query {query.dtype} {tuple(query.shape)}, rope {rope.dtype} {tuple(rope.shape)}; needs floats "
+            "of one dtype, [B, S, H, R] and [B, S, R]"
+        ),
+    )  # fmt: skip
+    batch, tokens, turning = rope.shape
+    _check_pairs("mla_turn", batch, tokens, turning, cos, sin)
+
+
+def _turn_cpu(
+    query: Tensor, rope: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, kept_interleaved: bool
+) -> None:  # fmt: skip
+    _check_turn(query, rope, cos, sin, interleaved, kept_interleaved)
+    rope.copy_(reference.turned_pairs(rope, cos, sin, interleaved, kept_interleaved))
+    query.copy_(reference.turned_pairs(query, cos[:, :, None], sin[:, :, None], interleaved, kept_interleaved))
+
+
+def _turn_cuda(
+    query: Tensor, rope: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, kept_interleaved: bool
+) -> None:  # fmt: skip
+    arguments = query, rope, cos, sin, interleaved, kept_interleaved
+    _check_turn(*arguments)
+    if rope.numel() == 0:
+        return
+    batch, tokens, heads, turning = query.shape
+    problem = Problem(batch, tokens, 16, turning, "float", query.dtype, gpu_of(query).sm, True, heads)
+    with device_of(query):
+        BACKENDS.select(problem).launch_turn(problem, *arguments)
+
+
+_TURN = define(
+    "mla_turn(Tensor(a!) query, Tensor(b!) rope, Tensor cos, Tensor sin, bool interleaved, bool kept_interleaved)"
+    " -> ()",
+    fake=_check_turn, cpu=_turn_cpu, cuda=_turn_cuda,
 )  # fmt: skip

@@ -77,6 +77,16 @@ def launch_step(
     _STEP((1 + triton.cdiv(p.heads, HEADS), p.batch), tensors, numbers, constants, 4 if p.code == "int4" else 1)
 
 
+def launch_turn(
+    problem: Problem, query: Tensor, rope: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, kept_interleaved: bool
+) -> None:
+    """Turn queries [B, S, H, R] and keys [B, S, R] where they are; a program for `HEADS` heads of a token, or a key."""
+    strides = [n for x in (cos, sin) for n in (*_strides(x), x.stride(2))]
+    numbers = problem.heads, *query.stride(), *rope.stride(), *strides
+    grid = (problem.tokens, problem.batch, 1 + triton.cdiv(problem.heads, HEADS))
+    _TURN(grid, (query, rope, cos, sin), numbers, (problem.rope, HEADS, interleaved, kept_interleaved), 1)
+
+
 def _strides(tensor: Tensor | None) -> tuple[int, int]:
     """Of the sequence and the token; one row of positions serves every sequence."""
     return (0, 0) if tensor is None else (0 if tensor.shape[0] == 1 else tensor.stride(0), tensor.stride(1))
@@ -207,8 +217,8 @@ def _kernel(
 
 @triton.jit
 def _turned_rows(
-    at, cos_ptr, sin_ptr, column, cos_column, sin_column, mask, out, out_mask, TURN: tl.constexpr, PAIRS: tl.constexpr,
-    KEPT: tl.constexpr,
+    at, cos_ptr, sin_ptr, column, cos_column, sin_column, mask, out, out_column, out_mask, TURN: tl.constexpr,
+    PAIRS: tl.constexpr, KEPT: tl.constexpr,
 ):  # fmt: skip
     """Rows that begin at `at` [N, 1], turned by angles of one position, to `out` [N, 1]; PAIRS, KEPT: channels that
     belong together lie side by side there, else TURN apart."""
@@ -223,9 +233,10 @@ def _turned_rows(
     first, second = turn, turn + TURN
     if KEPT:
         first, second = 2 * turn, 2 * turn + 1
+    tl.debug_barrier()  # all threads have read rows that are turned where they are
     kind = out.dtype.element_ty
-    tl.store(out + first, (one * cos - two * sin).to(kind), mask=out_mask)
-    tl.store(out + second, (two * cos + one * sin).to(kind), mask=out_mask)
+    tl.store(out + first * out_column, (one * cos - two * sin).to(kind), mask=out_mask)
+    tl.store(out + second * out_column, (two * cos + one * sin).to(kind), mask=out_mask)
 
 
 @triton.jit
@@ -255,16 +266,43 @@ def _step_kernel(
         )  # fmt: skip
         _turned_rows(
             rope_ptr + (row * r_batch)[:, None], cos_ptr, sin_ptr, r_column, cos_column, sin_column, inside[:, None],
-            kept_ptr + (row * kept_row + slot * R)[:, None], keep[:, None], TURN, PAIRS, KEPT,
+            kept_ptr + (row * kept_row + slot * R)[:, None], 1, keep[:, None], TURN, PAIRS, KEPT,
         )  # fmt: skip
     else:
         head = ((tl.program_id(0) - 1) * HEADS + tl.arange(0, HEADS)).to(tl.int64)[:, None]
         mask = head < heads
         _turned_rows(
             query_ptr + batch * q_batch + head * q_head, cos_ptr, sin_ptr, q_column, cos_column, sin_column, mask,
-            out_ptr + (batch * heads + head) * R, mask, TURN, PAIRS, KEPT,
+            out_ptr + (batch * heads + head) * R, 1, mask, TURN, PAIRS, KEPT,
         )  # fmt: skip
+
+
+@triton.jit
+def _turn_kernel(
+    query_ptr, rope_ptr, cos_ptr, sin_ptr, heads, q_batch, q_token, q_head, q_column, r_batch, r_token, r_column,
+    cos_batch, cos_token, cos_column, sin_batch, sin_token, sin_column, R: tl.constexpr, HEADS: tl.constexpr,
+    PAIRS: tl.constexpr, KEPT: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    begin(EARLY)
+    TURN: tl.constexpr = R // 2
+    token, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    cos_ptr += batch * cos_batch + token * cos_token
+    sin_ptr += batch * sin_batch + token * sin_token
+    if tl.program_id(2) == 0:
+        none = tl.arange(0, 1)[:, None]
+        at, mask = rope_ptr + batch * r_batch + token * r_token + none, none == 0
+        _turned_rows(
+            at, cos_ptr, sin_ptr, r_column, cos_column, sin_column, mask, at, r_column, mask, TURN, PAIRS, KEPT
+        )
+    else:
+        head = ((tl.program_id(2) - 1) * HEADS + tl.arange(0, HEADS)).to(tl.int64)[:, None]
+        at = query_ptr + batch * q_batch + token * q_token + head * q_head
+        mask = head < heads
+        _turned_rows(
+            at, cos_ptr, sin_ptr, q_column, cos_column, sin_column, mask, at, q_column, mask, TURN, PAIRS, KEPT
+        )
 
 
 _LAUNCH = Launcher(_kernel)
 _STEP = Launcher(_step_kernel, early=True)
+_TURN = Launcher(_turn_kernel, early=True)
