@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from quantlab.latent import Absorbed, LatentHandle, LatentLayer, epsilon, is_plain, modules
 from quantlab_kernels import mla_decode, mla_turn
@@ -97,6 +96,8 @@ class Step:
 
     def _attention(self) -> Any:
         """The attention function that the model is set to; None for one that its file defines."""
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # which may be importing us
+
         return ALL_ATTENTION_FUNCTIONS.get(self.module.config._attn_implementation)
 
     def _layer(self, hidden: Tensor, kwargs: dict[str, Any]) -> LatentLayer | None:
