@@ -1,74 +1,39 @@
-// Codes of latents as operands of sm90.cu's products: float16 fragments in registers.
+// Codes of latents as operands of sm90.cu's second product, and what they have to do with E4M3 numbers.
 
-DEVICE u32 fp8_upper_pair(u32 pair) {
-  u32 r;
-  asm("{.reg .b16 a, b; mov.b32 {a, b}, %1; cvt.rn.f16x2.e4m3x2 %0, b;}" : "=r"(r) : "r"(pair));
+DEVICE u16 e4m3_pair(float low, float high) {
+  u16 r;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(r) : "f"(high), "f"(low));
   return r;
 }
-
-// Scores: thread t of a row holds bytes 32 t to 32 t + 31 of a chunk's 128, and makes its k-steps of 16 of them in order.
-constexpr int STEPS = 4 * CHUNK_BLOCKS;  // of a chunk
-constexpr bool HALVES = FORMAT == 3;     // of channels: a byte holds channels j and j + L / 2
-
-// k-step and element (of 16) in which a channel is contracted.
-DEVICE void scores_place(int channel, int& step, int& element) {
-  if (FORMAT == 0) {
-    step = channel / 16, element = channel % 16;
-    return;
-  }
-  const int byte = HALVES ? channel % (L / 2) : channel;
-  const int chunk = byte / 128, t = byte / 32 % 4, word = byte / 4 % 8, in = byte % 4;
-  if (HALVES) {  // a byte's low nibble is in the first half of a step, its high one in the second
-    step = chunk * STEPS + 2 * word + in % 2;
-    element = 8 * (channel / (L / 2)) + 2 * t + in / 2;
-  } else {
-    step = chunk * STEPS + word;
-    element = 8 * (in / 2) + 2 * t + in % 2;
-  }
-}
-// The operand of a code is (unit code + base); queries are divided by the unit.
-DEVICE float scores_unit(int channel) { return !HALVES ? 1.0f : channel < L / 2 ? 0.5f : 8.0f; }
-DEVICE float scores_base(int channel) {
-  return FORMAT == 2 ? 1152.0f : HALVES ? 1024.0f + 15.0f * scores_unit(channel) : 0.0f;
-}
-// Registers of row half `r` in k-step `step` of a chunk.
-DEVICE void scores_operand(u32 (&a)[4], const u32 (&words)[8], int r, int step) {
-  if constexpr (FORMAT == 3) {
-    const u32 w = words[step / 2] >> (8 * (step % 2));
-    a[r] = spread(w, 0x000F000Fu, 0x64006400u);
-    a[2 + r] = spread(w, 0x00F000F0u, 0x64006400u);
-  } else if constexpr (FORMAT == 2) {
-    const u32 w = words[step] ^ 0x80808080u;
-    a[r] = __byte_perm(w, 0x64646464u, 0x4140);
-    a[2 + r] = __byte_perm(w, 0x64646464u, 0x4342);
-  } else {
-    a[r] = fp8_pair(words[step]);
-    a[2 + r] = fp8_upper_pair(words[step]);
-  }
+DEVICE float2 e4m3_floats(u16 pair) {
+  const u32 halves = fp8_pair(pair);
+  return {Float16::unpack(halves & 0xFFFF), Float16::unpack(halves >> 16)};
 }
 
-// Outputs: thread g holds bytes 32 warp + 4 g to + 3 of a chunk; code i of these four is row g + 8 (i % 2) of block i / 2.
+// Thread g holds bytes 32 warp + 4 g to + 3 of a chunk; code i of these is row g + 8 (i % 2) of block i / 2.
 constexpr int CODES = 2 * CHUNK_BLOCKS;
 DEVICE int output_channel(int chunk, int warp, int g, int i) {
   if (FORMAT == 0) return 64 * chunk + 16 * warp + g + 8 * i;
   const int byte = 128 * chunk + 32 * warp + 4 * g;
-  return HALVES ? byte + i / 2 + i % 2 * (L / 2) : byte + i;
+  return NIBBLES ? byte + i / 2 + i % 2 * (L / 2) : byte + i;
 }
-// Codes 4 part to + 3 of a word of two tokens: register i holds code i of both.
-DEVICE void output_operand(u32 (&r)[4], u32 a, u32 b, int part) {
-  if constexpr (FORMAT == 3) {
-    const u32 w = __byte_perm(a, b, part ? 0x7632 : 0x5410);
-    r[0] = minus(spread(w << 1, 0x001E001Eu, 0x64006400u), 0x640F640Fu);
-    r[1] = times_plus(spread(w, 0x00F000F0u, 0x64006400u), 0x30003000u, 0xD878D878u);
-    r[2] = minus(spread(w >> 7, 0x001E001Eu, 0x64006400u), 0x640F640Fu);
-    r[3] = times_plus(spread(w >> 8, 0x00F000F0u, 0x64006400u), 0x30003000u, 0xD878D878u);
-  } else if constexpr (FORMAT == 2) {
-    int8_turned(r, a, b);
-  } else if constexpr (FORMAT == 1) {
-    const u32 low = __byte_perm(a, b, 0x5140), high = __byte_perm(a, b, 0x7362);
-    r[0] = fp8_pair(low);
-    r[1] = fp8_upper_pair(low);
-    r[2] = fp8_pair(high);
-    r[3] = fp8_upper_pair(high);
+
+// Bytes of 4 channels of tokens 2 t + {0, 8, 1, 9} from `tokens` on become 4 tokens of each channel.
+DEVICE void turn(u32 (&channel)[4], u32 tokens, u32 even, u32 odd) {
+  const u32 w0 = read<u32>(tokens + even), w1 = read<u32>(tokens + even + 1024);
+  const u32 w2 = read<u32>(tokens + odd), w3 = read<u32>(tokens + odd + 1024);
+  const u32 a = __byte_perm(w0, w1, 0x5140), b = __byte_perm(w2, w3, 0x5140);
+  const u32 c = __byte_perm(w0, w1, 0x7362), d = __byte_perm(w2, w3, 0x7362);
+  channel[0] = __byte_perm(a, b, 0x5410), channel[1] = __byte_perm(a, b, 0x7632);
+  channel[2] = __byte_perm(c, d, 0x5410), channel[3] = __byte_perm(c, d, 0x7632);
+}
+
+// 8-bit operand of block k of a chunk, of 4 channels of 16 and 16 tokens. A nibble as a byte is an E4M3 number: 2^-9 of it.
+DEVICE void block_operand(u32 (&a)[4], const u32 (&low)[4], const u32 (&high)[4], int k) {
+  if (NIBBLES) {
+    a[0] = low[k] & 0x0F0F0F0Fu, a[1] = low[k] >> 4 & 0x0F0F0F0Fu;
+    a[2] = high[k] & 0x0F0F0F0Fu, a[3] = high[k] >> 4 & 0x0F0F0F0Fu;
+  } else {
+    a[0] = low[2 * k % 4], a[1] = low[(2 * k + 1) % 4], a[2] = high[2 * k % 4], a[3] = high[(2 * k + 1) % 4];
   }
 }

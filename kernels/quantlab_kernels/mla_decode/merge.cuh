@@ -1,56 +1,58 @@
-// The second kernel adds the parts of a row. A thread takes four channels; a CTA takes a whole row or, where there are many
-// parts, a quarter or so of it, and groups of threads take the parts in turns and meet in shared memory.
-constexpr int MOST_SPLITS = 128, BATCH_OF_PARTS = 8, MERGERS = 512;
+// The second kernel adds the parts of a row. A thread takes four channels of up to eight parts; a CTA takes a whole row or,
+// where there are many parts, 128 channels of it, and groups of threads take the parts in turns and meet in shared memory.
+constexpr int PARTS_AT_ONCE = 8, MERGERS = 512;
+
+// Sums relative to the largest score, `top`, of all that has been added.
+struct Merged {
+  float top, total, x[4];
+  DEVICE void add(float2 weight, float4 x4, float reference) {
+    const float share = exp2_(weight.x - reference);
+    total += share * weight.y;
+    x[0] += share * x4.x, x[1] += share * x4.y, x[2] += share * x4.z, x[3] += share * x4.w;
+  }
+};
 
 extern "C" __global__ void __launch_bounds__(MERGERS) merge(const __grid_constant__ Params p) {
-  __shared__ float shares[MOST_SPLITS];
-  __shared__ float both[2];
   __shared__ float4 partial[MERGERS];  // [groups][lanes]
-  wait_for_previous_kernel();
-  let_next_kernel_start();
+  __shared__ float2 weights[MERGERS / 32];
   const i64 pairs = static_cast<i64>(p.batches) * p.rows;
   const int ctas = gridDim.x / static_cast<int>(pairs), lanes = L / 4 / ctas;  // of a row, of a CTA
   const int lane = threadIdx.x % lanes, group = threadIdx.x / lanes, groups = blockDim.x / lanes;
   const i64 at = blockIdx.x / ctas;
   const int channel = 4 * (blockIdx.x % ctas * lanes + lane);
   const float4* from = reinterpret_cast<const float4*>(p.part + at * L + channel);
-  float4 values[BATCH_OF_PARTS];  // on their way while the shares are computed
-  const auto load = [&](int first) {
+  const float2* given = reinterpret_cast<const float2*>(p.sums) + at;
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+  float4 values[PARTS_AT_ONCE];
+  float2 sums[PARTS_AT_ONCE];
+  float top = -INFINITE;
 #pragma unroll
-    for (int i = 0; i < BATCH_OF_PARTS; i++) {
-      const int part = first + i * groups;
-      values[i] = part < p.splits ? from[part * pairs * (L / 4)] : float4{0.0f, 0.0f, 0.0f, 0.0f};
-    }
-  };
-  load(group);
-  if (threadIdx.x < 32) weigh_parts<MOST_SPLITS>(p.sums, pairs, at, p.splits, shares, both);
-  __syncthreads();
-  float result[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-  for (int first = group; first < p.splits;) {
-#pragma unroll
-    for (int i = 0; i < BATCH_OF_PARTS; i++) {
-      const float share = shares[min(first + i * groups, MOST_SPLITS - 1)];
-      result[0] += share * values[i].x, result[1] += share * values[i].y;
-      result[2] += share * values[i].z, result[3] += share * values[i].w;
-    }
-    first += BATCH_OF_PARTS * groups;
-    load(first);
+  for (int i = 0; i < PARTS_AT_ONCE; i++) {
+    const int part = group + i * groups;
+    sums[i] = part < p.splits ? given[part * pairs] : float2{-INFINITE, 0.0f};
+    values[i] = part < p.splits ? from[part * pairs * (L / 4)] : float4{0.0f, 0.0f, 0.0f, 0.0f};
   }
+#pragma unroll
+  for (int i = 0; i < PARTS_AT_ONCE; i++) top = fmaxf(top, sums[i].x);
+  Merged all = {top == -INFINITE ? 0.0f : top};
+#pragma unroll
+  for (int i = 0; i < PARTS_AT_ONCE; i++) all.add(sums[i], values[i], all.top);
   if (groups > 1) {
-    partial[threadIdx.x] = {result[0], result[1], result[2], result[3]};
+    partial[threadIdx.x] = {all.x[0], all.x[1], all.x[2], all.x[3]};
+    if (lane == 0) weights[group] = {top, all.total};
     __syncthreads();
     if (group != 0) return;
-    for (int i = 1; i < groups; i++) {
-      const float4 other = partial[i * lanes + lane];
-      result[0] += other.x, result[1] += other.y, result[2] += other.z, result[3] += other.w;
-    }
+    for (int i = 1; i < groups; i++) top = fmaxf(top, weights[i].x);
+    all = {top == -INFINITE ? 0.0f : top};
+    for (int i = 0; i < groups; i++) all.add(weights[i], partial[i * lanes + lane], all.top);
   }
   const int row = at % p.rows, head = row % p.heads, query = row / p.heads;
   const i64 batch = at / p.rows;
-  const bool some = both[1] > 0.0f;
-  const float by = some ? 1.0f / both[1] : 0.0f;
+  const bool some = all.total > 0.0f;
+  const float by = some ? 1.0f / all.total : 0.0f;
   if (channel == 0)
-    p.lse[(batch * p.heads + head) * p.sq + query] = some ? (both[0] + log2_(both[1])) / LOG2E : -INFINITE;
-  const float four[4] = {result[0] * by, result[1] * by, result[2] * by, result[3] * by};
+    p.lse[(batch * p.heads + head) * p.sq + query] = some ? (all.top + log2_(all.total)) / LOG2E : -INFINITE;
+  const float four[4] = {all.x[0] * by, all.x[1] * by, all.x[2] * by, all.x[3] * by};
   store_four<QUERY>(p.out, at * L + channel, four);
 }

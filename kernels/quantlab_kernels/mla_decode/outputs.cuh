@@ -28,13 +28,59 @@ DEVICE void add_outputs(Sums& sums, const Shared& s, const Thread& me, Place at)
   pin(sums);
   release(me, s.empty(before), SHARE);
 }
+#elif NARROW
+// Matrix units add 8-bit products with 13 bits or so: a tile's are added to float32 sums.
+DEVICE void add_outputs(Sums& sums, const Shared& s, const Thread& me, Place at) {
+  constexpr int BATCH = N > 24 ? 2 : CHUNK_BLOCKS, BATCHES = CHUNK_BLOCKS / BATCH;
+  const u32 b = descriptor_low(s.base + OFFSET_P + me.team * N * 128);
+  at.advance(1 + me.part * MINE);
+  u32 fragments[2][BATCH][4];
+  float fresh[BATCH][N / 2];
+  const int piece = 2 * me.warp + me.g / 4;
+  const u32 even = 2 * me.t * 128 + (piece ^ (2 * me.t)) * 16 + me.g % 4 * 4;
+  const u32 odd = (2 * me.t + 1) * 128 + (piece ^ (2 * me.t + 1)) * 16 + me.g % 4 * 4;
+#pragma unroll
+  for (int batch = 0; batch <= MINE * BATCHES; batch++) {
+#pragma unroll
+    for (int step = 0; step < 2; step++) {
+      const bool more = batch < MINE * BATCHES;
+      auto& a = fragments[step];
+      u32 low[4], high[4];
+      if (more) {
+        turn(low, s.chunk(at) + step * 4096, even, odd);
+        turn(high, s.chunk(at) + step * 4096 + 2048, even, odd);
+      }
+      if (batch > 0 && step == 0) {
+        wgmma_wait<0>();
+#pragma unroll
+        for (int k = 0; k < BATCH; k++) {
+          pin(fresh[k]), pin(fragments[0][k]), pin(fragments[1][k]);
+#pragma unroll
+          for (int i = 0; i < N / 2; i++) sums.out[BATCH * (batch - 1) + k][i] += fresh[k][i];
+        }
+      }
+      if (!more) continue;
+#pragma unroll
+      for (int k = 0; k < BATCH; k++) block_operand(a[k], low, high, batch % BATCHES * BATCH + k);
+#pragma unroll
+      for (int k = 0; k < BATCH; k++) pin(a[k]), pin(fresh[k]);
+      wgmma_fence();
+#pragma unroll
+      for (int k = 0; k < BATCH; k++) wgmma_outputs(fresh[k], a[k], descriptor(b + 2 * step), step);
+      wgmma_commit();
+    }
+    if (batch == MINE * BATCHES || batch % BATCHES != BATCHES - 1) continue;
+    release(me, s.empty(at), SHARE);
+    at.advance(1);
+  }
+}
 #else
+// INT8 codes become float16 numbers, exactly.
 DEVICE void add_outputs(Sums& sums, const Shared& s, const Thread& me, Place at) {
   const u32 b = descriptor_low(s.base + OFFSET_P + me.team * N * 128);
   constexpr int AHEAD = N > 32 ? 1 : 4;  // k-steps whose codes are read at once
   at.advance(1 + me.part * MINE);
-  constexpr int BATCH = N > 32 ? 2 : CHUNK_BLOCKS;  // blocks at once
-  u32 fragments[2][BATCH][4];
+  u32 fragments[2][2][4];
   const int piece = 2 * me.warp + me.g / 4;
   const u32 even = 2 * me.t * 128 + (piece ^ (2 * me.t)) * 16 + me.g % 4 * 4;
   const u32 odd = (2 * me.t + 1) * 128 + (piece ^ (2 * me.t + 1)) * 16 + me.g % 4 * 4;
@@ -52,33 +98,23 @@ DEVICE void add_outputs(Sums& sums, const Shared& s, const Thread& me, Place at)
           words[k][2] = read<u32>(tokens + even + 1024), words[k][3] = read<u32>(tokens + odd + 1024);
         }
       }
-      if (i == 4 - AHEAD) release(me, s.empty(at), SHARE);
+      auto& a = fragments[i % 2];
+      wgmma_wait<1>();
+      pin(a[0]), pin(a[1]);
+      u32 low[4], high[4];
+      int8_turned(low, words[i % AHEAD][0], words[i % AHEAD][1]);
+      int8_turned(high, words[i % AHEAD][2], words[i % AHEAD][3]);
 #pragma unroll
-      for (int m = 0; m < CHUNK_BLOCKS; m += BATCH) {
-        auto& a = fragments[(i * CHUNK_BLOCKS + m) / BATCH % 2];
-        wgmma_wait<1>();
-        pin(a);
-#pragma unroll
-        for (int pair = 0; pair < BATCH / 2; pair++) {
-          u32 low[4], high[4];
-          output_operand(low, words[i % AHEAD][0], words[i % AHEAD][1], m / 2 + pair);
-          output_operand(high, words[i % AHEAD][2], words[i % AHEAD][3], m / 2 + pair);
-#pragma unroll
-          for (int k = 0; k < 2; k++) {
-            a[2 * pair + k][0] = low[2 * k], a[2 * pair + k][1] = low[2 * k + 1];
-            a[2 * pair + k][2] = high[2 * k], a[2 * pair + k][3] = high[2 * k + 1];
-          }
-        }
-        pin(a);
-#pragma unroll
-        for (int k = 0; k < BATCH; k++) pin(sums.out[c * CHUNK_BLOCKS + m + k]);
-        wgmma_fence();
-#pragma unroll
-        for (int k = 0; k < BATCH; k++)
-          wgmma_codes(sums.out[c * CHUNK_BLOCKS + m + k], a[k], descriptor(b + 2 * i), 1);
-        wgmma_commit();
+      for (int k = 0; k < 2; k++) {
+        a[k][0] = low[2 * k], a[k][1] = low[2 * k + 1], a[k][2] = high[2 * k], a[k][3] = high[2 * k + 1];
+        pin(a[k]), pin(sums.out[2 * c + k]);
       }
+      wgmma_fence();
+#pragma unroll
+      for (int k = 0; k < 2; k++) wgmma_outputs(sums.out[2 * c + k], a[k], descriptor(b + 2 * i), 1);
+      wgmma_commit();
     }
+    release(me, s.empty(at), SHARE);
     at.advance(1);
   }
   wgmma_wait<0>();
@@ -89,13 +125,19 @@ DEVICE void add_outputs(Sums& sums, const Shared& s, const Thread& me, Place at)
 // Totals over all tokens, and the largest of each column, to shared memory.
 DEVICE void publish(Sums& sums, const Shared& s, const Thread& me) {
   const u32 to = s.base + OFFSET_TOP + (me.team * SHARE + me.part) * 4 * (8 * GROUPS) * 4;
+  const u32 weights = s.base + OFFSET_P + me.team * N * 128 + me.part * 4 * (8 * GROUPS) * 4;
   group_sync(me);
 #pragma unroll
   for (int j = 0; j < 2 * GROUPS; j++) {
-    float total = sums.total[j];
+    float total = sums.total[j], mass = sums.mass[j];
 #pragma unroll
-    for (int i = 4; i < 32; i *= 2) total += __shfl_xor_sync(~0u, total, i);
-    if (me.g == 0) write(to + (me.warp * 8 * GROUPS + j / 2 * 8 + 2 * me.t + j % 2) * 4, total);
+    for (int i = 4; i < 32; i *= 2) {
+      total += __shfl_xor_sync(~0u, total, i);
+      if (NIBBLES) mass += __shfl_xor_sync(~0u, mass, i);
+    }
+    const int at = (me.warp * 8 * GROUPS + j / 2 * 8 + 2 * me.t + j % 2) * 4;
+    if (me.g == 0) write(to + at, total);
+    if (NIBBLES && me.g == 0) write(weights + at, mass);
   }
   group_sync(me);
   if (me.warp != 0 || me.g != 0) return;
@@ -105,6 +147,12 @@ DEVICE void publish(Sums& sums, const Shared& s, const Thread& me) {
 #pragma unroll
     for (int w = 0; w < 4; w++) total += read<float>(to + (w * 8 * GROUPS + j / 2 * 8 + 2 * me.t + j % 2) * 4);
     const int at = 4 * (me.team * N + column_of(me, j));
+    if (NIBBLES) {
+      float mass = 0.0f;
+#pragma unroll
+      for (int w = 0; w < 4; w++) mass += read<float>(weights + (w * 8 * GROUPS + j / 2 * 8 + 2 * me.t + j % 2) * 4);
+      write(s.base + OFFSET_MASS + at, mass);
+    }
     write(s.base + OFFSET_LARGEST + at, sums.largest[j]);
     write(s.base + OFFSET_TOTAL + at, total * (1.0f / WEIGHT));
   }
@@ -168,6 +216,15 @@ DEVICE void weigh_teams(float (&top)[N / 4], float (&whole)[N / 4], Sums& sums, 
       whole[q] += share * read<float>(at + OFFSET_TOTAL + team * N * 4);
       if (team == me.team) mine = share;
     }
+    if (NIBBLES) {
+      const float mass = 15.0f * read<float>(at + OFFSET_MASS + me.team * N * 4);
+#pragma unroll
+      for (int block = 0; block < BLOCKS; block++) {
+        float(&out)[N / 2] = sums.out[block];
+        const int i = q / 2 * 4 + q % 2;
+        out[i] = fmaf(out[i], 1024.0f, -mass), out[i + 2] = fmaf(out[i + 2], 1024.0f, -mass);
+      }
+    }
     if (TEAMS == 1) continue;
 #pragma unroll
     for (int block = 0; block < BLOCKS; block++)
@@ -178,7 +235,8 @@ DEVICE void weigh_teams(float (&top)[N / 4], float (&whole)[N / 4], Sums& sums, 
 // The sums of all teams meet: team q % TEAMS adds and stores column q, the others leave theirs in the ring.
 DEVICE void finish(Sums& sums, const Params& p, const Work& work, const Shared& s, const Thread& me) {
   publish(sums, s, me);
-  named_barrier_sync(15, CONSUMERS);
+  meet(s, 0);
+  let_next_kernel_start();  // not before: CTAs of the next would crowd on the few SMs that are free
   float top[N / 4], whole[N / 4];
   weigh_teams(top, whole, sums, s, me);
   constexpr int ROW = TEAM * 4, COLUMN = 2 * BLOCKS * ROW, WHOLE = N / 4 * COLUMN;
@@ -191,7 +249,7 @@ DEVICE void finish(Sums& sums, const Params& p, const Work& work, const Shared& 
       for (int i = 0; i < 2 * BLOCKS; i++)
         write(ring + me.team * WHOLE + q * COLUMN + i * ROW, sums.out[i / 2][q / 2 * 4 + q % 2 + i % 2 * 2]);
     }
-    named_barrier_sync(15, CONSUMERS);
+    meet(s, 1);
   }
 #pragma unroll
   for (int q = 0; q < N / 4; q++) {

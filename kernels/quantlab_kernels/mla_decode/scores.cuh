@@ -1,58 +1,5 @@
 // Queries, scores and weights of a tile, transposed: tokens are rows, queries columns.
 
-// Writes x to shared memory in 16 bits, and returns what it has become.
-template <int KIND>
-DEVICE float write_half(u32 to, float x) {
-  const u16 bits = static_cast<u16>(pack<KIND>(x, 0.0f));
-  write(to, bits);
-  return KIND == 1 ? BFloat16::unpack(bits) : Float16::unpack(bits);
-}
-
-// Where channel k of 64 of row n lies.
-DEVICE u32 swizzled(int n, int k) { return n * 128 + ((k / 8 ^ n % 8) * 16) + k % 8 * 2; }
-
-// Rows of queries as columns of both halves of the scores, the largest of a row near 128 by a power of two.
-DEVICE void load_queries(const Params& p, const Work& work, u32 base, int thread) {
-  const int lane = thread % 32;
-  for (int n = thread / 32; n < N; n += CONSUMERS / 32) {
-    const int row = work.first_row + n, head = row % p.heads, query = row / p.heads;
-    const i64 latent_at = work.batch * p.ql_batch + query * p.ql_token + head * p.ql_head + lane;
-    const i64 rope_at = work.batch * p.qr_batch + query * p.qr_token + head * p.qr_head + lane;
-    float x[L / 32], turned[ROPE / 32], most = 0.0f;
-#pragma unroll
-    for (int i = 0; i < L / 32; i++) x[i] = row < p.rows ? load_float<QUERY>(p.q_latent, latent_at + 32 * i) : 0.0f;
-#pragma unroll
-    for (int i = 0; i < 2; i++) turned[i] = row < p.rows ? load_float<QUERY>(p.q_rope, rope_at + 32 * i) : 0.0f;
-#pragma unroll
-    for (int i = 0; i < L / 32; i++) most = fmaxf(most, fabsf(x[i]));
-    most = fmaxf(most, fmaxf(fabsf(turned[0]), fabsf(turned[1])));
-#pragma unroll
-    for (int i = 1; i < 32; i *= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, i));
-    const u32 exponent = max(__float_as_uint(most) >> 23, 27u);  // 2^(6 - e) times 2^e..2^(e+1)
-    const float raised = __uint_as_float((260 - exponent) << 23);
-    float sum = 0.0f;
-#pragma unroll
-    for (int i = 0; i < L / 32; i++) {
-      const int channel = lane + 32 * i;
-      int step, element;
-      scores_place(channel, step, element);
-      const u32 to = base + step / 4 * Q_CHUNK + swizzled(n, step % 4 * 16 + element);
-      const float kept = write_half<FORMAT == 0 ? KEPT : 2>(to, x[i] * raised / scores_unit(channel));
-      sum += kept * scores_base(channel);
-    }
-#pragma unroll
-    for (int i = 0; i < 2; i++)
-      write_half<KEPT>(base + L / 64 * Q_CHUNK + swizzled(n, lane + 32 * i), turned[i] * raised);
-#pragma unroll
-    for (int i = 1; i < 32; i *= 2) sum += __shfl_xor_sync(~0u, sum, i);
-    if (lane == 0) {
-      write(base + OFFSET_FACTOR + 4 * n, p.factor / raised);
-      write(base + OFFSET_BASE + 4 * n, sum);
-      write(base + OFFSET_PLACE + 4 * n, static_cast<float>(work.length - p.sq + min(query, p.sq - 1)));
-    }
-  }
-}
-
 // Rows of this warpgroup's latents that hold nothing become zeros: NaN times a weight of 0 would be NaN.
 DEVICE void clear_hidden(const Work& work, const Shared& s, const Thread& me, Place at, int position) {
   at.advance(1 + me.part * MINE);
@@ -79,24 +26,11 @@ DEVICE void score_positions(float (&x)[N / 2], const Shared& s, const Thread& me
     wgmma_kept(x, descriptor(a + step), descriptor(b + step), i > 0);
   }
   wgmma_commit();
-  if (FORMAT == 0) return;
-  wgmma_wait<0>();
-  pin(x);
-#pragma unroll
-  for (int j = 0; j < N / 8; j++) {
-    const float2 base = FORMAT == 1 ? float2{0.0f, 0.0f} : read<float2>(s.base + OFFSET_BASE + 4 * (8 * j + 2 * me.t));
-    const float first = me.part == 0 ? base.x : 0.0f, second = me.part == 0 ? base.y : 0.0f;
-    x[4 * j] = x[4 * j] * inverse[0] - first;
-    x[4 * j + 1] = x[4 * j + 1] * inverse[0] - second;
-    x[4 * j + 2] = x[4 * j + 2] * inverse[1] - first;
-    x[4 * j + 3] = x[4 * j + 3] * inverse[1] - second;
-  }
-  release(me, s.empty(at), 1);
 }
 
 // Adds the product with this warpgroup's channels: 16-bit operands in shared memory.
 #if FORMAT == 0
-DEVICE void score_latents(float (&x)[N / 2], const Shared& s, const Thread& me, Place at) {
+DEVICE void score_latents(float (&x)[N / 2], const Shared& s, const Thread& me, Place at, const float (&inverse)[2]) {
   const Place rope = at;
   at.advance(1 + me.part * MINE);
 #pragma unroll
@@ -112,11 +46,13 @@ DEVICE void score_latents(float (&x)[N / 2], const Shared& s, const Thread& me, 
   pin(x);
   release(me, s.empty(rope), 1);
 }
-#else
-// The same with codes, which become fragments, a few k-steps at a time.
-DEVICE void score_latents(float (&x)[N / 2], const Shared& s, const Thread& me, Place at) {
-  constexpr int BATCH = N > 32 ? 2 : 4;
+#elif FORMAT == 3
+// The same with nibbles as 8-bit numbers, exactly: queries are two digits, to the base of 128.
+DEVICE void score_latents(float (&x)[N / 2], const Shared& s, const Thread& me, Place at, const float (&inverse)[2]) {
+  constexpr int BATCH = N > 16 ? 2 : 4;
+  const Place rope = at;
   u32 fragments[2][BATCH][4];
+  int digits[N];
   at.advance(1 + me.part * MINE);
   const int row = 16 * me.warp + me.g;
 #pragma unroll
@@ -132,27 +68,87 @@ DEVICE void score_latents(float (&x)[N / 2], const Shared& s, const Thread& me, 
     }
     const u32 b = descriptor_low(s.base + (me.part * MINE + c) * CHUNK_BLOCKS * Q_CHUNK);
 #pragma unroll
-    for (int step = 0; step < STEPS; step += BATCH) {
+    for (int step = 0; step < 8; step += BATCH) {
       auto& a = fragments[step / BATCH % 2];
       wgmma_wait<1>();
-      pin(a);
 #pragma unroll
-      for (int i = 0; i < BATCH; i++) {
-        scores_operand(a[i], words[0], 0, step + i);
-        scores_operand(a[i], words[1], 1, step + i);
-      }
-      pin(a);
-      pin(x);
+      for (int i = 0; i < BATCH; i++) pin(a[i]);
+#pragma unroll
+      for (int i = 0; i < BATCH; i++)
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+          a[i][r] = words[r][step + i] & 0x0F0F0F0Fu;
+          a[i][2 + r] = words[r][step + i] >> 4 & 0x0F0F0F0Fu;
+        }
+#pragma unroll
+      for (int i = 0; i < BATCH; i++) pin(a[i]);
+      pin(digits);
       wgmma_fence();
 #pragma unroll
       for (int i = 0; i < BATCH; i++)
-        wgmma_codes(x, a[i], descriptor(b + (step + i) / 4 * (Q_CHUNK / 16) + 2 * ((step + i) % 4)), 1);
+        wgmma_codes(digits, a[i], descriptor(b + (step + i) / 4 * (2 * Q_CHUNK / 16) + 2 * ((step + i) % 4)), c + step + i > 0);
       wgmma_commit();
     }
     at.advance(1);
   }
   wgmma_wait<0>();
+  pin(digits);
   pin(x);
+  release(me, s.empty(rope), 1);
+#pragma unroll
+  for (int j = 0; j < N / 8; j++) {
+    const float2 base = read<float2>(s.base + OFFSET_BASE + 4 * (8 * j + 2 * me.t));
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const float start = fmaf(x[4 * j + i], inverse[i / 2], me.part != 0 ? 0.0f : i % 2 ? -base.y : -base.x);
+      x[4 * j + i] = fmaf(static_cast<float>(128 * digits[4 * j + i] + digits[N / 2 + 4 * j + i]), 1.0f / 32.0f, start);
+    }
+  }
+}
+#elif FORMAT == 1 || FORMAT == 2
+// The same with codes where they lie: 8-bit MMA, queries are two numbers, of which wide tiles take one at a time.
+#if FORMAT == 1
+using Sum = float;
+#else
+using Sum = int;
+#endif
+DEVICE void score_latents(float (&x)[N / 2], const Shared& s, const Thread& me, Place at, const float (&inverse)[2]) {
+  constexpr int WIDTH = N > 32 ? N : 2 * N, PASSES = 2 * N / WIDTH;
+  const Place rope = at;
+  at.advance(1 + me.part * MINE);
+#pragma unroll
+  for (int pass = 0; pass < PASSES; pass++) {
+    Sum parts[WIDTH / 2];
+    Place from = at;
+    pin(parts);
+#pragma unroll
+    for (int c = 0; c < MINE; c++) {
+      if (pass == 0) barrier_wait(s.full(from), from.parity);
+      const u32 a = descriptor_low(s.chunk(from));
+      const u32 b = descriptor_low(s.base + (me.part * MINE + c) * 2 * Q_CHUNK + pass * N * 128);
+      if (c == 0) wgmma_fence();
+#pragma unroll
+      for (int i = 0; i < 4; i++) wgmma_codes(parts, descriptor(a + 2 * i), descriptor(b + 2 * i), c + i > 0);
+      from.advance(1);
+    }
+    wgmma_commit();
+    wgmma_wait<0>();
+    pin(parts);
+    if (pass == 0) {
+      pin(x);
+      release(me, s.empty(rope), 1);
+    }
+#pragma unroll
+    for (int i = 0; i < N / 2; i++) {
+      const float start = pass == 0 ? x[i] * inverse[i / 2 % 2] : x[i];
+      if (FORMAT == 1)
+        x[i] = start + (PASSES == 1 ? parts[i] + parts[WIDTH / 2 - N / 2 + i] : parts[i]);
+      else if (PASSES == 1)
+        x[i] = fmaf(static_cast<float>(128 * parts[i] + parts[WIDTH / 2 - N / 2 + i]), 1.0f / 64.0f, start);
+      else
+        x[i] = fmaf(static_cast<float>(parts[i]), pass == 0 ? 2.0f : 1.0f / 64.0f, start);
+    }
+  }
 }
 #endif
 
@@ -225,20 +221,38 @@ DEVICE void softmax(Sums& sums, float (&x)[4 * GROUPS], const Shared& s, const T
     for (int r = 0; r < 2; r++) {
       float& weight = x[j / 2 * 4 + j % 2 + 2 * r];
       weight = exp2_(weight - (reference - LOG2_WEIGHT));
-      sum += FORMAT == 0 ? weight : weight * inverse[r];
+      if (!NARROW) sum += FORMAT == 0 ? weight : weight * inverse[r];
     }
-    sums.total[j] = sums.total[j] * rescale[j] + sum;
+    if (!NARROW) sums.total[j] = sums.total[j] * rescale[j] + sum;
     if (SHARE == 2 && me.g == 0 && me.warp == 0)
       write(s.base + OFFSET_RESCALE + (me.team * N + column_of(me, j)) * 4, rescale[j]);
   }
   constexpr int KIND = FORMAT == 0 ? KEPT : 2;
   const u32 to = s.base + OFFSET_P + me.team * N * 128;
+#if NARROW
+#pragma unroll
+  for (int j = 0; j < GROUPS; j++) {
+    const int n = 8 * (me.part * GROUPS + j) + me.lane % 8;
+    const u32 row = to + n * 128;
+    const u16 first = e4m3_pair(x[4 * j], x[4 * j + 2]), second = e4m3_pair(x[4 * j + 1], x[4 * j + 3]);
+    const float2 a = e4m3_floats(first), b = e4m3_floats(second);
+    sums.total[2 * j] = sums.total[2 * j] * rescale[2 * j] + (a.x * inverse[0] + a.y * inverse[1]);
+    sums.total[2 * j + 1] = sums.total[2 * j + 1] * rescale[2 * j + 1] + (b.x * inverse[0] + b.y * inverse[1]);
+    if (NIBBLES) {
+      sums.mass[2 * j] = sums.mass[2 * j] * rescale[2 * j] + (a.x + a.y);
+      sums.mass[2 * j + 1] = sums.mass[2 * j + 1] * rescale[2 * j + 1] + (b.x + b.y);
+    }
+    asm volatile("stmatrix.sync.aligned.m8n8.x1.trans.shared.b16 [%0], {%1};" ::"r"(row + (me.warp ^ n % 8) * 16),
+                 "r"(first | static_cast<u32>(second) << 16) : "memory");
+  }
+#else
 #pragma unroll
   for (int j = 0; j < GROUPS; j++) {
     const int n = 8 * (me.part * GROUPS + j) + me.lane % 8, block = 2 * me.warp + me.lane / 8 % 2;
     asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(to + n * 128 + (block ^ n % 8) * 16),
                  "r"(pack<KIND>(x[4 * j], x[4 * j + 1])), "r"(pack<KIND>(x[4 * j + 2], x[4 * j + 3])) : "memory");
   }
+#endif
   async_proxy_fence();
   team_sync(me);
   bool changed = false;

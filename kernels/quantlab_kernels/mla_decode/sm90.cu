@@ -6,9 +6,8 @@
 // multiplies. The warpgroups of a team share the channels of a tile, in both products; partial scores are exchanged.
 //
 // 16-bit latents are operands in shared memory of both products, rows along K in the first and along M in the second.
-// Codes are read twice and become float16 in registers, each time as the fragment that the product wants: the contraction
-// of the first and the rows of the second run over channels in any order, so a thread takes what lies side by side. In
-// the first product an integer code is 1024 + code, whose 1024 is taken from the score; in the second it is exact.
+// E4M3 and INT8 codes are operands of 8-bit MMA where they lie in the first, and INT4 codes once their nibbles are bytes in
+// registers; queries are two 8-bit numbers. How codes are multiplied with weights says outputs.cuh.
 //
 // The scale of a token multiplies its scores and goes into the exponent of its weight; 256 stands for the largest.
 //
@@ -29,6 +28,8 @@ constexpr int CHUNK_BLOCKS = FORMAT == 0 ? 1 : FORMAT == 3 ? 4 : 2;  // blocks o
 constexpr int BLOCKS = MINE * CHUNK_BLOCKS;
 constexpr int GROUPS = N / 8 / SHARE;  // of 8 columns, whose softmax a warpgroup computes
 constexpr int TEAM = 128 * SHARE, CONSUMERS = TEAM * TEAMS, THREADS = CONSUMERS + 128;
+#define NARROW (FORMAT == 1 || FORMAT == 3)  // weights are E4M3 numbers
+constexpr bool NIBBLES = FORMAT == 3;
 constexpr int REGISTERS = SHARE * TEAMS == 3 ? 160 : 240;  // of a consumer; the producers leave theirs
 constexpr float WEIGHT = 256.0f, LOG2_WEIGHT = 8.0f;
 
@@ -38,15 +39,17 @@ constexpr int OFFSET_RING = OFFSET_P + TEAMS * N * 128;
 constexpr int OFFSET_PARTS = OFFSET_RING + RING * CHUNK;  // of scores, on their way to the other warpgroup
 constexpr int PARTS = SHARE == 2 ? 2 * TILE * (N / 2) * 4 : 0;
 constexpr int OFFSET_TOP = OFFSET_PARTS + TEAMS * PARTS;     // [TEAMS][SHARE][4 warps][8 GROUPS]
-constexpr int OFFSET_RESCALE = OFFSET_TOP + TEAMS * N * 16;  // [TEAMS][N], as are the next two
+constexpr int OFFSET_RESCALE = OFFSET_TOP + TEAMS * N * 16;  // [TEAMS][N], as are the next three
 constexpr int OFFSET_LARGEST = OFFSET_RESCALE + TEAMS * N * 4;
 constexpr int OFFSET_TOTAL = OFFSET_LARGEST + TEAMS * N * 4;
-constexpr int OFFSET_FACTOR = OFFSET_TOTAL + TEAMS * N * 4;  // [N], as are the next two
+constexpr int OFFSET_MASS = OFFSET_TOTAL + TEAMS * N * 4;
+constexpr int OFFSET_FACTOR = OFFSET_MASS + TEAMS * N * 4;  // [N], as are the next two
 constexpr int OFFSET_BASE = OFFSET_FACTOR + N * 4;
 constexpr int OFFSET_PLACE = OFFSET_BASE + N * 4;
-constexpr int OFFSET_BARRIERS = OFFSET_PLACE + N * 4;
+constexpr int OFFSET_MEETING = OFFSET_PLACE + N * 4;  // a barrier of all consumers
+constexpr int OFFSET_BARRIERS = OFFSET_MEETING + 16;
 static_assert(OFFSET_BARRIERS + 16 * RING <= SHARED, "the host allocates what is laid out here");
-static_assert(TEAMS * BLOCKS * (N / 2) * TEAM * 4 <= RING * CHUNK, "sums of teams meet in the ring");
+static_assert(TEAMS == 1 || TEAMS * BLOCKS * (N / 2) * TEAM * 4 <= RING * CHUNK, "sums of teams meet in the ring");
 static_assert(RING >= CHUNKS * TEAMS, "every team holds a tile");
 
 #include "codes.cuh"
@@ -70,7 +73,11 @@ struct Shared {
 
 // ---- producer: one thread ----
 
-DEVICE void produce(const Params& p, const Work& work, const Shared& s) {
+DEVICE void produce(const Params& p, const Shared& s) {
+  Work work;
+  work.place(p);
+  wait_for_previous_kernel();
+  work.measure(p);
   const u64 policy = p.tiles == 1 ? kEvictFirst : kEvictNormal;
   Place at = {0, 0};
   for (int tile = 0; tile < work.count; tile++) {
@@ -119,25 +126,34 @@ struct Thread {
 
 struct Sums {
   float out[BLOCKS][N / 2];
-  float largest[2 * GROUPS], total[2 * GROUPS];  // total: of this thread's tokens
+  float largest[2 * GROUPS], total[2 * GROUPS], mass[2 * GROUPS];  // total: of this thread's tokens;  mass: times scales
 };
 
+DEVICE void pin(u32 (&r)[4]) { asm volatile("" : "+r"(r[0]), "+r"(r[1]), "+r"(r[2]), "+r"(r[3])::"memory"); }
 template <int n>
-DEVICE void pin(u32 (&registers)[n][4]) {
+DEVICE void pin(int (&registers)[n]) {
 #pragma unroll
-  for (int i = 0; i < n; ++i)
-    asm volatile("" : "+r"(registers[i][0]), "+r"(registers[i][1]), "+r"(registers[i][2]), "+r"(registers[i][3])::"memory");
+  for (int i = 0; i < n; ++i) asm volatile("" : "+r"(registers[i])::"memory");
 }
 DEVICE void group_sync(const Thread& me) { named_barrier_sync(1 + me.team * SHARE + me.part, 128); }
 DEVICE void team_sync(const Thread& me) {
   named_barrier_sync(SHARE == 1 ? 1 + me.team : 1 + TEAMS * SHARE + me.team, TEAM);
 }
+// After the use of what was read: an arrival does not wait for loads on their way, which the next copy could overtake.
 DEVICE void release(const Thread& me, u32 barrier, u32 count) {
   __syncwarp();
   if (me.lane == 0)
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
 }
 
+// All teams are here, for the first (0) or second (1) time. A barrier in memory at which every thread arrives: racecheck takes
+// what is read behind named barriers for races once teams have gone their own ways.
+DEVICE void meet(const Shared& s, u32 parity) {
+  barrier_arrive(s.base + OFFSET_MEETING);
+  barrier_wait(s.base + OFFSET_MEETING, parity);
+}
+
+#include "queries.cuh"
 #include "scores.cuh"
 #include "outputs.cuh"
 
@@ -170,7 +186,7 @@ DEVICE void attend_tile(Sums& sums, const Params& p, const Work& work, const Sha
   }
   float all[N / 2], x[4 * GROUPS];
   score_positions(all, s, me, at, inverse);
-  score_latents(all, s, me, at);
+  score_latents(all, s, me, at, inverse);
   exchange(x, all, s, me);
 #pragma unroll
   for (int j = 0; j < 2 * GROUPS; j++) {
@@ -196,18 +212,24 @@ DEVICE void attend_tile(Sums& sums, const Params& p, const Work& work, const Sha
   add_outputs(sums, s, me, at);
 }
 
-DEVICE void consume(const Params& p, const Work& work, const Shared& s) {
+DEVICE void consume(const Params& p, const Shared& s) {
   const Thread me;
+  Work work;
+  work.place(p);
+  wait_for_previous_kernel();
+  Queries queries;
+  queries.load(p, work, 0);  // under way while the length is
+  work.measure(p);
   Sums sums;
 #pragma unroll
   for (int block = 0; block < BLOCKS; block++)
 #pragma unroll
     for (int i = 0; i < N / 2; i++) sums.out[block][i] = 0.0f;
 #pragma unroll
-  for (int j = 0; j < 2 * GROUPS; j++) sums.largest[j] = -INFINITE, sums.total[j] = 0.0f;
+  for (int j = 0; j < 2 * GROUPS; j++) sums.largest[j] = -INFINITE, sums.total[j] = 0.0f, sums.mass[j] = 0.0f;
   float next[2] = {1.0f, 1.0f};
   load_scales(next, p, work, me, work.begin + me.team * TILE);
-  load_queries(p, work, s.base, threadIdx.x);
+  queries.store(p, work, s.base);
   async_proxy_fence();
   named_barrier_sync(15, CONSUMERS);
   Place at = {0, 0};
@@ -226,25 +248,23 @@ DEVICE void consume(const Params& p, const Work& work, const Shared& s) {
 extern "C" __global__ void __launch_bounds__(THREADS, 1) mla_decode(const __grid_constant__ Params p) {
   extern __shared__ __align__(1024) unsigned char memory[];
   const Shared s = {shared_address(memory)};
-  if (threadIdx.x == 0) {
-    for (int slot = 0; slot < RING; slot++) {
-      barrier_init(s.base + OFFSET_BARRIERS + 16 * slot, 1);
-      barrier_init(s.base + OFFSET_BARRIERS + 16 * slot + 8, 4 * SHARE);
-    }
+  if (threadIdx.x < RING) {
+    barrier_init(s.base + OFFSET_BARRIERS + 16 * threadIdx.x, 1);
+    barrier_init(s.base + OFFSET_BARRIERS + 16 * threadIdx.x + 8, 4 * SHARE);
+    if (threadIdx.x == 0) barrier_init(s.base + OFFSET_MEETING, CONSUMERS);
     barrier_init_fence();
+  }
+  if (threadIdx.x == CONSUMERS) {
     prefetch_tensor_map(&p.latent);
     prefetch_tensor_map(&p.rope);
   }
   __syncthreads();
-  wait_for_previous_kernel();
-  let_next_kernel_start();
-  const Work work(p);
   if (uniform(threadIdx.x / 128) < SHARE * TEAMS) {
     if (SHARE * TEAMS > 1) registers_increase<REGISTERS>();
-    consume(p, work, s);
+    consume(p, s);
   } else {
     if (SHARE * TEAMS > 1) registers_decrease<24>();
-    if (threadIdx.x == CONSUMERS) produce(p, work, s);
+    if (threadIdx.x == CONSUMERS) produce(p, s);
   }
 }
 

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from quantlab_kernels.attention_decode.splits import splits
 from quantlab_kernels.common import driver, nvrtc
 from quantlab_kernels.common.hardware import gpu_of
 from quantlab_kernels.common.kv import Code
@@ -31,6 +30,9 @@ _FOLDER = Path(__file__).parent
 TILE, CHUNK, ROPE = 64, 8192, 64  # tokens of a tile, bytes of 64 tokens in the ring, channels of the position
 PARTS_AT_ONCE, MERGERS = 8, 512  # of a thread of the second kernel, threads of its CTA
 MANY_PARTS = 32  # from which on a CTA of the second kernel takes but 128 channels
+MOST_PARTS = 128
+START = 4  # tiles whose time a CTA takes to start and end
+SHORT, SHORTEST = 256, 128  # tokens that are worth a CTA, and that are where most processors are idle
 SHARED = 232448  # bytes of shared memory that a CTA may have
 
 
@@ -49,8 +51,8 @@ class Config:
 
     def ring(self, rank: int) -> int:
         """Chunks in flight: what the rest leaves of shared memory."""
-        fixed = (rank + ROPE) // 64 * 128 * self.rows + 12 * self.rows
-        team = self.rows * (128 + 16 + 12 + (256 if self.share == 2 else 0))
+        fixed = (rank + ROPE) // 64 * 128 * self.rows + 12 * self.rows + 16
+        team = self.rows * (128 + 16 + 16 + (256 if self.share == 2 else 0))
         return (SHARED - fixed - self.teams * team) // (CHUNK + 16)
 
 
@@ -75,7 +77,7 @@ def config(problem: Problem) -> Config:
         return Config(16, teams=2) if rows <= 16 else Config(min(64, -(-rows // 16) * 16), share=2)
     if rows <= 32:
         return Config(max(16, -(-rows // 8) * 8), teams=3 if rows <= 16 else 2)
-    if problem.rank == 256:
+    if problem.rank == 256 or problem.code != "int8":
         return Config(32, teams=2)
     return Config(min(64, -(-rows // 16) * 16), share=2)
 
@@ -88,14 +90,26 @@ def source(config: Config, problem: Problem) -> nvrtc.Source:
         "SHARE": config.share, "TEAMS": config.teams, "RING": config.ring(p.rank), "PAGED": int(p.page > 0),
         "BOX": math.gcd(p.page, TILE), "SHARED": SHARED,
     }  # fmt: skip
-    kept = "bf16" if p.kept == torch.bfloat16 else "f16"
-    wgmma = [
-        wgmma_variant("wgmma_kept", config.rows, "f32", kept, kept, registers=False),
-        wgmma_variant("wgmma_turned", config.rows, "f32", kept, kept, registers=False, turned=True),
-        wgmma_variant("wgmma_codes", config.rows, "f32", "f16", "f16", registers=True),
-    ]
+    kept, rows = "bf16" if p.kept == torch.bfloat16 else "f16", config.rows
+    both = rows if rows > 32 else 2 * rows  # queries are two numbers, which a product takes at once or one by one
+    wgmma = {
+        "float": [wgmma_variant("wgmma_turned", rows, "f32", kept, kept, registers=False, turned=True)],
+        "e4m3": [
+            wgmma_variant("wgmma_codes", both, "f32", "e4m3", "e4m3", registers=False),
+            wgmma_variant("wgmma_outputs", rows, "f32", "e4m3", "e4m3", registers=True),
+        ],
+        "int8": [
+            wgmma_variant("wgmma_codes", both, "s32", "s8", "s8", registers=False),
+            wgmma_variant("wgmma_outputs", rows, "f32", "f16", "f16", registers=True),
+        ],
+        "int4": [
+            wgmma_variant("wgmma_codes", both, "s32", "u8", "s8", registers=True),
+            wgmma_variant("wgmma_outputs", rows, "f32", "e4m3", "e4m3", registers=True),
+        ],
+    }[p.code]
+    wgmma.append(wgmma_variant("wgmma_kept", rows, "f32", kept, kept, registers=False))
     headers = {name: (_FOLDER.parent / "common" / name).read_text() for name in ("sm90.cuh", "attention.cuh")}
-    own = ("work.cuh", "codes.cuh", "scores.cuh", "outputs.cuh", "merge.cuh")
+    own = ("work.cuh", "codes.cuh", "queries.cuh", "scores.cuh", "outputs.cuh", "merge.cuh")
     headers |= {name: (_FOLDER / name).read_text() for name in own}
     headers["wgmma.cuh"] = "".join(wgmma)
     return nvrtc.Source("mla_decode", (_FOLDER / "sm90.cu").read_text(), headers, macros)
@@ -121,9 +135,23 @@ def launch(
     p, c = problem, chosen or config(problem)
     if not readable(cache):
         return triton.launch(problem, q_latent, q_rope, cache, length, start, table, scale, out, lse)
-    q_latent, q_rope = (x if x.stride(3) == 1 else x.contiguous() for x in (q_latent, q_rope))
+    q_latent, q_rope = (x if _in_fours(x) else x.contiguous() for x in (q_latent, q_rope))
     pair = kernels(c, replace(p, batch=0, heads=0, sq=0, longest=0))
     run(pair, Grid(c.rows, c.threads), p, q_latent, q_rope, cache, length, start, table, scale, out, lse)
+
+
+@functools.cache
+def parts(pairs: int, tokens: int, processors: int) -> int:
+    """Parts of the tokens of each of `pairs` of sequence and tile of rows, which have at most `tokens`.
+
+    The smallest number with the least time: waves of CTAs times what each takes, its tiles of tokens and START.
+    """
+    shortest = SHORTEST if pairs * -(-tokens // SHORTEST) <= processors // 2 else SHORT
+    most = max(1, min(MOST_PARTS, tokens // shortest, 4 * processors // pairs))
+    tiles = -(-tokens // TILE)
+    return min(
+        range(1, most + 1), key=lambda count: (-(-pairs * count // processors) * (-(-tiles // count) + START), count)
+    )
 
 
 @dataclass(frozen=True)
@@ -143,7 +171,7 @@ def run(
     p, (attend, merge) = problem, pair
     rows = p.heads * p.sq
     tiles = -(-rows // grid.rows)
-    count = splits(p.batch * tiles, p.longest, gpu_of(q_latent).sm_count)
+    count = parts(p.batch * tiles, p.longest, gpu_of(q_latent).sm_count)
     part = sums = None
     if count > 1:
         part = q_latent.new_empty(count * p.batch * rows * p.rank, dtype=torch.float32)
@@ -172,6 +200,11 @@ def run(
 
 def readable(cache: PackedLatent) -> bool:
     return _readable(cache.latent) and _readable(cache.rope)
+
+
+def _in_fours(x: Tensor) -> bool:
+    """Whether every row is read four channels at a time."""
+    return x.stride(3) == 1 and x.data_ptr() % (4 * x.element_size()) == 0 and all(s % 4 == 0 for s in x.stride()[:3])
 
 
 def _readable(x: Tensor) -> bool:

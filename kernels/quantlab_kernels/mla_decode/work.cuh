@@ -92,11 +92,18 @@ DEVICE void store_four(char* base, i64 index, const float (&x)[4]) {
 struct Work {
   int batch, first_row, split, low, length, begin, end, count;  // of its tiles
   DEVICE Work(const Params& p) {
+    place(p);
+    measure(p);
+  }
+  DEVICE Work() {}
+  DEVICE void place(const Params& p) {
     int index = blockIdx.x;
     first_row = index % p.tiles * N;
     index /= p.tiles;
     split = index % p.splits;
     batch = index / p.splits;
+  }
+  DEVICE void measure(const Params& p) {  // what a kernel before this one may have written
     length = p.length[batch];
     if (!PAGED) length = min(length, p.capacity);
     low = p.start == nullptr ? 0 : max(p.start[batch], 0);
