@@ -149,9 +149,10 @@ def counterpart(path: str, modules: Iterable[tuple[str, str]]) -> str | None:
 
 
 def keeps_rows_together(converter: Any) -> bool:
-    """Whether a conversion only stacks, joins or splits along rows: then the same conversion holds for the scales."""
-    row_wise = {"Concatenate", "Chunk", "Split"}
-    return all(type(op).__name__ in row_wise and op.dim == 0 for op in converter.operations)
+    """Whether a conversion only joins rows, and into one parameter: then it holds for the scales as well. One tensor
+    that several layers share out would have to become several quantized ones."""
+    joins = all(type(op).__name__ == "Concatenate" and op.dim == 0 for op in converter.operations)
+    return joins and len(converter.target_patterns) == 1
 
 
 def _heads(model: Any, modules: dict[str, Any]) -> set[str]:

@@ -23,7 +23,7 @@ class Int4Linear(QuantizedLinear):
 
     weight_packed  int32 [N, K/8] words of `packing.pack_int4`, or the tiles that `common.int4` makes of them
     weight_scale   [N, K/128]
-    weight_shape   int64 [2]: N, K
+    weight_shape   int64 [2]: N, K, of each of the tensors that were joined to one
     bias           [N] in the model's dtype, or None
     """
 
@@ -38,13 +38,14 @@ class Int4Linear(QuantizedLinear):
         scale_name: str = "weight_scale",
         scale_dtype: torch.dtype = torch.bfloat16,
         dtype: torch.dtype | None = None,
+        parts: int = 1,
     ) -> None:
         super().__init__(in_features, out_features, scale_name)
         words = torch.empty(out_features, in_features // 8, dtype=torch.int32)
         self.weight_packed = nn.Parameter(words, requires_grad=False)
         scale = torch.empty(out_features, in_features // GROUP, dtype=scale_dtype)
         self.register_parameter(scale_name, nn.Parameter(scale, requires_grad=False))
-        self.register_buffer("weight_shape", torch.tensor([out_features, in_features]))
+        self.register_buffer("weight_shape", torch.tensor([out_features // parts, in_features] * parts))
         self.register_parameter("bias", nn.Parameter(torch.empty(out_features, dtype=dtype)) if bias else None)
         self.register_buffer("_scale", None, persistent=False)
         self._home: Tensor | None = None

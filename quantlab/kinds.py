@@ -32,7 +32,7 @@ ROUTER = re.compile(r"^(gate|router|gate_network|wg|shared_expert_gate|shared_ex
 NORM = re.compile(r"norm|(^|_)ln(_|\d|$)|^bn\d*$|batch_?norm", re.IGNORECASE)
 TOWER = re.compile(
     r"^(visual|vision|audio|image|speech|sam|siglip|clip|vit)(_|$)|^(multi_modal|multimodal|mm|connector|aligner"
-    r"|embed_vision|embed_audio|mlp1|resampler|vqmodel|vision2text|perceiver|talker|token2wav)(_|$|projector)"
+    r"|embed_vision|embed_audio|mlp1|resampler|patch_merger|patch_merge|vqmodel|vision2text|perceiver|talker|token2wav)(_|$|projector)"
 )
 MTP = re.compile(r"(^|\.)(mtp|mtp_layers|mtp_block|nextn|next_n|num_nextn)(\.|_|$)")
 EXPERTS = re.compile(r"(^|\.)((?!shared)\w+_)?experts(?=\.|$)")  # shared experts are ordinary layers

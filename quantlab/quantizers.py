@@ -8,6 +8,7 @@ takes what our kernels compute exactly and hands everything else to the class it
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable
 from copy import deepcopy
 from itertools import chain
@@ -137,11 +138,11 @@ class KeepsQuantized(HfQuantizer):
             return "it is not in safetensors files"
         found = load_targets(model, [name.removesuffix("_packed") for name in names if name.endswith(WEIGHTS)])
         targets = {name: target for name, target in found.items() if self._scale_of(name) in names}
-        quantized = {target.parameter for target in targets.values()}
+        parts = Counter(target.parameter for target in targets.values())
         modules = dict(model.named_modules(remove_duplicate=False))
         swaps: dict[nn.Module, nn.Module] = {}
         for name, target in found.items():
-            if name not in targets and target.parameter in quantized:
+            if name not in targets and target.parameter in parts:
                 return f"{name}: has no scale, others of the same parameter do"
         for name, target in targets.items():
             module = modules[target.parameter.rpartition(".")[0]]
@@ -150,7 +151,8 @@ class KeepsQuantized(HfQuantizer):
             if reason is not None:
                 return f"{name}: {reason}"
             if module not in swaps:
-                swaps[module] = self._replacement(module, self.layers(name.removesuffix(".weight")), scale_dtype, dtype)
+                layers = self.layers(name.removesuffix(".weight"))
+                swaps[module] = self._replacement(module, layers, parts[target.parameter], scale_dtype, dtype)
         for path, module in modules.items():
             if module in swaps:
                 model.set_submodule(path, swaps[module])
@@ -182,12 +184,17 @@ class KeepsQuantized(HfQuantizer):
             return f"a {type(module).__name__} is not a plain linear layer"
         return unsupported(module)
 
-    def _replacement(self, module: nn.Module, layers: Layers, scale_dtype: Any, dtype: torch.dtype | None) -> nn.Module:
+    def _replacement(
+        self, module: nn.Module, layers: Layers, parts: int, scale_dtype: Any, dtype: torch.dtype | None
+    ) -> nn.Module:
+        """The layer for a module whose weight is so many tensors of the checkpoint."""
         linear, experts = layers
-        options = {"scale_name": self.scale_name, "scale_dtype": scale_dtype}
+        options: dict[str, Any] = {"scale_name": self.scale_name, "scale_dtype": scale_dtype}
         with torch.device("meta"):
             if not isinstance(module, nn.Linear):
                 return experts(module, **options)
+            if issubclass(linear, Int4Linear):
+                options["parts"] = parts
             return linear(module.in_features, module.out_features, module.bias is not None, dtype=dtype, **options)
 
     def update_weight_conversions(self, weight_conversions: list[Any], *model: Any) -> list[Any]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from quantlab.architecture import architecture
+from quantlab.architecture import architecture, keeps_rows_together
 
 
 def names_in(folder: Path) -> list[str]:
@@ -127,6 +127,15 @@ def test_a_layer_whose_weight_its_model_reads_is_not_linear(tmp_path: Path):
     )
     names = [f"backbone.layers.0.mixer.{name}_proj.weight" for name in ("in", "x", "dt", "out")]
     assert [*architecture(tmp_path, names).kinds.values()] == ["linear", "linear", "other", "linear"]
+
+
+def test_scales_follow_weights_that_are_joined_but_not_those_that_are_shared_out():
+    from transformers.core_model_loading import Chunk, Concatenate, WeightConverter
+
+    joined = WeightConverter(["gate.weight", "up.weight"], "gate_up.weight", operations=[Concatenate(dim=0)])
+    across = WeightConverter(["gate.weight", "up.weight"], "gate_up.weight", operations=[Concatenate(dim=1)])
+    shared = WeightConverter("qkv.weight", ["q.weight", "k.weight", "v.weight"], operations=[Chunk(dim=0)])
+    assert [keeps_rows_together(converter) for converter in (joined, across, shared)] == [True, False, False]
 
 
 def test_convolutions(tiny):

@@ -161,6 +161,11 @@ def test_all_ways_to_run_see_few_tokens_in_groups_and_many_as_wholes(device):
                 assert (run(x) - exact).norm() < 1e-2 * exact.norm()
 
 
+def test_a_weight_joined_of_several_tensors_has_the_shape_of_each():
+    """As transformers joins them while loading: gate and up of MiniMax-M3."""
+    assert Int4Linear(256, 128, parts=2).weight_shape.tolist() == [64, 256, 64, 256]
+
+
 def test_the_gradient_is_that_of_the_weight():
     layer, weight = filled(Int4Fp8Linear)
     x = torch.randn(3, 256, requires_grad=True)
