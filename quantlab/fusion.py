@@ -27,7 +27,7 @@ from quantlab.linear import Fp8BlockLinear, QuantizedLinear
 from quantlab.placement import unhook_blocks
 from quantlab.rotary import fuse_rotary
 from quantlab.source_patterns import gated_mlp, shared_inputs
-from quantlab_kernels import rmsnorm_quantize, swiglu_quantize
+from quantlab_kernels import rmsnorm, rmsnorm_quantize, swiglu_quantize
 from quantlab_kernels.common.int4 import ROWS
 
 
@@ -296,7 +296,7 @@ class FusedNorm:
         weight = self.norm.get_parameter("weight")
         if not x.is_cuda or x.dtype != weight.dtype:
             return self.own(x)
-        return nn.functional.rms_norm(x, weight.shape, weight + self.offset if self.offset else weight, self.eps)
+        return rmsnorm(x, weight, self.eps, offset=self.offset)
 
 
 def _fuse_norm(module: nn.Module, mailbox: Mailbox) -> bool:

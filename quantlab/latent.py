@@ -31,7 +31,7 @@ from quantlab.cache_layers import KV, DynamicPackedLayer, Handle, PackedLayer, S
 from quantlab.errors import UsageError
 from quantlab.linear import Fp8BlockLinear, QuantizedLinear
 from quantlab_calib.rotate import hadamard
-from quantlab_kernels import bmm_fp8, mla_append, mla_decode, mla_step
+from quantlab_kernels import bmm_fp8, mla_append, mla_decode, mla_step, rmsnorm
 from quantlab_kernels.bmm_fp8 import op as bmm_fp8_op
 from quantlab_kernels.common.hardware import gpu
 from quantlab_kernels.common.heads import bmm_heads
@@ -123,7 +123,7 @@ def _norm_at_once(self: Any, x: Tensor) -> Tensor:
     """`forward` of a plain RMSNorm in one launch instead of seven; the compiler fuses those by itself."""
     if not x.is_cuda or torch.compiler.is_compiling() or torch.is_grad_enabled():
         return type(self).forward(self, x)
-    return nn.functional.rms_norm(x, self.weight.shape, self.weight, epsilon(self))
+    return rmsnorm(x, self.weight, epsilon(self) or 0.0)
 
 
 def epsilon(norm: Any) -> float | None:

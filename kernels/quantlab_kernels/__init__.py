@@ -26,7 +26,7 @@ from quantlab_kernels.moe_combine.op import moe_combine
 from quantlab_kernels.moe_dispatch.op import moe_dispatch
 from quantlab_kernels.moe_route.op import moe_route
 from quantlab_kernels.quantize_fp8.op import quantize_fp8_block, quantize_fp8_group, quantize_fp8_token
-from quantlab_kernels.rmsnorm_quantize.op import rmsnorm_quantize
+from quantlab_kernels.rmsnorm_quantize.op import rmsnorm, rmsnorm_quantize
 from quantlab_kernels.rope.op import rope
 from quantlab_kernels.swiglu_quantize.op import swiglu_quantize
 
@@ -57,6 +57,7 @@ __all__ = [
     "quantize_fp8_group",
     "quantize_fp8_token",
     "repack_int4",
+    "rmsnorm",
     "rmsnorm_quantize",
     "rope",
     "swiglu_quantize",

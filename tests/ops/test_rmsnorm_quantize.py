@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from quantlab_kernels import quantize_fp8_group, quantize_fp8_token, rmsnorm_quantize
+from quantlab_kernels import quantize_fp8_group, quantize_fp8_token, rmsnorm, rmsnorm_quantize
 from quantlab_kernels.rmsnorm_quantize import reference
 
 SHAPES = [(1, 128), (3, 256), (17, 384), (5, 200), (64, 4096)]
@@ -54,6 +54,38 @@ def test_on_the_gpu(m: int, k: int, dtype: torch.dtype, strided: bool):
         check(x, weight, offset)
 
 
+def check_plain(x: torch.Tensor, weight: torch.Tensor) -> None:
+    """Rows of heads that lie among others', and plain rows."""
+    for offset in (0.0, 1.0):
+        exact = reference.norm(x, weight, 1e-6, offset)
+        bound = exact.abs() * (U_OUT[x.dtype] + 1e-6) + torch.finfo(x.dtype).smallest_normal
+        out = rmsnorm(x, weight, 1e-6, offset=offset)
+        assert out.is_contiguous()
+        assert bool(((out.double() - exact).abs() <= bound).all())
+
+
+def heads(batch: int, tokens: int, count: int, k: int, dtype: torch.dtype, device: str) -> torch.Tensor:
+    rows = inputs(batch * tokens, (count + 2) * k, dtype, torch.device(device))
+    return rows.view(batch, tokens, count + 2, k)[:, :, 1:-1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_norm_alone(dtype: torch.dtype):
+    check_plain(heads(2, 5, 3, 64, dtype, "cpu"), torch.linspace(-0.5, 1.5, 64).to(dtype))
+    with pytest.raises(RuntimeError, match="needs"):
+        rmsnorm(torch.ones(2, 3, 8), torch.ones(4), 1e-6)
+
+
+@pytest.mark.gpu(sm=80)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 1, 32, 128), (3, 700, 5, 96), (2, 9, 1, 4096), (1, 2, 3, 16384)])
+def test_the_norm_alone_on_the_gpu(shape: tuple[int, int, int, int], dtype: torch.dtype):
+    weight = torch.linspace(-0.5, 1.5, shape[-1]).to("cuda", dtype)
+    x = heads(*shape, dtype, "cuda")
+    check_plain(x, weight)
+    check_plain(x[0, :, 0].contiguous(), weight)
+
+
 INTERPRETED = """
 import importlib, torch
 op = importlib.import_module("quantlab_kernels.rmsnorm_quantize.op")
@@ -64,7 +96,14 @@ def rmsnorm(x, weight, eps, *, offset, group):
     problem = op.Problem(*x.shape, x.dtype, group, 80)
     triton.launch(problem, x, weight, eps, offset, *outs, triton.config(problem))
     return outs
-tests.rmsnorm_quantize = rmsnorm
+def plain(x, weight, eps, *, offset):
+    out = torch.empty(x.shape, dtype=x.dtype)
+    rows = x.reshape(-1, *x.shape[-2:])
+    problem = op.Problem(len(rows) * rows.shape[1], x.shape[-1], x.dtype, False, 80)
+    triton.launch_plain(problem, rows, weight, eps, offset, out)
+    return out
+tests.rmsnorm_quantize, tests.rmsnorm = rmsnorm, plain
+tests.check_plain(tests.heads(2, 5, 3, 96, torch.float16, "cpu"), torch.linspace(-0.5, 1.5, 96).half())
 for m, k in [(1, 128), (3, 256), (5, 200), (9, 384)]:
     for offset in (0.0, 1.0):
         tests.check(tests.inputs(m, k, torch.float32, torch.device("cpu")), torch.linspace(-0.5, 1.5, k), offset)

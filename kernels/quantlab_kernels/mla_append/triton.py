@@ -289,17 +289,17 @@ def _turn_kernel(
     cos_ptr += batch * cos_batch + token * cos_token
     sin_ptr += batch * sin_batch + token * sin_token
     if tl.program_id(2) == 0:
-        none = tl.arange(0, 1)[:, None]
-        at, mask = rope_ptr + batch * r_batch + token * r_token + none, none == 0
+        one = tl.arange(0, 1)[:, None]
+        key, all_of_it = rope_ptr + batch * r_batch + token * r_token + one, one == 0
         _turned_rows(
-            at, cos_ptr, sin_ptr, r_column, cos_column, sin_column, mask, at, r_column, mask, TURN, PAIRS, KEPT
-        )
+            key, cos_ptr, sin_ptr, r_column, cos_column, sin_column, all_of_it, key, r_column, all_of_it, TURN, PAIRS,
+            KEPT,
+        )  # fmt: skip
     else:
         head = ((tl.program_id(2) - 1) * HEADS + tl.arange(0, HEADS)).to(tl.int64)[:, None]
-        at = query_ptr + batch * q_batch + token * q_token + head * q_head
-        mask = head < heads
+        query, mask = query_ptr + batch * q_batch + token * q_token + head * q_head, head < heads
         _turned_rows(
-            at, cos_ptr, sin_ptr, q_column, cos_column, sin_column, mask, at, q_column, mask, TURN, PAIRS, KEPT
+            query, cos_ptr, sin_ptr, q_column, cos_column, sin_column, mask, query, q_column, mask, TURN, PAIRS, KEPT
         )
 
 

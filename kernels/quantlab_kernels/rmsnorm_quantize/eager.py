@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from quantlab_kernels.rmsnorm_quantize import reference
@@ -29,3 +30,8 @@ def launch(
         (out, codes, scale), reference.rmsnorm(x, weight, eps, offset, problem.group), strict=True
     ):
         target.copy_(value)
+
+
+def launch_plain(problem: Problem, x: Tensor, weight: Tensor, eps: float, offset: float, out: Tensor) -> None:
+    """Fill `out` by `reference`."""
+    out.copy_(reference.norm(x, weight, eps, offset, torch.float32).view(out.shape))

@@ -51,6 +51,12 @@ def rmsnorm_quantize(
     return _OP(x, weight, eps, offset, group)
 
 
+def rmsnorm(x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0) -> Tensor:
+    """The norm alone: `out` of `rmsnorm_quantize` for x [..., K], contiguous. Rows of heads that lie among those of
+    other projections are read where they are."""
+    return _PLAIN(x, weight, eps, offset)
+
+
 def check(x: Tensor, weight: Tensor) -> None:
     """Refuse what no backend takes. Shapes may be symbolic."""
     require(x.dtype in _INPUTS, lambda: f"rmsnorm_quantize: got {x.dtype}, needs bfloat16, float16 or float32")
@@ -87,4 +93,32 @@ def _cuda(x: Tensor, weight: Tensor, eps: float, offset: float, group: bool) -> 
 _OP = define(
     "rmsnorm_quantize(Tensor x, Tensor weight, float eps, float offset, bool group) -> (Tensor, Tensor, Tensor)",
     fake=_fake, cpu=_cpu, cuda=_cuda,
+)  # fmt: skip
+
+
+def _plain_fake(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
+    check(x.flatten(0, -2) if x.dim() != 2 else x, weight)
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _plain_cpu(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
+    _plain_fake(x, weight, eps, offset)
+    return reference.norm(x, weight, eps, offset, torch.float32).to(x.dtype)
+
+
+def _plain_cuda(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
+    out = _plain_fake(x, weight, eps, offset)
+    if out.numel() == 0:
+        return out
+    heads = x.shape[-2] if x.dim() > 2 else 1
+    rows = x.reshape(-1, heads, x.shape[-1])
+    problem = Problem(rows.shape[0] * heads, x.shape[-1], x.dtype, False, gpu_of(x).sm)
+    with device_of(x):
+        BACKENDS.select(problem).launch_plain(problem, rows, weight.contiguous(), eps, offset, out)
+    return out
+
+
+_PLAIN = define(
+    "rmsnorm(Tensor x, Tensor weight, float eps, float offset) -> Tensor",
+    fake=_plain_fake, cpu=_plain_cpu, cuda=_plain_cuda,
 )  # fmt: skip

@@ -57,6 +57,35 @@ def launch(
     _LAUNCH((problem.m,), tensors, numbers, (config.columns, span, native), config.num_warps)
 
 
+def launch_plain(problem: Problem, x: Tensor, weight: Tensor, eps: float, offset: float, out: Tensor) -> None:
+    """Fill out [M, K] of x [A, B, K], A B = M, any strides; rows of a few channels share a program."""
+    columns = max(16, triton.next_power_of_2(problem.k))
+    rows = max(1, min((2048 if problem.m > 1024 else 256) // columns, triton.next_power_of_2(problem.m)))
+    per_thread = 8 if problem.m <= 256 else 16
+    warps = min(16, max(1, rows * columns // (32 * per_thread)))
+    numbers = problem.m, x.shape[1], problem.k, *x.stride(), eps, offset
+    _PLAIN((triton.cdiv(problem.m, rows),), (x, weight, out), numbers, (rows, columns), warps)
+
+
+@triton.jit
+def _plain_kernel(
+    x_ptr, weight_ptr, out_ptr, m, inner, k, x_outer, x_inner, x_column, eps, offset, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """ROWS rows of COLUMNS columns."""
+    begin(EARLY)
+    row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    column = tl.arange(0, COLUMNS)[None, :]
+    mask = (row < m) & (column < k)
+    at = row // inner * x_outer + row % inner * x_inner
+    x = tl.load(x_ptr + at + column * x_column, mask=mask, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + column, mask=column < k, other=0.0).to(tl.float32)
+    root = tl.math.sqrt_rn(tl.sum(x * x, 1) / k + eps)
+    factor = tl.math.div_rn(tl.full(root.shape, 1.0, tl.float32), root)[:, None]
+    out = (x * factor * (weight + offset)).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + row * k + column, out, mask=mask)
+
+
 @triton.jit
 def _kernel(
     x_ptr, weight_ptr, out_ptr, codes_ptr, scale_ptr, k, x_row, x_column, scale_row, scale_column, eps, offset,
@@ -84,3 +113,4 @@ def _kernel(
 
 
 _LAUNCH = Launcher(_kernel, early=True)
+_PLAIN = Launcher(_plain_kernel, early=True)
