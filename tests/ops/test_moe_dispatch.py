@@ -106,7 +106,8 @@ from quantlab_kernels.moe_combine import op as combine_op, reference as combinin
 from quantlab_kernels.moe_dispatch import op, reference, triton as backend
 from quantlab_kernels.quantize_fp8 import reference as quantizer
 
-for tokens, choices, experts, k in ((1, 1, 4, 128), (9, 3, 5, 200), (40, 8, 20, 384)):
+backend.MOST_AT_ONCE, backend._BLOCK, backend._BLOCKS = 200, 64, 4  # the last two in blocks
+for tokens, choices, experts, k in ((1, 1, 4, 128), (9, 3, 5, 200), (40, 8, 20, 384), (100, 3, 31, 128)):
     for group in (True, False):
         x = torch.randn(tokens, k).half()
         index = torch.randint(0, experts + 1, (tokens, choices))

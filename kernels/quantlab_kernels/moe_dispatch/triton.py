@@ -1,7 +1,8 @@
-"""Two launches: places by counting, then each token quantized once and stored at all of its places.
+"""Places by counting, then each token quantized once and stored at all of its places.
 
 The place of a choice is the number of choices that go before it: those of lower experts, and earlier ones of its own.
-Counting compares all pairs, without atomics, so places repeat; a sort takes over where the pairs would take longer.
+A few choices are compared in pairs, all in one launch. Many are counted in blocks: how many of each expert a block has,
+how many the blocks before it have, and the pairs of the block itself. No atomics across programs: places repeat.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ from torch import Tensor
 
 from quantlab_kernels.common.triton_fp8 import divide, largest_magnitude, scale_of, store_codes
 from quantlab_kernels.common.triton_launch import Launcher, begin
-from quantlab_kernels.moe_dispatch import reference
 from quantlab_kernels.moe_dispatch.op import Problem
 
-MOST_PAIRS = 1 << 26  # about 10 us of comparisons on an H200
+MOST_AT_ONCE = 1024  # choices that are compared in pairs
 _MINE, _OTHERS = 32, 128
+_BLOCK, _FEW_EXPERTS, _BLOCKS = 256, 16, 256
 
 
 def supports(problem: Problem) -> str | None:
@@ -35,10 +36,8 @@ def launch(
 ) -> None:  # fmt: skip
     """Fill codes, scale, positions and counts; x and top_k_index contiguous."""
     size = top_k_index.numel()
-    if size * size > MOST_PAIRS:
-        found = reference.route(top_k_index, problem.experts)
-        positions.copy_(found[0])
-        counts.copy_(found[1])
+    if size > MOST_AT_ONCE:
+        _route_in_blocks(top_k_index, positions, counts, size, problem.experts)
     else:
         ranks = triton.cdiv(size, _MINE)
         _ROUTE(
@@ -52,6 +51,79 @@ def launch(
         (problem.tokens * triton.cdiv(problem.k, columns),), (x, positions, codes, scale),
         (problem.k, *scale.stride(), problem.choices), (problem.group, columns, native), 4 if columns <= 4096 else 8,
     )  # fmt: skip
+
+
+def _route_in_blocks(top_k_index: Tensor, positions: Tensor, counts: Tensor, size: int, experts: int) -> None:
+    blocks, width = triton.cdiv(size, _BLOCK), triton.next_power_of_2(experts + 1)
+    before = counts.new_empty((blocks + 1, width), dtype=torch.int32)  # the last row: of lower experts
+    _COUNT((blocks,), (top_k_index, before), (size, experts), (_BLOCK, width), 4)
+    _BEFORE((triton.cdiv(width, _FEW_EXPERTS),), (before, counts), (blocks, experts), (width, _BLOCKS, _FEW_EXPERTS), 4)
+    _LOWER((1,), (before, counts), (blocks, experts), (width,), 1)
+    _PLACE((blocks,), (top_k_index, before, positions), (size, experts, blocks), (_BLOCK, width, 32), 4)
+
+
+@triton.jit
+def _experts_of(index_ptr, at, size, experts):
+    """The experts of choices; `experts` for one that no expert here takes."""
+    expert = tl.load(index_ptr + at, mask=at < size, other=-1).to(tl.int32)
+    return tl.where((expert >= 0) & (expert < experts), expert, experts)
+
+
+@triton.jit
+def _count_kernel(
+    index_ptr, before_ptr, size, experts, BLOCK: tl.constexpr, WIDTH: tl.constexpr, EARLY: tl.constexpr
+):  # fmt: skip
+    """How many choices of a block each expert has."""
+    begin(EARLY)
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    expert = _experts_of(index_ptr, at, size, experts)
+    tl.store(before_ptr + tl.program_id(0) * WIDTH + tl.arange(0, WIDTH), tl.histogram(expert, WIDTH))
+
+
+@triton.jit
+def _before_kernel(
+    before_ptr, counts_ptr, blocks, experts, WIDTH: tl.constexpr, BLOCKS: tl.constexpr, EXPERTS: tl.constexpr,
+    EARLY: tl.constexpr,
+):  # fmt: skip
+    """For EXPERTS experts: counts of blocks become those of the blocks before; all of them are the expert's count."""
+    begin(EARLY)
+    expert = tl.program_id(0) * EXPERTS + tl.arange(0, EXPERTS)
+    total = tl.zeros((EXPERTS,), tl.int32)
+    for start in range(0, blocks, BLOCKS):
+        block = (start + tl.arange(0, BLOCKS))[:, None]
+        at = before_ptr + block * WIDTH + expert[None, :]
+        mask = (block < blocks) & (expert[None, :] < WIDTH)
+        counts = tl.load(at, mask=mask, other=0)
+        tl.store(at, total[None, :] + tl.cumsum(counts, 0) - counts, mask=mask)
+        total += tl.sum(counts, 0)
+    tl.store(counts_ptr + expert, total.to(tl.int64), mask=expert < experts)
+
+
+@triton.jit
+def _lower_kernel(before_ptr, counts_ptr, blocks, experts, WIDTH: tl.constexpr, EARLY: tl.constexpr):
+    """How many choices lower experts have."""
+    begin(EARLY)
+    expert = tl.arange(0, WIDTH)
+    counts = tl.load(counts_ptr + expert, mask=expert < experts, other=0).to(tl.int32)
+    tl.store(before_ptr + blocks * WIDTH + expert, tl.cumsum(counts, 0) - counts)
+
+
+@triton.jit
+def _place_kernel(
+    index_ptr, before_ptr, positions_ptr, size, experts, blocks, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
+    OTHERS: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """Places of a block's choices."""
+    begin(EARLY)
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mine = _experts_of(index_ptr, at, size, experts)
+    place = tl.load(before_ptr + tl.program_id(0) * WIDTH + mine) + tl.load(before_ptr + blocks * WIDTH + mine)
+    for start in range(0, BLOCK, OTHERS):
+        other_at = tl.program_id(0) * BLOCK + start + tl.arange(0, OTHERS)
+        other = _experts_of(index_ptr, other_at, size, experts)
+        earlier = (other[None, :] == mine[:, None]) & (other_at[None, :] < at[:, None])
+        place += tl.sum(earlier.to(tl.int32), 1)
+    tl.store(positions_ptr + at, tl.where(mine == experts, -1, place), mask=at < size)
 
 
 @triton.jit
@@ -111,4 +183,6 @@ def _scatter_kernel(
             tl.store(scale_ptr + row * scale_row + group.to(tl.int64) * scale_column, scale, mask=inside)
 
 
+_COUNT, _BEFORE = Launcher(_count_kernel, early=True), Launcher(_before_kernel, early=True)
+_LOWER, _PLACE = Launcher(_lower_kernel, early=True), Launcher(_place_kernel, early=True)
 _ROUTE, _SCATTER = Launcher(_route_kernel, early=True), Launcher(_scatter_kernel, early=True)
