@@ -31,8 +31,7 @@ def kernel_room(room: str, dry_run: bool) -> Table:
     if room == "attention":
         return _attention(dry_run)
     if room == "mla":
-        tables = [kernel_room(name, dry_run) for name in ("mla_append", "mla_decode")]
-        return "latent attention", tables[0][1], [row for _, _, rows in tables for row in rows]
+        return _latents(dry_run)
     if room == "moe":
         return _experts(dry_run)
     if room not in bench.ROOMS:
@@ -65,6 +64,17 @@ def _attention(dry_run: bool) -> Table:
     for error in errors.report():
         rows.append((error.inputs, error.operands, *4 * [""], f"RMSE {error.rms:.2e}, {error.relative:.2%}"))
     return "attention", (*tables[0][1][:-1], "time of others over ours, or error"), rows
+
+
+def _latents(dry_run: bool) -> Table:
+    """Both rooms of latent attention, then a decoding step of a whole layer beside transformers'."""
+    from quantlab import latent_benchmark
+
+    tables = [kernel_room(name, dry_run) for name in ("mla_append", "mla_decode")]
+    rows = [row for _, _, table in tables for row in table]
+    if dry_run:
+        return "latent attention: inputs build, it runs", ("case",), rows + [(n,) for n in latent_benchmark.dry_run()]
+    return "latent attention", tables[0][1], rows + list(latent_benchmark.run())
 
 
 def _experts(dry_run: bool) -> Table:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import quantlab
-from quantlab import benchmarks, moe_benchmark
+from quantlab import benchmarks, latent_benchmark, moe_benchmark
 from quantlab.errors import UsageError
 
 
@@ -60,10 +60,30 @@ def test_cases():
         benchmarks.generation("tiny", "fp8-block", None, cases=["fast"])
 
 
-def test_latent_attention_is_two_rooms():
+def test_latent_attention_is_two_rooms_and_a_layer():
     _, header, rows = benchmarks.kernel_room("mla", dry_run=True)
     assert header == ("case",)
-    assert {"fp8 128x1", "int4 h16 128x4096"} <= {name for (name,) in rows}
+    names = {"fp8 128x1", "int4 h16 128x4096", "deepseek-v2-lite layer fp8 16x4096"}
+    assert names <= {name for (name,) in rows}
+
+
+@torch.no_grad()
+def test_a_layer_is_timed_over_its_next_token():
+    """Our steps lengthen the cache, transformers' begin anew, and both say nearly the same of the first."""
+    theirs, ours = latent_benchmark.their_step(2, 8, "cpu"), latent_benchmark.ours_step("16bit", 2, 8, "cpu")
+    first = theirs()
+    torch.testing.assert_close(theirs(), first)
+    assert ((ours() - first).norm() / first.norm()).item() < 0.02
+    assert not torch.equal(ours(), first)
+
+
+@pytest.mark.gpu(sm=90)
+@torch.no_grad()
+def test_layers_are_timed(monkeypatch):
+    monkeypatch.setattr(latent_benchmark, "TOKENS", 64)
+    rows = list(latent_benchmark.run())
+    assert [row[0] for row in rows] == [latent_benchmark.case(name) for name in latent_benchmark.FORMATS]
+    assert all(float(row[2]) > 0 and "transformers bf16" in row[-1] for row in rows)
 
 
 def test_experts_are_two_rooms_and_whole_layers():
