@@ -225,12 +225,16 @@ class KeepsQuantized(HfQuantizer):
         return model
 
     def _cast_the_rest(self, model: Any) -> None:
-        """Give what is not quantized the dtype that the model was built with: transformers 5.17 keeps the one on disk
-        wherever it renames a tensor."""
-        float32 = [*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())]
+        """Give what is not quantized the dtype that the model was built with, or 32 bits where its class insists:
+        transformers 5.17 keeps the one on disk wherever it renames a tensor."""
+        ours = (module for module in model.modules() if isinstance(module, MovesWithoutCasting))
+        quantized = {id(p) for m in ours for name, p in m.named_parameters(recurse=False) if m._quantized(name)}
         for name, tensor in chain(model.named_parameters(), model.named_buffers()):
             wanted = self.dtypes.get(name, tensor.dtype)
-            if tensor.dtype != wanted and not any(re.search(pattern, name) for pattern in float32):
+            if id(tensor) not in quantized and _matches(name, model._keep_in_fp32_modules_strict):
+                wanted = torch.float32
+            high = tensor.dtype == torch.float32 and _matches(name, model._keep_in_fp32_modules)
+            if tensor.dtype != wanted and not high:
                 tensor.data = tensor.data.to(wanted)
 
     def _static_activations(self, model: Any) -> None:
@@ -354,6 +358,10 @@ def _plain(value: Any) -> Any:
     """Enums and pydantic models as the strings and dicts that they are on disk."""
     value = getattr(value, "value", value)
     return value.model_dump(mode="json") if hasattr(value, "model_dump") else value
+
+
+def _matches(name: str, patterns: Iterable[str] | None) -> bool:
+    return any(re.search(pattern, name) for pattern in patterns or ())
 
 
 def tensor_dtypes(files: Iterable[str], of: str) -> dict[str, str]:

@@ -168,6 +168,22 @@ def test_what_deepseek_releases_is_verified_and_converted(release: Path, tmp_pat
     assert quantlab.plan(tmp_path / "bf16", "int4-fp8").quantized
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_what_is_not_quantized_has_the_dtype_that_it_has_without_us(dtype: torch.dtype, tmp_path: Path):
+    """DeepSeek-V4 keeps a part in 32 bits, and almost all of its tensors have other names in its checkpoints."""
+    config = transformers.DeepseekV4Config(
+        hidden_size=128, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, head_dim=32, vocab_size=64,
+        moe_intermediate_size=128, n_routed_experts=4, num_experts_per_tok=2, pad_token_id=0,
+    )  # fmt: skip
+    source = transformers.DeepseekV4ForCausalLM
+    source._from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "in")
+    quantlab.quantize(tmp_path / "in", "fp8-dynamic", tmp_path / "out", device="cpu", workers=1)
+    plain, model = (source.from_pretrained(tmp_path / name, dtype=dtype) for name in ("in", "out"))
+    wanted = {name: tensor.dtype for name, tensor in plain.named_parameters()}
+    found = {name: t.dtype for name, t in model.named_parameters() if name in wanted and t.element_size() > 1}
+    assert found == {name: wanted[name] for name in found}
+
+
 def test_experts_without_a_gate_load_and_are_saved(tmp_path: Path):
     config = transformers.NemotronHConfig(
         hidden_size=128, layers_block_type=["moe", "attention"], num_attention_heads=2, num_key_value_heads=2,
