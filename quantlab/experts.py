@@ -106,10 +106,13 @@ class Fp8Experts(Experts):
     """
 
     linear: type[Fp8Linear]
+    own: int  # experts that the checkpoint has here
+    shared: tuple[Fp8Linear, ...]  # gate, up and down of a layer that follows them as further experts
 
     def __init__(self, original: Any, *, scale_name: str, scale_dtype: torch.dtype = torch.float32) -> None:
         super().__init__(original)
         self.suffix = scale_name.removeprefix("weight")
+        self.own, self.shared = self.num_experts, ()
         first, hidden, inner = self.first_rows, self.hidden_dim, self.intermediate_dim
         rows, columns = self.linear.scale_shape(inner, hidden)
         self._register(self.first, (first, hidden), (first // inner * rows, columns), scale_dtype)
@@ -122,8 +125,34 @@ class Fp8Experts(Experts):
         self.register_parameter(name + self.suffix, nn.Parameter(scale, requires_grad=False))
         self.register_buffer(f"_{name}_scale", None, persistent=False)
 
+    def append(self, gate: Fp8Linear, up: Fp8Linear, down: Fp8Linear) -> int:
+        """Let copies of a gated MLP's layers, as wide as n experts, be n further experts; returns n. They are not in
+        the state dict. For a moment it takes the memory of all experts once more."""
+        more = gate.out_features // self.intermediate_dim
+        for name in ("gate_up_proj", "down_proj"):
+            for parameter in (getattr(self, name), getattr(self, name + self.suffix)):
+                parameter.data = _lengthened(parameter.data, more)
+        self.num_experts, self.shared = self.own + more, (gate, up, down)
+        self.finish_loading()
+        return more
+
+    def _copy_shared(self) -> None:
+        gate, up, down = self.shared
+        more = self.num_experts - self.own
+        for name, kind in (("", "weight"), (self.suffix, gate.scale_name)):
+            both, last = (getattr(self, each + name).data for each in ("gate_up_proj", "down_proj"))
+            rows = both.shape[1] // 2
+            for first, layer in ((0, gate), (rows, up)):
+                _copy(both[self.own :, first : first + rows], layer.get_parameter(kind).unflatten(0, (more, rows)))
+            columns = down.get_parameter(kind)
+            split = columns.shape[1] % more == 0 and columns.shape[1] > 1
+            parts = columns.unflatten(1, (more, -1)).transpose(0, 1) if split else columns.expand(more, -1, -1)
+            _copy(last[self.own :], parts)
+
     def finish_loading(self) -> None:
         """As `Fp8Linear.finish_loading`."""
+        if self.shared:
+            self._copy_shared()
         for name in (self.first, "down_proj"):
             stored = getattr(self, name + self.suffix)
             if stored.dtype != torch.float32:
@@ -137,6 +166,32 @@ class Fp8Experts(Experts):
     def grouped_matmul(self, x: Tensor, scale: Tensor | None, name: str, counts: Tensor, dtype: torch.dtype) -> Tensor:
         assert scale is not None
         return gemm_fp8_grouped(x, scale, getattr(self, name), self.scale(name), counts, out_dtype=dtype)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in self._parameters if self.shared else ():
+            destination[prefix + name] = destination[prefix + name][: self.own]
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
+        for name, parameter in self._parameters.items() if self.shared else ():
+            given = state_dict.get(prefix + name)
+            if parameter is not None and given is not None and len(given) == self.own:
+                state_dict[prefix + name] = _lengthened(given, self.num_experts - self.own)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def _lengthened(x: Tensor, more: int) -> Tensor:
+    """A copy with so many further rows."""
+    longer = x.new_empty((len(x) + more, *x.shape[1:]))
+    _copy(longer[: len(x)], x)
+    return longer
+
+
+def _copy(to: Tensor, source: Tensor) -> None:
+    """Codes as bytes: torch cannot copy all of them everywhere."""
+    if to.element_size() == 1:
+        to, source = to.view(torch.uint8), source.view(torch.uint8)
+    to.copy_(source.detach())
 
 
 class Fp8BlockExperts(Fp8Experts):

@@ -35,6 +35,7 @@ from quantlab.int4_experts import Int4Experts, Int4Fp8Experts
 from quantlab.int4_linear import Int4Fp8Linear, Int4Linear
 from quantlab.linear import Fp8BlockLinear, Fp8RowLinear, MovesWithoutCasting
 from quantlab.routing import fuse_routers
+from quantlab.shared_experts import fuse_shared
 
 logger = logging.get_logger(__name__)
 
@@ -221,6 +222,7 @@ class KeepsQuantized(HfQuantizer):
         self._static_activations(model)
         fuse(model)
         fuse_routers(model)
+        fuse_shared(model)
         decoding.stop_late(model)
         return model
 

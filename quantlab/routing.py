@@ -24,7 +24,7 @@ from quantlab_kernels import moe_route
 from quantlab_kernels.moe_route import Rule
 from quantlab_kernels.moe_route.reference import choose, logits_of
 
-_TOKENS = 64  # that a router is tried on
+_TOKENS = 512  # that a router is tried on: so many that alike rules part in some
 _BIAS = "e_score_correction_bias"
 
 
@@ -61,9 +61,17 @@ class Route:
     def __init__(self, router: Any, rule: Rule, rounded: bool) -> None:
         self.router, self.rule, self.rounded = router, rule, rounded
 
+    def share(self, experts: int) -> None:
+        """Let so many further experts be every token's last choices."""
+        self.rule = replace(self.rule, shared=experts)
+
+    def chooses(self, hidden_states: Tensor) -> bool:
+        """Whether it is the rule that chooses, and not the router's own forward."""
+        return not torch.is_grad_enabled() and bool(hidden_states.dtype == self.router.weight.dtype)
+
     def __call__(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         router: Any = self.router
-        if torch.is_grad_enabled() or hidden_states.dtype != router.weight.dtype:
+        if not self.chooses(hidden_states):
             return type(router).forward(router, hidden_states)
         flat = hidden_states.reshape(-1, hidden_states.shape[-1])
         bias = getattr(router, _BIAS, None)
@@ -88,11 +96,9 @@ def _observed(router: Any) -> Route | None:
         if not (ours - logits.float()).abs().max() <= 0.02 * logits.float().abs().max():
             return None
         bias = getattr(router, _BIAS, None)
-        for rule in _rules(router):
-            fitted = _fitted(rule, logits, bias, weights, index)
-            if fitted is not None:
-                return Route(router, fitted, rounded)
-    return None
+        fits = [_fitted(rule, logits, bias, weights, index) for rule in _rules(router)]
+    share, rule = max((fit for fit in fits if fit is not None), key=lambda fit: fit[0], default=(0.0, None))
+    return None if rule is None else Route(router, rule, rounded)
 
 
 @contextmanager
@@ -120,16 +126,20 @@ def _rules(router: Any) -> Iterator[Rule]:
             yield Rule(router.top_k, sigmoid, groups, kept, best, normalized)
 
 
-def _fitted(rule: Rule, logits: Tensor, bias: Tensor | None, weights: Tensor, index: Tensor) -> Rule | None:
-    """The rule with the factor of the weights, where it chooses as was chosen; scores that are alike may part."""
+def _fitted(
+    rule: Rule, logits: Tensor, bias: Tensor | None, weights: Tensor, index: Tensor
+) -> tuple[float, Rule] | None:
+    """In how many of the tokens the rule chooses what was chosen, and the rule with the factor of the weights; None
+    where it is another rule. Scores that are alike may part, and rules that are alike choose alike in most tokens."""
     found, chosen = choose(logits, bias, rule)
     if found.shape != weights.shape:
         return None
-    if not (index.sort(-1).values == chosen.sort(-1).values).all(-1).float().mean() > 0.8:
+    share = float((index.sort(-1).values == chosen.sort(-1).values).all(-1).float().mean())
+    if not share > 0.8:
         return None
     wanted, found = weights.float().sort(-1).values, found.sort(-1).values
     factor = float(wanted.sum() / found.sum())
     near = 2.0**-7 if weights.element_size() == 2 else 1e-4
     if not bool(((found * factor - wanted).abs() <= near * wanted.abs()).all()):
         return None
-    return replace(rule, factor=1.0 if abs(factor - 1) < near else round(factor, 6))
+    return share, replace(rule, factor=1.0 if abs(factor - 1) < near else round(factor, 6))

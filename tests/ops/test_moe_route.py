@@ -17,6 +17,7 @@ RULES = {
     "softmax": (Rule(6), 64),
     "normalized": (Rule(8, normalized=True), 128),
     "few": (Rule(2, normalized=True), 8),
+    "shared": (Rule(6, factor=3.0, shared=2), 64),
     "groups by their best": (Rule(6, groups=8, kept=3, factor=16.0), 160),
     "groups by two": (Rule(8, sigmoid=True, groups=8, kept=4, best=2, normalized=True, factor=2.5), 256),
 }
@@ -30,6 +31,10 @@ def check(name: str, tokens: int, k: int, dtype: torch.dtype, device: str, round
     weight = (torch.randn(experts, k, generator=generator) * k**-0.5).to(device, dtype)
     bias = (torch.rand(experts, generator=generator) * 0.2).to(device) if rule.sigmoid else None
     logits, weights, index = (launch or moe_route)(x, weight, rule, bias=bias, rounded=rounded)
+    if rule.shared:
+        assert bool((weights[:, rule.choices :] == 1).all())
+        assert bool((index[:, rule.choices :] == torch.arange(experts, experts + rule.shared, device=device)).all())
+        weights, index, rule = weights[:, : rule.choices], index[:, : rule.choices], replace(rule, shared=0)
     exact = x.double() @ weight.double().T
     assert logits.dtype == (dtype if rounded else torch.float32)
     step = 2.0**-7 if rounded and dtype != torch.float32 else 2.0**-16

@@ -17,7 +17,8 @@ from quantlab_kernels.kv_append.triton import KINDS, _eight_bits, _rounded
 if TYPE_CHECKING:
     from quantlab_kernels.mla_append.op import Problem
 
-HEADS = 16  # of one program that turns queries
+HEADS = 16  # of one program that turns queries of a step
+ROWS = 64  # of one program that turns queries or keys of prompts
 
 
 def supports(problem: Problem) -> str | None:
@@ -80,11 +81,12 @@ def launch_step(
 def launch_turn(
     problem: Problem, query: Tensor, rope: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, kept_interleaved: bool
 ) -> None:
-    """Turn queries [B, S, H, R] and keys [B, S, R] where they are; a program for `HEADS` heads of a token, or a key."""
+    """Turn queries [B, S, H, R] and keys [B, S, R] where they are, `ROWS` of one kind in a program."""
+    blocks = triton.cdiv(problem.tokens * problem.heads, ROWS)
     strides = [n for x in (cos, sin) for n in (*_strides(x), x.stride(2))]
-    numbers = problem.heads, *query.stride(), *rope.stride(), *strides
-    grid = (problem.tokens, problem.batch, 1 + triton.cdiv(problem.heads, HEADS))
-    _TURN(grid, (query, rope, cos, sin), numbers, (problem.rope, HEADS, interleaved, kept_interleaved), 1)
+    numbers = problem.tokens, problem.heads, blocks, *query.stride(), *rope.stride(), *strides
+    grid = (blocks + triton.cdiv(problem.tokens, ROWS), problem.batch)
+    _TURN(grid, (query, rope, cos, sin), numbers, (problem.rope, ROWS, interleaved, kept_interleaved), 4)
 
 
 def _strides(tensor: Tensor | None) -> tuple[int, int]:
@@ -220,8 +222,8 @@ def _turned_rows(
     at, cos_ptr, sin_ptr, column, cos_column, sin_column, mask, out, out_column, out_mask, TURN: tl.constexpr,
     PAIRS: tl.constexpr, KEPT: tl.constexpr,
 ):  # fmt: skip
-    """Rows that begin at `at` [N, 1], turned by angles of one position, to `out` [N, 1]; PAIRS, KEPT: channels that
-    belong together lie side by side there, else TURN apart."""
+    """Rows that begin at `at` [N, 1], turned by angles of one position or, [N, 1], of each, to `out` [N, 1]; PAIRS,
+    KEPT: channels that belong together lie side by side there, else TURN apart."""
     turn = tl.arange(0, TURN)[None, :]
     cos = tl.load(cos_ptr + turn * cos_column).to(tl.float32)
     sin = tl.load(sin_ptr + turn * sin_column).to(tl.float32)
@@ -279,28 +281,34 @@ def _step_kernel(
 
 @triton.jit
 def _turn_kernel(
-    query_ptr, rope_ptr, cos_ptr, sin_ptr, heads, q_batch, q_token, q_head, q_column, r_batch, r_token, r_column,
-    cos_batch, cos_token, cos_column, sin_batch, sin_token, sin_column, R: tl.constexpr, HEADS: tl.constexpr,
+    query_ptr, rope_ptr, cos_ptr, sin_ptr, tokens, heads, blocks, q_batch, q_token, q_head, q_column, r_batch, r_token,
+    r_column, cos_batch, cos_token, cos_column, sin_batch, sin_token, sin_column, R: tl.constexpr, ROWS: tl.constexpr,
     PAIRS: tl.constexpr, KEPT: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    """ROWS heads of queries, those of a token behind one another; programs from `blocks` on have ROWS keys."""
     begin(EARLY)
     TURN: tl.constexpr = R // 2
-    token, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    cos_ptr += batch * cos_batch + token * cos_token
-    sin_ptr += batch * sin_batch + token * sin_token
-    if tl.program_id(2) == 0:
-        one = tl.arange(0, 1)[:, None]
-        key, all_of_it = rope_ptr + batch * r_batch + token * r_token + one, one == 0
+    batch = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    cos_ptr += batch * cos_batch
+    sin_ptr += batch * sin_batch
+    if tl.program_id(0) < blocks:
+        token, mask = row // heads, row < tokens * heads
+        place = tl.where(mask, token, 0)
+        query = query_ptr + batch * q_batch + token * q_token + row % heads * q_head
         _turned_rows(
-            key, cos_ptr, sin_ptr, r_column, cos_column, sin_column, all_of_it, key, r_column, all_of_it, TURN, PAIRS,
-            KEPT,
+            query, cos_ptr + place * cos_token, sin_ptr + place * sin_token, q_column, cos_column, sin_column, mask,
+            query, q_column, mask, TURN, PAIRS, KEPT,
         )  # fmt: skip
     else:
-        head = ((tl.program_id(2) - 1) * HEADS + tl.arange(0, HEADS)).to(tl.int64)[:, None]
-        query, mask = query_ptr + batch * q_batch + token * q_token + head * q_head, head < heads
+        key_token = row - blocks * ROWS
+        there = key_token < tokens
+        key_place = tl.where(there, key_token, 0)
+        key = rope_ptr + batch * r_batch + key_token * r_token
         _turned_rows(
-            query, cos_ptr, sin_ptr, q_column, cos_column, sin_column, mask, query, q_column, mask, TURN, PAIRS, KEPT
-        )
+            key, cos_ptr + key_place * cos_token, sin_ptr + key_place * sin_token, r_column, cos_column, sin_column,
+            there, key, r_column, there, TURN, PAIRS, KEPT,
+        )  # fmt: skip
 
 
 _LAUNCH = Launcher(_kernel)

@@ -17,7 +17,7 @@ from quantlab_kernels.common.triton_launch import Launcher, begin
 from quantlab_kernels.moe_dispatch.op import Problem
 
 MOST_AT_ONCE = 1024  # choices that are compared in pairs
-_MINE, _OTHERS = 32, 128
+_PAIRS = 4096  # of one program
 _BLOCK, _FEW_EXPERTS, _BLOCKS = 256, 16, 256
 
 
@@ -39,10 +39,12 @@ def launch(
     if size > MOST_AT_ONCE:
         _route_in_blocks(top_k_index, positions, counts, size, problem.experts)
     else:
-        ranks = triton.cdiv(size, _MINE)
+        others = max(128, triton.next_power_of_2(size))
+        mine = _PAIRS // others
+        ranks = triton.cdiv(size, mine)
         _ROUTE(
-            (ranks + triton.cdiv(problem.experts, _MINE),), (top_k_index, positions, counts),
-            (size, problem.experts, ranks), (_MINE, _OTHERS), 4,
+            (ranks + triton.cdiv(problem.experts, mine),), (top_k_index, positions, counts),
+            (size, problem.experts, ranks), (mine, others), 4,
         )  # fmt: skip
     native = problem.sm >= 89
     codes = codes if native else codes.view(torch.uint8)
@@ -131,26 +133,19 @@ def _route_kernel(
     index_ptr, positions_ptr, counts_ptr, size, experts, ranks, MINE: tl.constexpr, OTHERS: tl.constexpr,
     EARLY: tl.constexpr,
 ):  # fmt: skip
-    """The first `ranks` programs place MINE choices each; the others count the rows of MINE experts each."""
+    """The first `ranks` programs place MINE choices each, of OTHERS at most; the others count those of MINE experts."""
     begin(EARLY)
     placing = tl.program_id(0) < ranks
     at = tl.where(placing, tl.program_id(0), tl.program_id(0) - ranks) * MINE + tl.arange(0, MINE)
     mine = at
     if placing:
-        mine = tl.load(index_ptr + at, mask=at < size, other=0).to(tl.int32)
-        mine = tl.where((mine >= 0) & (mine < experts), mine, experts)
-    hits = tl.zeros((MINE, OTHERS), tl.int32)  # added up once, at the end
-    for start in range(0, size, OTHERS):
-        other_at = start + tl.arange(0, OTHERS)
-        other = tl.load(index_ptr + other_at, mask=other_at < size, other=-1).to(tl.int32)
-        other = tl.where((other >= 0) & (other < experts), other, experts)
-        same = other[None, :] == mine[:, None]
-        if placing:
-            hit = (other[None, :] < mine[:, None]) | (same & (other_at[None, :] < at[:, None]))
-        else:
-            hit = same
-        hits += (hit & (other_at[None, :] < size)).to(tl.int32)
-    found = tl.sum(hits, axis=1)
+        mine = _experts_of(index_ptr, at, size, experts)
+    other_at = tl.arange(0, OTHERS)
+    other = _experts_of(index_ptr, other_at, size, experts)
+    hit = other[None, :] == mine[:, None]
+    if placing:
+        hit = (other[None, :] < mine[:, None]) | (hit & (other_at[None, :] < at[:, None]))
+    found = tl.sum((hit & (other_at[None, :] < size)).to(tl.int32), axis=1)
     if placing:
         tl.store(positions_ptr + at, tl.where(mine == experts, -1, found), mask=at < size)
     else:

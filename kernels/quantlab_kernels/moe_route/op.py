@@ -24,6 +24,7 @@ class Rule:
     groups       the experts stand in so many groups, of which the `kept` best stay; a group is as good as the sum of
                  its `best` highest scores
     normalized   weights of a token add up to 1, before they are multiplied by `factor`
+    shared       so many experts behind the E that are chosen from are every token's last choices, with a weight of 1
     """
 
     choices: int
@@ -33,6 +34,7 @@ class Rule:
     best: int = 1
     normalized: bool = False
     factor: float = 1.0
+    shared: int = 0
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class Problem:
 def moe_route(
     x: Tensor, weight: Tensor, rule: Rule, *, bias: Tensor | None = None, rounded: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits [T, E], weights [T, k] float32 and experts [T, k] int64 of tokens.
+    """Logits [T, E], weights [T, k + shared] float32 and experts [T, k + shared] int64 of tokens.
 
     x        [T, K] bfloat16, float16 or float32     weight  [E, K] of the same dtype
     bias     [E] float, added to scores for the choice alone
@@ -100,7 +102,7 @@ def _fake(
 ) -> tuple[Tensor, Tensor, Tensor]:
     made = _rule(*rule)
     _check(x, weight, bias, made)
-    shape = x.shape[0], made.choices
+    shape = x.shape[0], made.choices + made.shared
     return (
         x.new_empty((x.shape[0], weight.shape[0]), dtype=x.dtype if rounded else torch.float32),
         x.new_empty(shape, dtype=torch.float32), x.new_empty(shape, dtype=torch.int64),
@@ -129,6 +131,6 @@ def _cuda(
 
 _OP = define(
     "moe_route(Tensor x, Tensor weight, Tensor? bias, bool rounded, int choices, bool sigmoid, int groups, int kept,"
-    " int best, bool normalized, float factor) -> (Tensor, Tensor, Tensor)",
+    " int best, bool normalized, float factor, int shared) -> (Tensor, Tensor, Tensor)",
     fake=_fake, cpu=_cpu, cuda=_cuda,
 )  # fmt: skip

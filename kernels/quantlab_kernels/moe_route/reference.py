@@ -18,7 +18,7 @@ def logits_of(x: Tensor, weight: Tensor, rounded: bool) -> Tensor:
 
 
 def choose(logits: Tensor, bias: Tensor | None, rule: Rule) -> tuple[Tensor, Tensor]:
-    """Weights [T, k] float32 and experts [T, k] int64, best first, of logits [T, E]."""
+    """Weights [T, k + shared] float32 and experts [T, k + shared] int64, best first, of logits [T, E]."""
     logits = logits.to(torch.float32)
     scores = logits.sigmoid() if rule.sigmoid else logits.softmax(-1)
     choice = scores if bias is None else scores + bias.to(torch.float32)
@@ -31,4 +31,6 @@ def choose(logits: Tensor, bias: Tensor | None, rule: Rule) -> tuple[Tensor, Ten
     weights = scores.gather(-1, index)
     if rule.normalized:
         weights = weights / weights.sum(-1, keepdim=True)
-    return weights * rule.factor, index
+    weights = torch.cat((weights * rule.factor, weights.new_ones(len(weights), rule.shared)), -1)
+    shared = torch.arange(rule.shared, device=index.device) + logits.shape[1]
+    return weights, torch.cat((index, shared.expand(len(index), -1)), -1)

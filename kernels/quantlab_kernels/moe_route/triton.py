@@ -42,13 +42,14 @@ def launch(
         (p.tokens, p.experts, p.k), (tokens, experts, _COLUMNS, each), 4,
     )  # fmt: skip
     width = triton.next_power_of_2(p.experts)
+    full = width == p.experts and rule.groups & (rule.groups - 1) == 0
     constants = (
-        triton.next_power_of_2(parts), width, triton.next_power_of_2(rule.choices), rule.choices, rule.sigmoid,
-        rule.groups, rule.kept, rule.best, rule.normalized, bias is not None,
+        triton.next_power_of_2(parts), width, triton.next_power_of_2(rule.choices + rule.shared), rule.choices,
+        rule.shared, rule.sigmoid, rule.groups, rule.kept, rule.best, rule.normalized, bias is not None, full,
     )  # fmt: skip
     _CHOOSE(
         (p.tokens,), (partial, weights if bias is None else bias, logits, weights, index),
-        (p.tokens, p.experts, parts, rule.factor), constants, 1 if width * parts <= 1024 else 4,
+        (p.tokens, p.experts, parts, rule.factor), constants, 1 if width * parts <= 4096 else 4,
     )  # fmt: skip
 
 
@@ -77,8 +78,9 @@ def _logits_kernel(
 @triton.jit
 def _choose_kernel(
     partial_ptr, bias_ptr, logits_ptr, weights_ptr, index_ptr, tokens, experts, parts, factor, PARTS: tl.constexpr,
-    EXPERTS: tl.constexpr, PLACES: tl.constexpr, CHOICES: tl.constexpr, SIGMOID: tl.constexpr, GROUPS: tl.constexpr,
-    KEPT: tl.constexpr, BEST: tl.constexpr, NORMALIZED: tl.constexpr, BIAS: tl.constexpr, EARLY: tl.constexpr,
+    EXPERTS: tl.constexpr, PLACES: tl.constexpr, CHOICES: tl.constexpr, SHARED: tl.constexpr, SIGMOID: tl.constexpr,
+    GROUPS: tl.constexpr, KEPT: tl.constexpr, BEST: tl.constexpr, NORMALIZED: tl.constexpr, BIAS: tl.constexpr,
+    FULL: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     begin(EARLY)
     token = tl.program_id(0).to(tl.int64)
@@ -98,20 +100,44 @@ def _choose_kernel(
     if BIAS:
         choice += tl.load(bias_ptr + expert, mask=there, other=0.0).to(tl.float32)
     choice = tl.where(there, choice, float("-inf"))
-    if GROUPS > 1:
+    if GROUPS > 1 and EXPERTS % GROUPS == 0 and FULL:
+        choice = tl.reshape(_of_kept_groups(tl.reshape(choice, (GROUPS, EXPERTS // GROUPS)), KEPT, BEST), (EXPERTS,))
+    elif GROUPS > 1:
         choice = tl.where(_kept_groups(choice, expert, experts // GROUPS, GROUPS, KEPT, BEST), choice, float("-inf"))
     place = tl.arange(0, PLACES)
     chosen, weight = tl.zeros((PLACES,), tl.int32), tl.zeros((PLACES,), tl.float32)
     for i in tl.static_range(CHOICES):
-        best = tl.argmax(choice, 0)
+        value, best = tl.max(choice, 0, return_indices=True)
+        if BIAS:
+            value = tl.sum(tl.where(expert == best, score, 0.0), 0)
         chosen = tl.where(place == i, best, chosen)
-        weight = tl.where(place == i, tl.sum(tl.where(expert == best, score, 0.0), 0), weight)
+        weight = tl.where(place == i, value, weight)
         choice = tl.where(expert == best, float("-inf"), choice)
     if NORMALIZED:
         weight = weight / tl.sum(weight, 0)
-    out = token * CHOICES + place
-    tl.store(weights_ptr + out, weight * factor, mask=place < CHOICES)
-    tl.store(index_ptr + out, chosen.to(tl.int64), mask=place < CHOICES)
+    weight = tl.where(place < CHOICES, weight * factor, 1.0)
+    chosen = tl.where(place < CHOICES, chosen, experts + place - CHOICES)
+    out = token * (CHOICES + SHARED) + place
+    tl.store(weights_ptr + out, weight, mask=place < CHOICES + SHARED)
+    tl.store(index_ptr + out, chosen.to(tl.int64), mask=place < CHOICES + SHARED)
+
+
+@triton.jit
+def _of_kept_groups(choice, KEPT: tl.constexpr, BEST: tl.constexpr):
+    """Groups [G, E / G] of powers of two, those that are not kept at minus infinity."""
+    GROUPS: tl.constexpr = choice.shape[0]
+    column, lane = tl.arange(0, choice.shape[1])[None, :], tl.arange(0, GROUPS)
+    rest, good = choice, tl.zeros((GROUPS,), tl.float32)
+    for _ in tl.static_range(BEST):
+        value, at = tl.max(rest, 1, return_indices=True)
+        good += value
+        rest = tl.where(column == at[:, None], float("-inf"), rest)
+    kept = tl.zeros((GROUPS,), tl.int32)
+    for _ in tl.static_range(KEPT):
+        best = tl.argmax(good, 0)
+        kept = tl.where(lane == best, 1, kept)
+        good = tl.where(lane == best, float("-inf"), good)
+    return tl.where(kept[:, None] > 0, choice, float("-inf"))
 
 
 @triton.jit
