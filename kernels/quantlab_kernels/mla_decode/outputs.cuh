@@ -6,7 +6,7 @@ DEVICE void pin(Sums& sums) {
 }
 
 #if FORMAT == 0
-DEVICE void add_outputs(Sums& sums, const Shared& s, const Thread& me, Place at) {
+DEVICE void add_outputs(Sums& sums, const Params& p, const Shared& s, const Thread& me, Place at) {
   const u32 b = descriptor_low(s.base + OFFSET_P + me.team * N * 128);
   at.advance(1 + me.part * MINE);
   Place before = at;
@@ -30,7 +30,7 @@ DEVICE void add_outputs(Sums& sums, const Shared& s, const Thread& me, Place at)
 }
 #elif NARROW
 // Matrix units add 8-bit products with 13 bits or so: a tile's are added to float32 sums.
-DEVICE void add_outputs(Sums& sums, const Shared& s, const Thread& me, Place at) {
+DEVICE void add_outputs(Sums& sums, const Params& p, const Shared& s, const Thread& me, Place at) {
   constexpr int BATCH = N > 24 ? 2 : CHUNK_BLOCKS, BATCHES = CHUNK_BLOCKS / BATCH;
   const u32 b = descriptor_low(s.base + OFFSET_P + me.team * N * 128);
   at.advance(1 + me.part * MINE);
@@ -49,6 +49,7 @@ DEVICE void add_outputs(Sums& sums, const Shared& s, const Thread& me, Place at)
       if (more) {
         turn(low, s.chunk(at) + step * 4096, even, odd);
         turn(high, s.chunk(at) + step * 4096 + 2048, even, odd);
+        if (batch % BATCHES == BATCHES - 1 && step == 1) release_read(p, me, s.empty(at), SHARE, low[3] ^ high[3]);
       }
       if (batch > 0 && step == 0) {
         wgmma_wait<0>();
@@ -69,14 +70,12 @@ DEVICE void add_outputs(Sums& sums, const Shared& s, const Thread& me, Place at)
       for (int k = 0; k < BATCH; k++) wgmma_outputs(fresh[k], a[k], descriptor(b + 2 * step), step);
       wgmma_commit();
     }
-    if (batch == MINE * BATCHES || batch % BATCHES != BATCHES - 1) continue;
-    release(me, s.empty(at), SHARE);
-    at.advance(1);
+    if (batch % BATCHES == BATCHES - 1) at.advance(1);
   }
 }
 #else
 // INT8 codes become float16 numbers, exactly.
-DEVICE void add_outputs(Sums& sums, const Shared& s, const Thread& me, Place at) {
+DEVICE void add_outputs(Sums& sums, const Params& p, const Shared& s, const Thread& me, Place at) {
   const u32 b = descriptor_low(s.base + OFFSET_P + me.team * N * 128);
   constexpr int AHEAD = N > 32 ? 1 : 4;  // k-steps whose codes are read at once
   at.advance(1 + me.part * MINE);
@@ -104,6 +103,7 @@ DEVICE void add_outputs(Sums& sums, const Shared& s, const Thread& me, Place at)
       u32 low[4], high[4];
       int8_turned(low, words[i % AHEAD][0], words[i % AHEAD][1]);
       int8_turned(high, words[i % AHEAD][2], words[i % AHEAD][3]);
+      if (i == 3) release_read(p, me, s.empty(at), SHARE, low[0] ^ high[0]);
 #pragma unroll
       for (int k = 0; k < 2; k++) {
         a[k][0] = low[2 * k], a[k][1] = low[2 * k + 1], a[k][2] = high[2 * k], a[k][3] = high[2 * k + 1];
@@ -114,7 +114,6 @@ DEVICE void add_outputs(Sums& sums, const Shared& s, const Thread& me, Place at)
       for (int k = 0; k < 2; k++) wgmma_outputs(sums.out[2 * c + k], a[k], descriptor(b + 2 * i), 1);
       wgmma_commit();
     }
-    release(me, s.empty(at), SHARE);
     at.advance(1);
   }
   wgmma_wait<0>();

@@ -13,11 +13,13 @@ struct Four {
   u32 words[QUERY == 0 ? 4 : 2];
   DEVICE void load(const char* from, bool some) {
     if constexpr (QUERY == 0) {
-      const uint4 x = some ? *reinterpret_cast<const uint4*>(from) : uint4{0, 0, 0, 0};
-      words[0] = x.x, words[1] = x.y, words[2] = x.z, words[3] = x.w;
+      words[0] = words[1] = words[2] = words[3] = 0;
+      if (some)
+        asm volatile("ld.global.v4.b32 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3]) : "l"(from) : "memory");
     } else {
-      const uint2 x = some ? *reinterpret_cast<const uint2*>(from) : uint2{0, 0};
-      words[0] = x.x, words[1] = x.y;
+      words[0] = words[1] = 0;
+      if (some) asm volatile("ld.global.v2.b32 {%0, %1}, [%2];" : "=r"(words[0]), "=r"(words[1]) : "l"(from) : "memory");
     }
   }
   DEVICE float operator[](int k) const {
@@ -63,23 +65,34 @@ DEVICE float write_four(u32 base, int n, int channel, const float (&x)[4]) {
 // Two rows of a warp, on their way to shared memory.
 struct Queries {
   static constexpr int WARPS = CONSUMERS / 32, ROWS = 2, BYTES = QUERY == 0 ? 4 : 2;
+  const char *latents[ROWS], *ropes[ROWS];
+  bool some[ROWS];
   Four latent[ROWS][L / 128];
   float rope[ROWS][2];
 
-  // From row `first` of the tile on.
-  DEVICE void load(const Params& p, const Work& work, int first) {
+  // To rows from `first` of the tile on. Prefetching keeps the addresses from being computed later.
+  DEVICE void aim(const Params& p, const Work& work, int first) {
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int r = 0; r < ROWS; r++) {
       const int n = first + threadIdx.x / 32 + r * WARPS, row = work.first_row + n;
-      const bool some = row < p.rows && n < N;
+      some[r] = row < p.rows && n < N;
       const int query = p.sq == 1 ? 0 : row / p.heads, head = row - query * p.heads;
-      const char* from = p.q_latent + BYTES * (work.batch * p.ql_batch + query * p.ql_token + head * p.ql_head);
-      const i64 rope_at = work.batch * p.qr_batch + query * p.qr_token + head * p.qr_head;
+      latents[r] = p.q_latent + BYTES * (work.batch * p.ql_batch + query * p.ql_token + head * p.ql_head + 4 * lane);
+      ropes[r] = p.q_rope + BYTES * (work.batch * p.qr_batch + query * p.qr_token + head * p.qr_head + 2 * lane);
+      if (some[r]) {
+        asm volatile("prefetch.global.L2 [%0];" ::"l"(latents[r]));
+        asm volatile("prefetch.global.L2 [%0];" ::"l"(ropes[r]));
+      }
+    }
+  }
+  DEVICE void load() {
 #pragma unroll
-      for (int i = 0; i < L / 128; i++) latent[r][i].load(from + BYTES * (128 * i + 4 * lane), some);
+    for (int r = 0; r < ROWS; r++) {
 #pragma unroll
-      for (int i = 0; i < 2; i++) rope[r][i] = some ? load_float<QUERY>(p.q_rope, rope_at + 2 * lane + i) : 0.0f;
+      for (int i = 0; i < L / 128; i++) latent[r][i].load(latents[r] + BYTES * 128 * i, some[r]);
+#pragma unroll
+      for (int i = 0; i < 2; i++) rope[r][i] = some[r] ? load_float<QUERY>(ropes[r], i) : 0.0f;
     }
   }
 
@@ -110,7 +123,7 @@ struct Queries {
         for (int i = 1; i < 32; i *= 2) sum += __shfl_xor_sync(~0u, sum, i);
       if (lane == 0) {
         const int query = p.sq == 1 ? 0 : min(row / p.heads, p.sq - 1);
-        write(base + OFFSET_FACTOR + 4 * n, p.factor / raised);
+        write(base + OFFSET_FACTOR + 4 * n, p.factor * __uint_as_float((exponent - 6) << 23));
         if (NIBBLES) write(base + OFFSET_BASE + 4 * n, sum);
         write(base + OFFSET_PLACE + 4 * n, static_cast<float>(work.length - p.sq + query));
       }
@@ -123,7 +136,8 @@ struct Queries {
       store_rows(p, work, base, first);
       first += ROWS * WARPS;
       if (first >= N) break;
-      load(p, work, first);
+      aim(p, work, first);
+      load();
     }
   }
 };

@@ -139,11 +139,16 @@ DEVICE void group_sync(const Thread& me) { named_barrier_sync(1 + me.team * SHAR
 DEVICE void team_sync(const Thread& me) {
   named_barrier_sync(SHARE == 1 ? 1 + me.team : 1 + TEAMS * SHARE + me.team, TEAM);
 }
-// After the use of what was read: an arrival does not wait for loads on their way, which the next copy could overtake.
 DEVICE void release(const Thread& me, u32 barrier, u32 count) {
   __syncwarp();
   if (me.lane == 0)
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
+}
+
+// The same once `last`, which was made of the last words of a chunk, is there: an arrival does not wait for loads on their
+// way, and the next copy has overtaken some. p.sq has no sign, which the compiler does not know.
+DEVICE void release_read(const Params& p, const Thread& me, u32 barrier, u32 count, u32 last) {
+  release(me, barrier | (last & static_cast<u32>(p.sq >> 31)), count);
 }
 
 // All teams are here, for the first (0) or second (1) time. A barrier in memory at which every thread arrives: racecheck takes
@@ -209,16 +214,17 @@ DEVICE void attend_tile(Sums& sums, const Params& p, const Work& work, const Sha
     }
   }
   softmax(sums, x, s, me, scale, inverse);
-  add_outputs(sums, s, me, at);
+  add_outputs(sums, p, s, me, at);
 }
 
 DEVICE void consume(const Params& p, const Shared& s) {
   const Thread me;
   Work work;
   work.place(p);
-  wait_for_previous_kernel();
   Queries queries;
-  queries.load(p, work, 0);  // under way while the length is
+  queries.aim(p, work, 0);
+  wait_for_previous_kernel();
+  queries.load();  // under way while the length is
   work.measure(p);
   Sums sums;
 #pragma unroll
@@ -228,8 +234,8 @@ DEVICE void consume(const Params& p, const Shared& s) {
 #pragma unroll
   for (int j = 0; j < 2 * GROUPS; j++) sums.largest[j] = -INFINITE, sums.total[j] = 0.0f, sums.mass[j] = 0.0f;
   float next[2] = {1.0f, 1.0f};
-  load_scales(next, p, work, me, work.begin + me.team * TILE);
   queries.store(p, work, s.base);
+  load_scales(next, p, work, me, work.begin + me.team * TILE);
   async_proxy_fence();
   named_barrier_sync(15, CONSUMERS);
   Place at = {0, 0};
@@ -248,13 +254,13 @@ DEVICE void consume(const Params& p, const Shared& s) {
 extern "C" __global__ void __launch_bounds__(THREADS, 1) mla_decode(const __grid_constant__ Params p) {
   extern __shared__ __align__(1024) unsigned char memory[];
   const Shared s = {shared_address(memory)};
-  if (threadIdx.x < RING) {
-    barrier_init(s.base + OFFSET_BARRIERS + 16 * threadIdx.x, 1);
-    barrier_init(s.base + OFFSET_BARRIERS + 16 * threadIdx.x + 8, 4 * SHARE);
-    if (threadIdx.x == 0) barrier_init(s.base + OFFSET_MEETING, CONSUMERS);
+  if (threadIdx.x == 0) {
+    for (int slot = 0; slot < RING; slot++) {
+      barrier_init(s.base + OFFSET_BARRIERS + 16 * slot, 1);
+      barrier_init(s.base + OFFSET_BARRIERS + 16 * slot + 8, 4 * SHARE);
+    }
+    barrier_init(s.base + OFFSET_MEETING, CONSUMERS);
     barrier_init_fence();
-  }
-  if (threadIdx.x == CONSUMERS) {
     prefetch_tensor_map(&p.latent);
     prefetch_tensor_map(&p.rope);
   }

@@ -90,25 +90,30 @@ DEVICE void store_four(char* base, i64 index, const float (&x)[4]) {
 }
 
 struct Work {
+  u32 per_split;  // 2^32 / splits, rounded up
   int batch, first_row, split, low, length, begin, end, count;  // of its tiles
   DEVICE Work(const Params& p) {
     place(p);
     measure(p);
   }
   DEVICE Work() {}
+  // What needs nothing of the kernels before this one; kept from sinking behind the wait for them.
   DEVICE void place(const Params& p) {
     int index = blockIdx.x;
     first_row = index % p.tiles * N;
     index /= p.tiles;
     split = index % p.splits;
     batch = index / p.splits;
+    per_split = 0xFFFFFFFFu / p.splits + 1;
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(p.length + batch));
+    asm volatile("" : "+r"(first_row), "+r"(split), "+r"(batch), "+r"(per_split)::"memory");
   }
-  DEVICE void measure(const Params& p) {  // what a kernel before this one may have written
+  DEVICE void measure(const Params& p) {
     length = p.length[batch];
     if (!PAGED) length = min(length, p.capacity);
     low = p.start == nullptr ? 0 : max(p.start[batch], 0);
-    const int base = low / TILE * TILE;
-    const int share = (max(length - base, 0) + p.splits * TILE - 1) / (p.splits * TILE) * TILE;
+    const int base = low / TILE * TILE, tiles = (max(length - base, 0) + TILE - 1) / TILE;
+    const int share = (p.splits == 1 ? tiles : __umulhi(tiles + p.splits - 1, per_split)) * TILE;
     begin = base + split * share;
     end = min(begin + share, length);
     count = max(end - begin + TILE - 1, 0) / TILE;
