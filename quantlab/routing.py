@@ -97,7 +97,7 @@ def _observed(router: Any) -> Route | None:
             return None
         bias = getattr(router, _BIAS, None)
         fits = [_fitted(rule, logits, bias, weights, index) for rule in _rules(router)]
-    share, rule = max((fit for fit in fits if fit is not None), key=lambda fit: fit[0], default=(0.0, None))
+    _, rule = max((fit for fit in fits if fit is not None), key=lambda fit: fit[0], default=(0.0, None))
     return None if rule is None else Route(router, rule, rounded)
 
 
