@@ -26,6 +26,10 @@ MODELS = {
         {**LATENT, "n_group": 4, "topk_group": 2},
         Rule(2, sigmoid=True, groups=4, kept=2, best=2, normalized=True, factor=2.5),
     ),
+    "DeepseekV3 in groups that matter to one token in fifty": (
+        {**LATENT, "n_group": 8, "topk_group": 7, "n_routed_experts": 256, "num_experts_per_tok": 4},
+        Rule(4, sigmoid=True, groups=8, kept=7, best=2, normalized=True, factor=2.5),
+    ),
     "Mixtral": ({}, Rule(2, normalized=True)),
     "Qwen3Moe": ({"norm_topk_prob": True}, Rule(2, normalized=True)),
     "Olmoe": ({}, Rule(2)),
