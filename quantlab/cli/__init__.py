@@ -65,8 +65,9 @@ def main() -> None:
     except QuantlabError as error:
         print(f"quantlab: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("quantlab: interrupted; the same command continues where it stopped", file=sys.stderr)
-        sys.exit(130)
+    except SystemExit as end:
+        if end.code == 130:  # of an interrupt, which typer takes without a word
+            print("quantlab: interrupted; the same command continues where it stopped", file=sys.stderr)
+        raise
     except BrokenPipeError:
         sys.exit(1)

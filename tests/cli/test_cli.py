@@ -29,6 +29,16 @@ def fails(capsys, monkeypatch, *args: str) -> tuple[int, str]:
     return stop.value.code, capsys.readouterr().err
 
 
+def test_an_interrupted_command_says_how_to_go_on(capsys, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("quantlab.verify.verify", interrupt)
+    code, said = fails(capsys, monkeypatch, "verify", "x")
+    assert code == 130
+    assert said.endswith("quantlab: interrupted; the same command continues where it stopped\n")
+
+
 def test_surface_is_frozen():
     commands = {c.name or c.callback.__name__: c for c in app.registered_commands}
     assert sorted(commands) == [
