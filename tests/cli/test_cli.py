@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import statistics
 import subprocess
@@ -33,7 +34,7 @@ def test_an_interrupted_command_says_how_to_go_on(capsys, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("quantlab.verify.verify", interrupt)
+    monkeypatch.setattr(importlib.import_module("quantlab.verify"), "verify", interrupt)
     code, said = fails(capsys, monkeypatch, "verify", "x")
     assert code == 130
     assert said.endswith("quantlab: interrupted; the same command continues where it stopped\n")
