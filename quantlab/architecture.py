@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ class Architecture:
     class_name      the model class
     shapes          checkpoint tensor -> shape that the model has for it, where loading does not change the shape
     unstacked       paths of experts that are one tensor here, and one by one in compressed-tensors checkpoints
+    foreign         paths of experts that our layers cannot replace -> why
     """
 
     kinds: dict[str, str]
@@ -39,6 +40,7 @@ class Architecture:
     class_name: str
     shapes: dict[str, tuple[int, ...]]
     unstacked: frozenset[str] = frozenset()
+    foreign: dict[str, str] = field(default_factory=dict)
 
 
 def architecture(
@@ -50,6 +52,8 @@ def architecture(
     code in the repository that is not trusted.
     """
     from transformers.quantizers.quantizers_utils import should_convert_module
+
+    from quantlab.experts import unsupported
 
     model = meta_model(Path(folder), trust_remote_code)
     if model is None:
@@ -69,7 +73,10 @@ def architecture(
         kinds[name], paths[name] = kind, path
     state = model.state_dict()
     shapes = {name: tuple(state[target.parameter].shape) for name, target in targets.items() if not target.patterns}
-    return Architecture(kinds, paths, _linear_modules(modules), type(model).__name__, shapes, _unstacked(modules))
+    experts = {paths[name] for name, kind in kinds.items() if kind == "expert"}
+    foreign = {path: why for path in sorted(experts) if (why := unsupported(modules[path])) is not None}
+    linear, name = _linear_modules(modules), type(model).__name__
+    return Architecture(kinds, paths, linear, name, shapes, _unstacked(modules), foreign)
 
 
 def meta_model(folder: Path, trust_remote_code: bool = False) -> Any:

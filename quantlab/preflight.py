@@ -168,7 +168,7 @@ def plan(source: Source, recipe: Recipe, *, trust_remote_code: bool = False) -> 
         source.weight_bytes,
         sum(bytes_after(decision) for decision in decisions),
         largest_tensor_parallel([d for d in decisions if d.scheme], source.config),
-        (*doubts, *_warnings(decisions, source, recipe), *_merged_beside_int4(decisions, architecture)),
+        (*doubts, *_warnings(decisions, source, recipe), *_who_loads_it(decisions, architecture)),
         architecture.class_name if architecture else None,
         architecture.modules if architecture else {},
     )
@@ -420,10 +420,20 @@ def _shape_advice(decisions: list[Decision]) -> Iterable[str]:
         yield f"fp8-dynamic takes shapes in multiples of {ENGINE_ALIGNMENT}: {how}"
 
 
-def _merged_beside_int4(decisions: list[Decision], architecture: Architecture | None) -> Iterable[str]:
-    """transformers takes every weight that it merges with others, quantized or not, for one of the scheme's."""
-    if architecture is None or not any(d.scheme and d.scheme.layout == "pack-quantized" for d in decisions):
+def _who_loads_it(decisions: list[Decision], architecture: Architecture | None) -> Iterable[str]:
+    """What transformers loads with us alone, and what without us alone."""
+    if architecture is None:
         return
+    quantized = {architecture.modules.get(d.tensor, "") for d in decisions if d.scheme and d.kind == "expert"}
+    why = next((why for path, why in architecture.foreign.items() if path in quantized), None)
+    if why is not None:
+        yield f"quantlab leaves the result to transformers and engines: {why}; leave the experts with --ignore"
+    if any(d.scheme and d.scheme.layout == "pack-quantized" for d in decisions):
+        yield from _merged_beside_int4(decisions, architecture)
+
+
+def _merged_beside_int4(decisions: list[Decision], architecture: Architecture) -> Iterable[str]:
+    """transformers takes every weight that it merges with others, quantized or not, for one of the scheme's."""
     merged = [d.module for d in decisions if d.scheme is None and d.tensor.endswith(WEIGHT)]
     merged = [m for m in merged if m + WEIGHT in architecture.kinds and m + WEIGHT not in architecture.shapes]
     if merged:

@@ -315,6 +315,22 @@ def test_merged_weights_that_stay_beside_int4(tmp_path: Path) -> None:
     assert not any("merge" in line for line in plan(tmp_path, "fp8-dynamic").warnings)
 
 
+def test_experts_that_are_not_for_our_layers(tmp_path: Path) -> None:
+    """LongCat's experts that compute nothing have a row of the fused weight all the same."""
+    from transformers import LongcatFlashConfig, LongcatFlashForCausalLM
+
+    config = LongcatFlashConfig(
+        hidden_size=64, ffn_hidden_size=64, expert_ffn_hidden_size=64, num_layers=1, num_attention_heads=2, head_dim=16,
+        kv_lora_rank=16, q_lora_rank=16, qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=16, vocab_size=64,
+        n_routed_experts=4, zero_expert_num=2, moe_topk=2, pad_token_id=0,
+    )  # fmt: skip
+    LongcatFlashForCausalLM(config).save_pretrained(tmp_path)
+    said = "quantlab leaves the result to transformers and engines: some of its experts compute nothing; leave the"
+    assert any(said in line for line in plan(tmp_path, "fp8-dynamic").warnings)
+    alone = Recipe("fp8-dynamic", rules=(Rule("*.experts.*", "none"),))
+    assert not any("leaves the result" in line for line in plan(tmp_path, alone).warnings)
+
+
 def test_experts_that_a_loader_would_ignore_are_refused(tmp_path: Path) -> None:
     """transformers takes the experts of Llama 4 one by one from compressed-tensors checkpoints, and nowhere else."""
     from transformers import Llama4ForCausalLM, Llama4TextConfig
