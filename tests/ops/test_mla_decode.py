@@ -402,6 +402,16 @@ def test_lengths_change_inside_a_graph(name: str):
 
 
 @pytest.mark.gpu(sm=80)
+@pytest.mark.parametrize("name", FORMATS)
+def test_long_sequences_repeat_bit_for_bit(name: str):
+    """Rings of chunks go round many times: no copy may overtake the reading of what it replaces."""
+    bench = importlib.import_module("quantlab_kernels.mla_decode.bench")
+    given = bench.build(name, 16, 128, 4096, torch.device("cuda"), 0)
+    first = mla_decode(*given, scale=SCALE)[0]
+    assert all(torch.equal(mla_decode(*given, scale=SCALE)[0], first) for _ in range(8))
+
+
+@pytest.mark.gpu(sm=80)
 def test_queries_of_another_layout():
     """As a model makes them: a transposed view."""
     call = build(Case("fp8", (600, 512), heads=16, **V3), torch.bfloat16, "cuda")
