@@ -94,11 +94,27 @@ def latents(m: int, heads: int = 20) -> tuple[Callable[..., Tensor], tuple[Tenso
     return call, (randn(2, 1, heads, 512), randn(2, 1, heads, 64), randn(2, m, 512), randn(2, m, 64))
 
 
+def latents_of_few_heads(m: int) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
+    return latents(m, 16)
+
+
 def latents_of_many_heads(m: int) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
     return latents(m, 40)
 
 
-CALLS = (fp8_block, fp8_row, fp8_grouped, int4_fp8, int4, absorbed, prefill, decode, latents, latents_of_many_heads)
+CALLS = (
+    fp8_block,
+    fp8_row,
+    fp8_grouped,
+    int4_fp8,
+    int4,
+    absorbed,
+    prefill,
+    decode,
+    latents,
+    latents_of_few_heads,
+    latents_of_many_heads,
+)
 
 
 def main() -> int:
