@@ -166,7 +166,8 @@ def _why_no_weights(folder: Path) -> str:
     inner = sorted(
         path.parent for pattern in ("*/*.safetensors", "snapshots/*/*.safetensors") for path in folder.glob(pattern)
     )
-    return f"holds no safetensors file; did you mean {inner[-1]}?" if inner else "holds no safetensors file"
+    meant = f"did you mean {inner[-1]}?" if inner else "needs a model folder in the Hugging Face layout"
+    return f"holds no safetensors file; {meant}"
 
 
 def _read_index(path: Path) -> dict[str, str]:

@@ -97,7 +97,9 @@ SCHEMES: dict[str, Scheme] = {
 def did_you_mean(given: str, known: Iterable[str]) -> str:
     """The tail of an error message about an unknown name."""
     known = sorted(known)
-    close = difflib.get_close_matches(given, known, n=1, cutoff=0.5)
+    given = given.lower()
+    begun = [name for name in known if given and name.startswith(given)]
+    close = begun or difflib.get_close_matches(given, known, n=1, cutoff=0.5)
     hint = f"; did you mean {close[0]!r}?" if close else "."
     return f"known: {', '.join(known)}{hint}"
 

@@ -86,3 +86,9 @@ def test_the_fast_effort_is_optional_until_something_is_named():
     assert replace(fast, samples=5).count == 5
     named = [replace(fast, data="text.txt"), replace(fast, activations="static"), fast.only(["gptq"]), Calibration()]
     assert not any(calibration.optional for calibration in named)
+
+
+@pytest.mark.parametrize("given", ["FP8", "fp8-blok", "FP8_Block"])
+def test_what_was_meant(given: str) -> None:
+    with pytest.raises(UsageError, match=r"known: fp8-block, .*; did you mean 'fp8-block'\?"):
+        scheme_named(given)
