@@ -17,8 +17,8 @@ from quantlab_kernels.kv_append.triton import KINDS, _eight_bits, _rounded
 if TYPE_CHECKING:
     from quantlab_kernels.mla_append.op import Problem
 
-HEADS = 16  # of one program that turns queries of a step
-ROWS = 64  # of one program that turns queries or keys of prompts
+HEADS = 16  # of one program that turns queries
+TOKENS = 8  # of one program that turns those of a prompt
 
 
 def supports(problem: Problem) -> str | None:
@@ -81,12 +81,13 @@ def launch_step(
 def launch_turn(
     problem: Problem, query: Tensor, rope: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, kept_interleaved: bool
 ) -> None:
-    """Turn queries [B, S, H, R] and keys [B, S, R] where they are, `ROWS` of one kind in a program."""
-    blocks = triton.cdiv(problem.tokens * problem.heads, ROWS)
+    """Turn queries [B, S, H, R] and keys [B, S, R] where they are; a program for some tokens' keys, or for heads."""
+    tokens = 1 if problem.tokens * problem.batch <= 256 else TOKENS
     strides = [n for x in (cos, sin) for n in (*_strides(x), x.stride(2))]
-    numbers = problem.tokens, problem.heads, blocks, *query.stride(), *rope.stride(), *strides
-    grid = (blocks + triton.cdiv(problem.tokens, ROWS), problem.batch)
-    _TURN(grid, (query, rope, cos, sin), numbers, (problem.rope, ROWS, interleaved, kept_interleaved), 4)
+    numbers = problem.tokens, problem.heads, *query.stride(), *rope.stride(), *strides
+    grid = (triton.cdiv(problem.tokens, tokens), problem.batch, 1 + triton.cdiv(problem.heads, HEADS))
+    constants = problem.rope, HEADS, tokens, interleaved, kept_interleaved
+    _TURN(grid, (query, rope, cos, sin), numbers, constants, 2)
 
 
 def _strides(tensor: Tensor | None) -> tuple[int, int]:
@@ -222,23 +223,26 @@ def _turned_rows(
     at, cos_ptr, sin_ptr, column, cos_column, sin_column, mask, out, out_column, out_mask, TURN: tl.constexpr,
     PAIRS: tl.constexpr, KEPT: tl.constexpr,
 ):  # fmt: skip
-    """Rows that begin at `at` [N, 1], turned by angles of one position or, [N, 1], of each, to `out` [N, 1]; PAIRS,
-    KEPT: channels that belong together lie side by side there, else TURN apart."""
-    turn = tl.arange(0, TURN)[None, :]
+    """Rows that begin at `at` [N, 1], turned by angles of one position, to `out` [N, 1]; PAIRS, KEPT: channels that
+    belong together lie side by side there, else TURN apart."""
+    turn, channel = tl.arange(0, TURN)[None, :], tl.arange(0, 2 * TURN)[None, :]
     cos = tl.load(cos_ptr + turn * cos_column).to(tl.float32)
     sin = tl.load(sin_ptr + turn * sin_column).to(tl.float32)
-    first, second = turn, turn + TURN
     if PAIRS:
-        first, second = 2 * turn, 2 * turn + 1
-    one = tl.load(at + first * column, mask=mask, other=0.0).to(tl.float32)
-    two = tl.load(at + second * column, mask=mask, other=0.0).to(tl.float32)
-    first, second = turn, turn + TURN
-    if KEPT:
-        first, second = 2 * turn, 2 * turn + 1
-    tl.debug_barrier()  # all threads have read rows that are turned where they are
+        row = tl.load(at + channel * column, mask=mask, other=0.0).to(tl.float32)
+        one, two = tl.split(tl.reshape(row, (row.shape[0], TURN, 2)))
+    else:
+        one = tl.load(at + turn * column, mask=mask, other=0.0).to(tl.float32)
+        two = tl.load(at + (turn + TURN) * column, mask=mask, other=0.0).to(tl.float32)
+    first, second = one * cos - two * sin, two * cos + one * sin
     kind = out.dtype.element_ty
-    tl.store(out + first * out_column, (one * cos - two * sin).to(kind), mask=out_mask)
-    tl.store(out + second * out_column, (two * cos + one * sin).to(kind), mask=out_mask)
+    tl.debug_barrier()  # all threads have read rows that are turned where they are
+    if KEPT:
+        both = tl.reshape(tl.join(first, second), (first.shape[0], 2 * TURN))
+        tl.store(out + channel * out_column, both.to(kind), mask=out_mask)
+    else:
+        tl.store(out + turn * out_column, first.to(kind), mask=out_mask)
+        tl.store(out + (turn + TURN) * out_column, second.to(kind), mask=out_mask)
 
 
 @triton.jit
@@ -281,34 +285,33 @@ def _step_kernel(
 
 @triton.jit
 def _turn_kernel(
-    query_ptr, rope_ptr, cos_ptr, sin_ptr, tokens, heads, blocks, q_batch, q_token, q_head, q_column, r_batch, r_token,
-    r_column, cos_batch, cos_token, cos_column, sin_batch, sin_token, sin_column, R: tl.constexpr, ROWS: tl.constexpr,
-    PAIRS: tl.constexpr, KEPT: tl.constexpr, EARLY: tl.constexpr,
+    query_ptr, rope_ptr, cos_ptr, sin_ptr, tokens, heads, q_batch, q_token, q_head, q_column, r_batch, r_token,
+    r_column, cos_batch, cos_token, cos_column, sin_batch, sin_token, sin_column, R: tl.constexpr,
+    HEADS: tl.constexpr, TOKENS: tl.constexpr, PAIRS: tl.constexpr, KEPT: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """ROWS heads of queries, those of a token behind one another; programs from `blocks` on have ROWS keys."""
+    """Keys of TOKENS tokens, or HEADS heads of their queries."""
     begin(EARLY)
     TURN: tl.constexpr = R // 2
     batch = tl.program_id(1).to(tl.int64)
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     cos_ptr += batch * cos_batch
     sin_ptr += batch * sin_batch
-    if tl.program_id(0) < blocks:
-        token, mask = row // heads, row < tokens * heads
-        place = tl.where(mask, token, 0)
-        query = query_ptr + batch * q_batch + token * q_token + row % heads * q_head
-        _turned_rows(
-            query, cos_ptr + place * cos_token, sin_ptr + place * sin_token, q_column, cos_column, sin_column, mask,
-            query, q_column, mask, TURN, PAIRS, KEPT,
-        )  # fmt: skip
-    else:
-        key_token = row - blocks * ROWS
-        there = key_token < tokens
-        key_place = tl.where(there, key_token, 0)
-        key = rope_ptr + batch * r_batch + key_token * r_token
-        _turned_rows(
-            key, cos_ptr + key_place * cos_token, sin_ptr + key_place * sin_token, r_column, cos_column, sin_column,
-            there, key, r_column, there, TURN, PAIRS, KEPT,
-        )  # fmt: skip
+    for i in range(TOKENS):
+        token = tl.program_id(0).to(tl.int64) * TOKENS + i
+        place = tl.minimum(token, tokens - 1)
+        cos_at, sin_at = cos_ptr + place * cos_token, sin_ptr + place * sin_token
+        if tl.program_id(2) == 0:
+            one = tl.arange(0, 1)[:, None]
+            key, there = rope_ptr + batch * r_batch + token * r_token + one, (one + token) < tokens
+            _turned_rows(
+                key, cos_at, sin_at, r_column, cos_column, sin_column, there, key, r_column, there, TURN, PAIRS, KEPT
+            )
+        else:
+            head = ((tl.program_id(2) - 1) * HEADS + tl.arange(0, HEADS)).to(tl.int64)[:, None]
+            query = query_ptr + batch * q_batch + token * q_token + head * q_head
+            mask = (head < heads) & (head * 0 + token < tokens)
+            _turned_rows(
+                query, cos_at, sin_at, q_column, cos_column, sin_column, mask, query, q_column, mask, TURN, PAIRS, KEPT
+            )
 
 
 _LAUNCH = Launcher(_kernel)
