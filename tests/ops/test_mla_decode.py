@@ -403,6 +403,16 @@ def test_lengths_change_inside_a_graph(name: str):
 
 @pytest.mark.gpu(sm=80)
 @pytest.mark.parametrize("name", FORMATS)
+def test_queries_of_very_different_parts(name: str):
+    """Positions' share of a query does not take the latents' bits away."""
+    call = build(Case(name, (600, 512), heads=16, **V3), torch.bfloat16, "cuda")
+    check(
+        mla_decode, replace(call, q_rope=call.q_rope * 40, q_latent=call.q_latent * 0.5), narrow=name in ("fp8", "int4")
+    )
+
+
+@pytest.mark.gpu(sm=80)
+@pytest.mark.parametrize("name", FORMATS)
 def test_long_sequences_repeat_bit_for_bit(name: str):
     """Rings of chunks go round many times: no copy may overtake the reading of what it replaces."""
     bench = importlib.import_module("quantlab_kernels.mla_decode.bench")

@@ -181,7 +181,8 @@ DEVICE void store_column(char* to, i64 row, const Sums& sums, const Thread& me, 
 }
 
 // Column q of this thread: result and log-sum-exp, or a part of them for whoever merges.
-DEVICE void store(const Params& p, const Work& work, const Sums& sums, const Thread& me, int q, float top, float whole) {
+DEVICE void store(const Params& p, const Work& work, const Sums& sums, const Thread& me, int q, float top,
+                  float whole) {
   const int row = work.first_row + q / 2 * 8 + 2 * me.t + q % 2;
   if (row >= p.rows) return;
   const bool some = whole > 0.0f, teller = me.part == 0 && me.warp == 0 && me.g == 0;

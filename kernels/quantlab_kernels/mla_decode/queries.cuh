@@ -19,7 +19,8 @@ struct Four {
                      : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3]) : "l"(from) : "memory");
     } else {
       words[0] = words[1] = 0;
-      if (some) asm volatile("ld.global.v2.b32 {%0, %1}, [%2];" : "=r"(words[0]), "=r"(words[1]) : "l"(from) : "memory");
+      if (some)
+        asm volatile("ld.global.v2.b32 {%0, %1}, [%2];" : "=r"(words[0]), "=r"(words[1]) : "l"(from) : "memory");
     }
   }
   DEVICE float operator[](int k) const {
@@ -46,8 +47,9 @@ DEVICE float write_four(u32 base, int n, int channel, const float (&x)[4]) {
   return 0.0f;
 #else
   const int byte = NIBBLES ? channel % (L / 2) : channel, step = byte / 128 * 8 + byte / 4 % 8;
-  const u32 to = NIBBLES ? base + step / 4 * (2 * Q_CHUNK) + swizzled(n, step % 4 * 32 + channel / (L / 2) * 16 + byte / 32 % 4 * 4)
-                         : base + channel / 128 * (2 * Q_CHUNK) + swizzled(n, channel % 128);
+  const int chunk = NIBBLES ? step / 4 : channel / 128;
+  const int column = NIBBLES ? step % 4 * 32 + channel / (L / 2) * 16 + byte / 32 % 4 * 4 : channel % 128;
+  const u32 to = base + chunk * (2 * Q_CHUNK) + swizzled(n, column);
   u32 upper = 0, lower = 0;
   int sum = 0;
 #pragma unroll
@@ -96,14 +98,14 @@ struct Queries {
     }
   }
 
-  // The largest of a row near 128 by a power of two.
+  // The largest latent channel of a row near 128 by a power of two; the position's, which stay floats, at most 128 times that.
   DEVICE void store_rows(const Params& p, const Work& work, u32 base, int first) const {
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int r = 0; r < ROWS; r++) {
       const int n = first + threadIdx.x / 32 + r * WARPS, row = work.first_row + n;
       if (n >= N) break;
-      float most = fmaxf(fabsf(rope[r][0]), fabsf(rope[r][1]));
+      float most = fmaxf(fabsf(rope[r][0]), fabsf(rope[r][1])) * (1.0f / 128.0f);
 #pragma unroll
       for (int i = 0; i < L / 32; i++) most = fmaxf(most, fabsf(latent[r][i / 4][i % 4]));
 #pragma unroll
