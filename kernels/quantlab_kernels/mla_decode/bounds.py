@@ -7,8 +7,9 @@ are float32. With w the exact weights and c_j the latents:
 
     d    u_q scale (|q| |c_j| + |q_rope| |r_j|), u_q and u_w twice the roundoff of the dtype
 
-With 8-bit MMA (``narrow``) a query is the sum of two E4M3 numbers, or an integer of 14 bits, and a weight, times its token's scale, one, whose
-least step is 2^-9 where the row's largest product is 128 or more; sums of 512 products are good to 2^-7 of their terms.
+With 8-bit MMA (``narrow``) a query is the sum of two E4M3 numbers, or an integer of 14 bits, and a weight, times its
+token's scale, one such number, whose least step is 2^-9 where the row's largest product is 128 or more; sums of 512
+products are good to 2^-7 of their terms.
 """
 
 from __future__ import annotations

@@ -28,7 +28,8 @@ DEVICE void turn(u32 (&channel)[4], u32 tokens, u32 even, u32 odd) {
   channel[2] = __byte_perm(c, d, 0x5410), channel[3] = __byte_perm(c, d, 0x7632);
 }
 
-// 8-bit operand of block k of a chunk, of 4 channels of 16 and 16 tokens. A nibble as a byte is an E4M3 number: 2^-9 of it.
+// 8-bit operand of block k of a chunk, of 4 channels of 16 and 16 tokens. A nibble as a byte is an E4M3 number, 2^-9 of
+// it.
 DEVICE void block_operand(u32 (&a)[4], const u32 (&low)[4], const u32 (&high)[4], int k) {
   if (NIBBLES) {
     a[0] = low[k] & 0x0F0F0F0Fu, a[1] = low[k] >> 4 & 0x0F0F0F0Fu;

@@ -1,5 +1,5 @@
-// The second kernel adds the parts of a row. A thread takes four channels of up to eight parts; a CTA takes a whole row or,
-// where there are many parts, 128 channels of it, and groups of threads take the parts in turns and meet in shared memory.
+// The second kernel adds the parts of a row. A thread takes four channels of up to eight parts; a CTA takes a whole row
+// or, where there are many parts, 128 channels, and groups of threads take the parts in turns and meet in shared memory.
 constexpr int PARTS_AT_ONCE = 8, MERGERS = 512;
 
 // Sums relative to the largest score, `top`, of all that has been added.

@@ -98,7 +98,8 @@ struct Queries {
     }
   }
 
-  // The largest latent channel of a row near 128 by a power of two; the position's, which stay floats, at most 128 times that.
+  // The largest latent channel of a row near 128 by a power of two; the position's, which stay floats, at most 128 times
+  // that.
   DEVICE void store_rows(const Params& p, const Work& work, u32 base, int first) const {
     const int lane = threadIdx.x % 32;
 #pragma unroll

@@ -86,7 +86,8 @@ DEVICE void score_latents(float (&x)[N / 2], const Shared& s, const Thread& me, 
       wgmma_fence();
 #pragma unroll
       for (int i = 0; i < BATCH; i++)
-        wgmma_codes(digits, a[i], descriptor(b + (step + i) / 4 * (2 * Q_CHUNK / 16) + 2 * ((step + i) % 4)), c + step + i > 0);
+        wgmma_codes(digits, a[i], descriptor(b + (step + i) / 4 * (2 * Q_CHUNK / 16) + 2 * ((step + i) % 4)),
+                    c + step + i > 0);
       wgmma_commit();
     }
     at.advance(1);

@@ -6,7 +6,7 @@
 // multiplies. The warpgroups of a team share the channels of a tile, in both products; partial scores are exchanged.
 //
 // 16-bit latents are operands in shared memory of both products, rows along K in the first and along M in the second.
-// E4M3 and INT8 codes are operands of 8-bit MMA where they lie in the first, and INT4 codes once their nibbles are bytes in
+// In the first, E4M3 and INT8 codes are operands of 8-bit MMA where they lie, INT4 codes once their nibbles are bytes in
 // registers; queries are two 8-bit numbers. How codes are multiplied with weights says outputs.cuh.
 //
 // The scale of a token multiplies its scores and goes into the exponent of its weight; 256 stands for the largest.
@@ -126,7 +126,8 @@ struct Thread {
 
 struct Sums {
   float out[BLOCKS][N / 2];
-  float largest[2 * GROUPS], total[2 * GROUPS], mass[2 * GROUPS];  // total: of this thread's tokens;  mass: times scales
+  float largest[2 * GROUPS];
+  float total[2 * GROUPS], mass[2 * GROUPS];  // of weights of this thread's tokens;  mass: times their scales
 };
 
 DEVICE void pin(u32 (&r)[4]) { asm volatile("" : "+r"(r[0]), "+r"(r[1]), "+r"(r[2]), "+r"(r[3])::"memory"); }
@@ -145,14 +146,14 @@ DEVICE void release(const Thread& me, u32 barrier, u32 count) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
 }
 
-// The same once `last`, which was made of the last words of a chunk, is there: an arrival does not wait for loads on their
-// way, and the next copy has overtaken some. p.sq has no sign, which the compiler does not know.
+// The same once `last`, which was made of the last words of a chunk, is there: an arrival does not wait for loads on
+// their way, and the next copy has overtaken some. p.sq is positive, which the compiler does not know.
 DEVICE void release_read(const Params& p, const Thread& me, u32 barrier, u32 count, u32 last) {
   release(me, barrier | (last & static_cast<u32>(p.sq >> 31)), count);
 }
 
-// All teams are here, for the first (0) or second (1) time. A barrier in memory at which every thread arrives: racecheck takes
-// what is read behind named barriers for races once teams have gone their own ways.
+// All teams are here, for the first (0) or second (1) time. A barrier in memory at which every thread arrives: racecheck
+// takes what is read behind named barriers for races once teams have gone their own ways.
 DEVICE void meet(const Shared& s, u32 parity) {
   barrier_arrive(s.base + OFFSET_MEETING);
   barrier_wait(s.base + OFFSET_MEETING, parity);
