@@ -76,6 +76,7 @@ def test_whatever_the_counts(counts, dtype, backend, blocked):
         {"temps": 2}, {"temps": 2, "group": 2}, {"math_groups": 3, "stages": 4, "pieces": 2, "group": 3},
         {"by": 192, "stages": 4}, {"math_groups": 1, "temps": 2, "by": 64}, {"math_groups": 1, "by": 128},
         {"math_groups": 1, "by": 192, "stages": 5}, {"by": 64, "temps": 2},
+        {"math_groups": 3, "stages": 3, "pieces": 2, "group": 3, "rotate": 1, "unroll": 1},
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("row", [0, 1])

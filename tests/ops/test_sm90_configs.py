@@ -67,6 +67,9 @@ def test_a_few_tokens_take_the_short_side_of_the_mma_and_many_do_not():
         ({"stream": 1, "tail": 4}, GemmProblem(256, 4096, 4096), "cut along K in one way"),
         ({"stream": 1}, GemmProblem(4096, 4096, 4096), "32 tiles of tokens leave few CTAs"),
         ({"stream": 1, "cluster_x": 2}, GemmProblem(300, 4096, 4096), "share weights and have different tokens"),
+        ({"math_groups": 3, "stages": 4, "unroll": 1}, GemmProblem(4096, 4096, 640), "rings of 4 blocks for many tokens, K is 640"),
+        ({"unroll": 1}, GemmProblem(4096, 4096, 768), "the unrolled loop takes whole tiles"),
+        ({"rotate": 1, "tail": 4}, GemmProblem(4096, 4096, 4096), "keep their places"),
     ],
 )
 def test_refusals_say_why(changes, problem, reason):
@@ -89,6 +92,16 @@ def test_tiles_cut_along_k_are_covered_once(m: int, n: int, k: int, swap: int):
         assert len(handed_over) <= 1
     empty = [worker for worker in range(workers) if begin[worker] == begin[worker + 1]]
     assert not empty or begin[empty[0]] == total  # an owner waits for nobody who has nothing to give
+
+
+@pytest.mark.parametrize(("tiles", "ctas"), [(5632, 132), (131, 132), (7, 3), (1, 1), (133, 132)])
+def test_ctas_that_change_places_make_every_tile_once(tiles: int, ctas: int):
+    """The arithmetic of `Schedule` in `sm90.cu` with ROTATE; experts are looked up in ascending order of tiles."""
+    made = [[(cta + wave) % ctas + wave * ctas for wave in range(-(-tiles // ctas))] for cta in range(ctas)]
+    made = [[tile for tile in of_one if tile < tiles] for of_one in made]
+    assert sorted(itertools.chain(*made)) == list(range(tiles))
+    assert all(of_one == sorted(of_one) for of_one in made)
+    assert max(map(len, made)) - min(map(len, made)) <= 1
 
 
 def test_clusters_of_four_do_not_fill_the_chip():

@@ -82,9 +82,9 @@ def test_scales_of_rows(m, n, k, dtype):
 def test_every_tuned_configuration_is_right():
     entries = table("gemm_fp8_block", "NVIDIA_H200")["sm90"].values()
     tuned = {sm90_configs.Config(**found) for by_m in entries for found in by_m.values()}
-    given = {m: operands(m, 1216, 1152) for m in (40, 300, 500)}
+    given = {(m, k): operands(m, 1216, k) for m in (40, 300, 500) for k in (1152, 1536)}
     for config in tuned:
-        operand_set = given[40 if config.swap else 500 if config.stream else 300]
+        operand_set = given[40 if config.swap else 500 if config.stream else 300, 1536 if config.unroll else 1152]
         check(run(config, *operand_set), *operand_set)
 
 

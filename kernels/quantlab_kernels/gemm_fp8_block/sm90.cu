@@ -17,6 +17,8 @@
 //   TAIL          more than 1: the tiles of the last, incomplete wave are cut along K into at most so many parts
 //   STREAM        1: the K blocks of all tiles of the same tokens are one row, cut evenly among their CTAs ("stream-K")
 //   TEMPS         1, or 2 temporary accumulators: then block k is promoted under the MMA of block k + 1
+//   UNROLL        1: a tile has a multiple of STAGES blocks of K, so it begins with stage 0 and the ring is unrolled
+//   ROTATE        1: CTAs change places from one wave of tiles to the next
 //   OUTPUT        0 float32, 1 bfloat16, 2 float16;  BIAS 0 none, else 1 + the same;  ACCUMULATE 0 or 1
 //   OUTPUT_TMA    1: 16-bit tiles leave through PIECES buffers per group and the copy engine; 0: through a float32 tile
 //   SHARED        bytes of dynamic shared memory that the launch provides
@@ -38,6 +40,8 @@ static_assert(TAIL == 1 || CLUSTER == 1, "the parts of a tile belong to single C
 static_assert(!STREAM || (SPLIT == 1 && TAIL == 1 && !GROUPED), "tiles are cut along K in one way");
 static_assert(!STREAM || CLUSTER_X == 1 || !SWAP, "CTAs that share a tile of weights have different tokens");
 static_assert(WAVES == 1 || TEMPS == 1, "two temporary accumulators need one wave");
+static_assert(!UNROLL || (TEMPS == 1 && SPLIT == 1 && TAIL == 1 && !STREAM && !SWAP), "whole tiles of many tokens");
+static_assert(!ROTATE || (TAIL == 1 && !STREAM), "the last tiles are cut for CTAs that keep their places");
 static_assert(!GROUPED || (CLUSTER == 1 && TAIL == 1), "tiles of experts belong to single CTAs");
 static_assert(BY / 8 % SPLIT == 0, "the CTAs that split K share out the columns of the tile in eights");
 
@@ -154,6 +158,7 @@ struct Schedule {
 // keep to the same pace along K, so that the L2 cache serves one with what another has fetched.
 struct Schedule {
   int count_x, count_y, blocks, next, step, whole, rank, first, last;
+  int wave = 0;  // ROTATE: the first tile of those that are made at once; `next` is this cluster's place among them
   int rest, parts;
   int tile_x, tile_y;
   int first_token, end_token;  // of the rows that the tile may hold
@@ -194,9 +199,17 @@ struct Schedule {
   DEVICE int weight_row(const Params& p) const { return (GROUPED ? group.expert * p.channels : 0) + channel(); }
 
   DEVICE bool advance() {
-    if (next >= whole) return false;
-    place(next);
-    next += step;
+    const int tile = wave + next;
+    if (tile >= whole) return false;
+    place(tile);
+    if constexpr (ROTATE) {
+      // Else a cluster would always have the same place in a band that their number divides, be it that of the few rows
+      // which remain of an expert.
+      wave += step;
+      if (++next == step) next = 0;
+    } else {
+      next += step;
+    }
     return true;
   }
 
@@ -530,6 +543,29 @@ DEVICE void accumulate_one(float (&sum)[WAVES][ACCUMULATORS], const Shared& s, c
   }
 }
 
+// The same for whole rings: addresses and descriptors are constants then, which leaves little but the MMAs and the sums.
+DEVICE void accumulate_rings(float (&sum)[WAVES][ACCUMULATORS], const Shared& s, const Position& at, Ring& ring,
+                             int blocks) {
+  float part[ACCUMULATORS];
+  for (int block = 0; block < blocks; block += STAGES) {
+#pragma unroll
+    for (int stage = 0; stage < STAGES; ++stage) {
+      barrier_wait(s.full(stage), ring.phase);
+#pragma unroll
+      for (int wave = 0; wave < WAVES; ++wave) {
+        Scales scales;
+        scales.load(s, at, stage, wave);
+        multiply(part, s, at, stage, wave);
+        wgmma_wait<0>();
+        pin(part);
+        if (wave == WAVES - 1) release(s, at, stage);
+        promote(sum[wave], part, scales);
+      }
+    }
+    ring.phase ^= 1;
+  }
+}
+
 // One block of K in flight ahead of the one that is promoted. The two accumulators have fixed names: registers cannot
 // be indexed at run time.
 DEVICE void accumulate_two(float (&sum)[WAVES][ACCUMULATORS], const Shared& s, const Position& at, Ring& ring,
@@ -859,6 +895,8 @@ DEVICE void compute_sums(const Shared& s, const Position& at, const Schedule& sc
   const int first_token = schedule.token() + at.group * WAVES * 64;
   if (!SWAP && MATH_GROUPS > 1 && first_token >= schedule.end_token) {
     pass(s, at, ring, blocks);
+  } else if constexpr (UNROLL) {
+    accumulate_rings(sum, s, at, ring, blocks);
   } else if constexpr (TEMPS == 1) {
     accumulate_one(sum, s, at, ring, blocks);
   } else {

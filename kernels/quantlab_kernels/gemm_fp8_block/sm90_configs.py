@@ -43,6 +43,8 @@ class Config:
     group: int = 8
     grouped: int = 0
     row: int = 0
+    unroll: int = 0
+    rotate: int = 0
 
     @property
     def bx(self) -> int:
@@ -116,6 +118,10 @@ def reject(config: Config, problem: GemmProblem) -> str | None:
         return "the CTAs of a cluster share weights and have different tokens"
     if config.stream and 8 * config.token_tiles(problem.m) > 132:
         return f"{config.token_tiles(problem.m)} tiles of tokens leave few CTAs for each"
+    if config.unroll and unrolled(replace(config, unroll=0), problem.k) != config:
+        return f"the unrolled loop takes whole tiles and rings of {config.stages} blocks for many tokens, K is {problem.k}"
+    if config.rotate and (config.tail > 1 or config.stream):
+        return "CTAs that hand sums over keep their places"
     if config.split > problem.k // 128:
         return f"{config.split} parts of {problem.k // 128} blocks of K"
     return None
@@ -147,7 +153,7 @@ def _family(problem: GemmProblem) -> Iterator[Config]:
         yield from _single()
     for tail in (1, 4):
         for group in (11, 6):
-            yield replace(_THREE, group=group, tail=tail)
+            yield unrolled(replace(_THREE, group=group, tail=tail), problem.k)
         yield replace(_TWO, tail=tail)
         yield replace(_WAVES, tail=tail)
     yield replace(_WAVES, stages=4, pieces=1)
@@ -189,6 +195,12 @@ def _swapped(m: int) -> Iterator[Config]:
 
 def _fits(config: Config) -> bool:
     return replace(config, stages=3).shared_bytes() <= SHARED_LIMIT
+
+
+def unrolled(config: Config, k: int) -> Config:
+    """With the loop over the ring unrolled, where a tile of many tokens is whole rings."""
+    whole = config.tail == config.split == 1 and not config.stream and k % (128 * config.stages) == 0
+    return replace(config, unroll=1) if whole and config.math_groups == 3 and not config.swap else config
 
 
 @functools.cache

@@ -15,7 +15,7 @@ from quantlab_kernels.common.hardware import gpu
 from quantlab_kernels.common.launches import aligned
 from quantlab_kernels.gemm_fp8_block import sm90
 from quantlab_kernels.gemm_fp8_block.sm90 import NO_MAP, PARAMS_BYTES
-from quantlab_kernels.gemm_fp8_block.sm90_configs import MAX_EXPERTS, Config, deepest
+from quantlab_kernels.gemm_fp8_block.sm90_configs import MAX_EXPERTS, Config, deepest, unrolled
 from quantlab_kernels.gemm_fp8_grouped.op import GroupedProblem
 
 
@@ -43,7 +43,8 @@ def _tiles(problem: GroupedProblem) -> Config:
     if not tma:
         return deepest(Config(temps=2, output_tma=0, grouped=1), most=6)
     if problem.mean >= 1024:
-        return Config(math_groups=3, stages=4, pieces=2, group=11, grouped=1)
+        tiles = Config(math_groups=3, stages=4, pieces=2, group=16, rotate=1, grouped=1)
+        return unrolled(tiles, problem.k)
     return deepest(Config(temps=2, grouped=1), most=6)
 
 
