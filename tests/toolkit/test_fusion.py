@@ -104,6 +104,18 @@ def test_norms_learn_that_they_feed_quantized_layers(llama):
     assert llama.model.norm.forward.feeds is None, "the head is not quantized"
 
 
+def test_the_first_forward_gives_the_bits_of_all_others(llama, device):
+    """transformers' norms round what they have normed before they multiply it by their weight, fused ones do not."""
+    for name, parameter in llama.named_parameters():
+        if "norm" in name:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    model = llama.to(device, torch.bfloat16)
+    fuse(model)
+    first, second = logits(model), logits(model)
+    assert model.model.layers[0].input_layernorm.forward.feeds is not None
+    assert torch.equal(first, second)
+
+
 @pytest.mark.gpu(sm=80)
 @pytest.mark.parametrize("offset", [0.0, 1.0])
 @torch.no_grad()
