@@ -67,8 +67,8 @@ def test_a_few_tokens_take_the_short_side_of_the_mma_and_many_do_not():
         ({"stream": 1, "tail": 4}, GemmProblem(256, 4096, 4096), "cut along K in one way"),
         ({"stream": 1}, GemmProblem(4096, 4096, 4096), "32 tiles of tokens leave few CTAs"),
         ({"stream": 1, "cluster_x": 2}, GemmProblem(300, 4096, 4096), "share weights and have different tokens"),
-        ({"math_groups": 3, "stages": 4, "unroll": 1}, GemmProblem(4096, 4096, 640), "rings of 4 blocks for many tokens, K is 640"),
-        ({"unroll": 1}, GemmProblem(4096, 4096, 768), "the unrolled loop takes whole tiles"),
+        ({"math_groups": 3, "stages": 4, "unroll": 1}, GemmProblem(4096, 4096, 640), "rings of 4 blocks, K is 640"),
+        ({"unroll": 1}, GemmProblem(4096, 4096, 768), "the unrolled loop takes tall tiles, whole"),
         ({"rotate": 1, "tail": 4}, GemmProblem(4096, 4096, 4096), "keep their places"),
     ],
 )

@@ -119,7 +119,7 @@ def reject(config: Config, problem: GemmProblem) -> str | None:
     if config.stream and 8 * config.token_tiles(problem.m) > 132:
         return f"{config.token_tiles(problem.m)} tiles of tokens leave few CTAs for each"
     if config.unroll and unrolled(replace(config, unroll=0), problem.k) != config:
-        return f"the unrolled loop takes whole tiles and rings of {config.stages} blocks for many tokens, K is {problem.k}"
+        return f"the unrolled loop takes tall tiles, whole, and rings of {config.stages} blocks, K is {problem.k}"
     if config.rotate and (config.tail > 1 or config.stream):
         return "CTAs that hand sums over keep their places"
     if config.split > problem.k // 128:
