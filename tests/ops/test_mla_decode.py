@@ -353,6 +353,9 @@ MANY_ROWS = [
     *(Case(name, (100, 60), heads=20, sq=3, page=16, start=(70, 7), **V3) for name in ("16bit", "fp8", "int4")),
     *(Case(name, (5000,), heads=128, even=True, **V3) for name in ("16bit", "fp8", "int4")),
     *(Case(name, (300, 17), heads=40, rank=256, rope=64) for name in ("16bit", "fp8")),
+    # tiles of 64: none to three in a part, of which the first is hidden in part, or all of it from some queries
+    *(Case(name, (64, 128, 192, 3, 65), heads=64, **V3) for name in ("16bit", "fp8", "int4")),
+    *(Case(name, (2500, 2400, 700), heads=64, sq=3, start=(100, 0, 650), **V3) for name in ("16bit", "fp8", "int4")),
 ]
 ON_HOPPER = [
     *ON_A_GPU[:-3],

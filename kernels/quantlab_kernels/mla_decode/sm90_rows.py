@@ -21,18 +21,22 @@ if TYPE_CHECKING:
     from quantlab_kernels.mla_decode.op import Problem
 
 _FOLDER = Path(__file__).parent
-ROWS, THREADS = 64, 384
+ROWS = 64
 FEW = 32  # rows for which the transposed schedule is as quick
 _FORMATS = {"float": 0, "e4m3": 1, "int4": 3}
 
 
 @dataclass(frozen=True)
 class Config:
-    """halves: of tiles of latents in the ring, and `raws` of packed ones; position parts: `ropes`."""
+    """halves of tiles of latents in the ring, and position parts: `ropes`; warpgroups that score: `scorers`."""
 
     halves: int
     ropes: int = 2
-    raws: int = 0
+    scorers: int = 1
+
+    @property
+    def threads(self) -> int:
+        return 128 * (self.scorers + 2)
 
 
 def supports(problem: Problem) -> str | None:
@@ -53,7 +57,7 @@ def able(problem: Problem) -> str | None:
 @functools.cache
 def config(problem: Problem) -> Config:
     """As much in the ring as shared memory holds."""
-    return {"float": Config(5), "e4m3": Config(8), "int4": Config(6, raws=4)}[problem.code]
+    return {"float": Config(4, scorers=2), "e4m3": Config(8), "int4": Config(12, ropes=6)}[problem.code]
 
 
 def source(config: Config, problem: Problem) -> nvrtc.Source:
@@ -62,25 +66,26 @@ def source(config: Config, problem: Problem) -> nvrtc.Source:
     macros = {
         "L": p.rank, "FORMAT": _FORMATS[p.code], "KEPT": sm90.FLOATS[p.kept], "QUERY": sm90.FLOATS[p.dtype], "N": ROWS,
         "PAGED": int(p.page > 0), "BOX": math.gcd(p.page, sm90.TILE), "SHARED": sm90.SHARED, "HALVES": c.halves,
-        "RAWS": c.raws, "ROPES": c.ropes,
+        "ROPES": c.ropes, "SCORERS": c.scorers,
     }  # fmt: skip
     kept = "bf16" if p.kept == torch.bfloat16 else "f16"
     if p.code == "float":
         wgmma = [
-            wgmma_variant("wgmma_kept", ROWS, "f32", kept, kept, registers=True),
-            wgmma_variant("wgmma_shared", ROWS, "f32", kept, kept, registers=False),
-            wgmma_variant("wgmma_outputs", p.rank // 2, "f32", kept, kept, registers=False, turned_b=True),
+            wgmma_variant("wgmma_scores", ROWS, "f32", kept, kept, registers=False),
+            wgmma_variant("wgmma_outputs", p.rank // 4, "f32", kept, kept, registers=False, turned_b=True),
         ]
     else:
+        scores = ("s32", "s8", "s8") if p.code == "int4" else ("f32", "e4m3", "e4m3")
+        columns = ROWS if p.code == "int4" else 2 * ROWS  # both numbers of a query at once
         wgmma = [
             wgmma_variant("wgmma_rope", ROWS, "f32", kept, kept, registers=False),
-            wgmma_variant("wgmma_scores", ROWS, "f32", "e4m3", "e4m3", registers=False),
-            wgmma_variant("wgmma_outputs", ROWS // 2, "f32", "e4m3", "e4m3", registers=True),
+            wgmma_variant("wgmma_scores", columns, *scores, registers=p.code == "int4"),
+            wgmma_variant("wgmma_outputs", ROWS, "f32", "e4m3", "e4m3", registers=True),
         ]
     headers = {name: (_FOLDER.parent / "common" / name).read_text() for name in ("sm90.cuh", "attention.cuh")}
-    headers |= {
-        name: (_FOLDER / name).read_text() for name in ("work.cuh", "rows_floats.cuh", "rows_codes.cuh", "merge.cuh")
-    }
+    rows = ("softmax", "floats", "codes", "e4m3", "int4")
+    own = ("work.cuh", *(f"rows_{name}.cuh" for name in rows), "merge.cuh")
+    headers |= {name: (_FOLDER / name).read_text() for name in own}
     headers["wgmma.cuh"] = "".join(wgmma)
     return nvrtc.Source("mla_decode_rows", (_FOLDER / "rows.cu").read_text(), headers, macros)
 
@@ -106,7 +111,7 @@ def launch(
     if not sm90.readable(cache):
         return triton.launch(problem, q_latent, q_rope, cache, length, start, table, scale, out, lse)
     q_latent, q_rope = (x if _in_pieces(x) else x.contiguous() for x in (q_latent, q_rope))
-    pair, grid = kernels(c, replace(p, batch=0, heads=0, sq=0, longest=0)), sm90.Grid(ROWS, THREADS)
+    pair, grid = kernels(c, replace(p, batch=0, heads=0, sq=0, longest=0)), sm90.Grid(ROWS, c.threads)
     sm90.run(pair, grid, p, q_latent, q_rope, cache, length, start, table, scale, out, lse)
 
 

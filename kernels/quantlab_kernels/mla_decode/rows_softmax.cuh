@@ -1,0 +1,172 @@
+// From scores of tokens [64 of a tile, on the MMA's M] and rows [64] to weights, in powers of two.
+//
+// The weight of a token is 2^(score - zero), zero lying LOG2_WEIGHT below the reference of the row, which is raised when
+// a score exceeds it by more than LAZY. That is seldom, so that a tile mostly costs one vote of its warpgroup. Zeros lie
+// in shared memory; where two warpgroups take tiles in turns they look in order of tiles, and who raises references says
+// by what earlier sums are to be multiplied.
+
+constexpr float LOG2_WEIGHT = FORMAT == 0 ? 8.0f : 7.0f, LAZY = FORMAT == 0 ? 6.0f : 1.75f;
+constexpr float WEIGHT = FORMAT == 0 ? 256.0f : 128.0f;  // of a token at the reference
+constexpr float HIGHEST = LOG2_WEIGHT + LAZY;
+
+// A thread's tokens of a tile: 16 warp + g and 8 below.
+struct Tokens {
+  float scale[2] = {1.0f, 1.0f}, next[2];
+  DEVICE Tokens(const Params& p, const Work& work, const Thread& me) { prefetch(p, work, me, me.group); }
+  // Scales of another tile, on their way.
+  DEVICE void prefetch(const Params& p, const Work& work, const Thread& me, int tile) {
+#pragma unroll
+    for (int r = 0; FORMAT != 0 && r < 2; r++) {
+      const int token = work.begin + tile * TILE + 16 * me.warp + me.g + 8 * r;
+      next[r] = token < work.low || token >= work.end ? 1.0f : load(p, work, token);
+    }
+  }
+  DEVICE void advance() {
+    if (FORMAT != 0) scale[0] = next[0], scale[1] = next[1];
+  }
+
+ private:
+  DEVICE static float load(const Params& p, const Work& work, int token) {
+    if (!PAGED) return p.scale[work.batch * p.scale_row + token];
+    const int page = p.table[static_cast<i64>(work.batch) * p.table_row + token / p.capacity];
+    return p.scale[page * p.scale_row + token % p.capacity];
+  }
+};
+
+struct Softmax {
+  float total[16];  // of rows 8 j + 2 t + {0, 1} and this thread's tokens
+  DEVICE Softmax() {
+#pragma unroll
+    for (int i = 0; i < 16; i++) total[i] = 0.0f;
+  }
+
+  // From scores [8 j + 2 t + {0, 1} rows, g and g + 8 tokens] to exponents of weights.
+  DEVICE void raise(float (&x)[32], const Tokens& tokens, const Work& work, const Shared& s, const Thread& me, int sq,
+                    int tile) {
+    if (SCORERS == 2 && tile > 0) named_barrier_sync(8 + tile % 2, 256);
+    float added[2] = {0.0f, 0.0f}, top = -INFINITE;
+    if (FORMAT != 0) added[0] = log2_(tokens.scale[0]), added[1] = log2_(tokens.scale[1]);
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+      const float4 row = read<float4>(s.base + OFFSET_ROWS + (8 * j + 2 * me.t) * 8);
+#pragma unroll
+      for (int i = 0; i < 4; i++)
+        x[4 * j + i] = fmaf(x[4 * j + i], i % 2 ? row.w : row.y, added[i / 2] - (i % 2 ? row.z : row.x));
+    }
+    const int position = work.begin + tile * TILE;
+    if (position < work.low || position + TILE > work.length - sq + 1) hide(x, work, s, me, position);
+#pragma unroll
+    for (int i = 0; i < 32; i++) top = fmaxf(top, x[i]);
+    if (SCORERS == 2 && tile > 0 && read<u32>(s.raised(tile - 1))) multiply(total, s.rescale(tile - 1), me);
+    const bool raised = group_any(me, top > HIGHEST || tile == 0);
+    if (raised) move_zeros(x, s, me, tile);
+    if (me.index == 0) write(s.raised(tile), __uint_as_float(raised));
+    if (SCORERS == 2) named_barrier_arrive(8 + (tile + 1) % 2, 256);
+  }
+
+  // Sums of all tokens of a row, for the other warpgroups and whoever merges; every scorer is here.
+  DEVICE void finish(const Params& p, const Work& work, const Shared& s, const Thread& me) {
+    if (SCORERS == 2 && work.count > 0 && me.group == work.count % 2) {
+      named_barrier_sync(8 + me.group, 256);
+      if (read<u32>(s.raised(work.count - 1))) multiply(total, s.rescale(work.count - 1), me);
+    }
+    if (SCORERS == 2 && me.group == 0) named_barrier_sync(7, 256);
+    reduce<false>(total, s, me);
+    if (me.index < 64) {
+      const float sum = over_warps<false>(s, me);
+      if (SCORERS == 2 && me.group == 1)
+        write(s.base + OFFSET_TOTAL + 4 * me.index, sum);
+      else
+        publish(sum + (SCORERS == 2 ? read<float>(s.base + OFFSET_TOTAL + 4 * me.index) : 0.0f), p, work, s, me.index);
+    }
+    if (SCORERS == 2 && me.group == 1) named_barrier_arrive(7, 256);
+  }
+
+ private:
+  static DEVICE void named_barrier_arrive(u32 id, u32 threads) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+  }
+  static DEVICE void hide(float (&x)[32], const Work& work, const Shared& s, const Thread& me, int position) {
+    const int token[2] = {position + 16 * me.warp + me.g, position + 16 * me.warp + me.g + 8};
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+      const float2 last = read<float2>(s.base + OFFSET_LAST + (8 * j + 2 * me.t) * 4);  // bits of integers
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        const bool after = token[i / 2] > __float_as_int(i % 2 ? last.y : last.x);
+        x[4 * j + i] = (token[i / 2] < work.low) | after ? -INFINITE : x[4 * j + i];
+      }
+    }
+  }
+  static DEVICE void multiply(float (&x)[16], u32 from, const Thread& me) {
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+      const float2 by = read<float2>(from + (8 * j + 2 * me.t) * 4);
+      x[2 * j] *= by.x, x[2 * j + 1] *= by.y;
+    }
+  }
+  // The largest, or the sum, of a warp's tokens for each row.
+  template <bool LARGEST>
+  static DEVICE void reduce(float (&x)[16], const Shared& s, const Thread& me) {
+#pragma unroll
+    for (int step = 4; step < 32; step *= 2) {
+#pragma unroll
+      for (int i = 0; i < 16; i++) {
+        const float other = __shfl_xor_sync(~0u, x[i], step);
+        x[i] = LARGEST ? fmaxf(x[i], other) : x[i] + other;
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 16; i++)
+      if (me.g == 0) write(partial(s, me.warp, i / 2 * 8 + 2 * me.t + i % 2), x[i]);
+    group_sync(me);
+  }
+  template <bool LARGEST>
+  static DEVICE float over_warps(const Shared& s, const Thread& me) {
+    float x[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) x[i] = read<float>(partial(s, i, me.index));
+    return LARGEST ? fmaxf(fmaxf(x[0], x[1]), fmaxf(x[2], x[3])) : (x[0] + x[1]) + (x[2] + x[3]);
+  }
+  static DEVICE u32 partial(const Shared& s, int warp, int row) { return s.base + OFFSET_PARTIAL + warp * 256 + row * 4; }
+
+  // Of rows with a score that is too high, and of all in the first tile.
+  DEVICE void move_zeros(float (&x)[32], const Shared& s, const Thread& me, int tile) {
+    float most[16];
+#pragma unroll
+    for (int i = 0; i < 16; i++) most[i] = fmaxf(x[i / 2 * 4 + i % 2], x[i / 2 * 4 + i % 2 + 2]);
+    reduce<true>(most, s, me);
+    if (me.index < 64) {
+      const float top = over_warps<true>(s, me), limit = tile == 0 ? -INFINITE : HIGHEST;
+      const float up = top > limit ? top - LOG2_WEIGHT : 0.0f;
+      const u32 zero = s.base + OFFSET_ROWS + 8 * me.index;
+      write(zero, read<float>(zero) + up);
+      write(s.rescale(tile) + 4 * me.index, tile == 0 ? 1.0f : exp2_(-up));
+      write(partial(s, 0, me.index), up);
+    }
+    group_sync(me);
+    multiply(total, s.rescale(tile), me);
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+      const float2 up = read<float2>(partial(s, 0, 8 * j + 2 * me.t));
+#pragma unroll
+      for (int i = 0; i < 4; i++) x[4 * j + i] -= i % 2 ? up.y : up.x;
+    }
+  }
+  static DEVICE void publish(float sum, const Params& p, const Work& work, const Shared& s, int n) {
+    const float total = sum * (1.0f / WEIGHT);
+    const float reference = read<float>(s.base + OFFSET_ROWS + 8 * n) + LOG2_WEIGHT;
+    const bool some = total > 0.0f;
+    const int row = work.first_row + n;
+    write(s.base + OFFSET_TOTAL + 4 * n, (p.splits > 1 ? 1.0f : some ? 1.0f / total : 0.0f) * (1.0f / WEIGHT));
+    if (row >= p.rows) return;
+    if (p.splits > 1) {
+      const i64 at = (static_cast<i64>(work.split) * p.batches + work.batch) * p.rows + row;
+      p.sums[2 * at] = some ? reference : -INFINITE, p.sums[2 * at + 1] = total;
+    } else {
+      const int head = row % p.heads, query = row / p.heads;
+      p.lse[(static_cast<i64>(work.batch) * p.heads + head) * p.sq + query] =
+          some ? (reference + log2_(total)) / LOG2E : -INFINITE;
+    }
+  }
+};
