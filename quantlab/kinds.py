@@ -15,6 +15,16 @@ from quantlab.checkpoint import WEIGHT, module_of
 from quantlab.shards import TensorInfo
 
 FLOATS = {"BF16", "F16", "F32"}
+ENGINE_ALIGNMENT = 16  # FP8 GEMMs of cuBLASLt and CUTLASS take N and K in multiples of this
+
+# Why a tensor of a kind that is never quantized stays.
+STAY = {
+    "embedding": "embedding: a table, not a product",
+    "head": "output head: kept in full precision, engines do not load it quantized",
+    "router": "router: small, and decides which experts run",
+    "conv": "convolution",
+    "norm": "norm",
+}
 
 EMBEDDING = re.compile(
     r"(^|_)(embed|embeds|embedding|embeddings|embedder|emb)(_tokens|_positions|_in)?$|^(wte|wpe|shared|tok_embeddings)$"

@@ -12,14 +12,13 @@ for them), shapes that are no whole blocks, and all that engines fuse with somet
 from __future__ import annotations
 
 import difflib
-import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from quantlab import fused_experts, kinds
+from quantlab import fused_experts, kinds, remarks
 from quantlab.checkpoint import (
     WEIGHT,
     Source,
@@ -39,16 +38,7 @@ from quantlab.summary import Shown, Table, size, sizes
 if TYPE_CHECKING:
     from quantlab.architecture import Architecture
 
-ENGINE_ALIGNMENT = 16  # FP8 GEMMs of cuBLASLt and CUTLASS take N and K in multiples of this
 UNEXPLAINED_LIMIT = 0.01
-
-REASONS = {
-    "embedding": "embedding: a table, not a product",
-    "head": "output head: kept in full precision, engines do not load it quantized",
-    "router": "router: small, and decides which experts run",
-    "conv": "convolution",
-    "norm": "norm",
-}
 
 
 @dataclass(frozen=True)
@@ -168,7 +158,7 @@ def plan(source: Source, recipe: Recipe, *, trust_remote_code: bool = False) -> 
         source.weight_bytes,
         sum(bytes_after(decision) for decision in decisions),
         largest_tensor_parallel([d for d in decisions if d.scheme], source.config),
-        (*doubts, *_warnings(decisions, source, recipe), *_who_loads_it(decisions, architecture)),
+        (*doubts, *remarks.on(decisions, source, recipe, architecture)),
         architecture.class_name if architecture else None,
         architecture.modules if architecture else {},
     )
@@ -251,7 +241,7 @@ def _decide(
     rule = next((rule for rule in recipe.rules if any(rule.matches(name) for name in names if name)), None)
     if kind not in ("linear", "expert"):
         special = bool(path) and architecture is not None and path in architecture.linear_modules
-        reason = REASONS.get(kind) or _other(info, module, model, known, special)
+        reason = kinds.STAY.get(kind) or _other(info, module, model, known, special)
         return decision.left(reason or (f"recipe: {rule.match}" if rule and rule.scheme == "none" else ""))
     if rule is None and kinds.in_tower(info.name, model):
         return decision.left("vision or audio tower: the language model is quantized")
@@ -291,7 +281,7 @@ def _misfit(
         known = architecture.modules if architecture else {}
         if not parts or home is None or any(known.get(module + WEIGHT) != home for module, _ in parts):
             return "experts fused in one 3-D tensor: the format has one matrix per expert, the model's loader does not"
-    wanted = [max(ENGINE_ALIGNMENT, step) for step in scheme.alignment]
+    wanted = [max(kinds.ENGINE_ALIGNMENT, step) for step in scheme.alignment]
     if any(size % step for _, part in parts for size, step in zip(part.shape, wanted, strict=True)):
         return f"shape: N and K are not multiples of {wanted[0]} and {wanted[1]}"
     return None
@@ -367,7 +357,7 @@ def _check_coverage(decisions: list[Decision], source: Source) -> None:
         layers = [d for d in decisions if len(d.info.shape) == 2 and d.kind in ("linear", "expert", "other")]
         reasons = Counter(d.reason or "no known reason" for d in layers)
         why = f"all layers stay, most of them: {reasons.most_common(1)[0][0]}" if layers else "it has no linear layer"
-        why += "".join(f"; {advice}" for advice in _shape_advice(decisions))
+        why += "".join(f"; {advice}" for advice in remarks.about_shapes(decisions))
         raise PreflightError(f"{source.model}: nothing can be quantized; {why}")
     unexplained = [d for d in decisions if not d.scheme and not d.reason]
     lost, done = (sum(d.info.elements for d in group) for group in (unexplained, quantized))
@@ -409,63 +399,3 @@ def bytes_after(decision: Decision) -> int:
         return decision.info.nbytes
     stored = Stored.of(decision.scheme)
     return sum(slot.nbytes for module, part in decision.parts for slot in slots(module, part.shape, part.dtype, stored))
-
-
-def _shape_advice(decisions: list[Decision]) -> Iterable[str]:
-    """What to do about layers whose shape does not fit: one scheme takes smaller multiples than the others."""
-    misfits = [d for d in decisions if d.scheme is None and d.reason.startswith("shape")]
-    if any(math.gcd(*d.info.shape[-2:]) % ENGINE_ALIGNMENT == 0 for d in misfits):
-        mixed = any(d.scheme and d.scheme.layout != "fp8" for d in decisions)  # fp8-block mixes with nothing
-        how = "name them in a recipe with that scheme" if mixed else "use --scheme fp8-dynamic"
-        yield f"fp8-dynamic takes shapes in multiples of {ENGINE_ALIGNMENT}: {how}"
-
-
-def _who_loads_it(decisions: list[Decision], architecture: Architecture | None) -> Iterable[str]:
-    """What transformers loads with us alone, and what without us alone."""
-    if architecture is None:
-        return
-    quantized = {architecture.modules.get(d.tensor, "") for d in decisions if d.scheme and d.kind == "expert"}
-    why = next((why for path, why in architecture.foreign.items() if path in quantized), None)
-    if why is not None:
-        yield f"quantlab leaves the result to transformers and engines: {why}; leave the experts with --ignore"
-    if any(d.scheme and d.scheme.layout == "pack-quantized" for d in decisions):
-        yield from _merged_beside_int4(decisions, architecture)
-
-
-def _merged_beside_int4(decisions: list[Decision], architecture: Architecture) -> Iterable[str]:
-    """transformers takes every weight that it merges with others, quantized or not, for one of the scheme's."""
-    merged = [d.module for d in decisions if d.scheme is None and d.tensor.endswith(WEIGHT)]
-    merged = [m for m in merged if m + WEIGHT in architecture.kinds and m + WEIGHT not in architecture.shapes]
-    if merged:
-        yield (
-            "without quantlab transformers cannot load this: beside INT4 weights it merges none of 16 bits, and "
-            f"{len(merged)} stay ({merged[0]}{', ...' if merged[1:] else ''}); fp8-dynamic has no such limit"
-        )
-
-
-def _warnings(decisions: list[Decision], source: Source, recipe: Recipe) -> Iterable[str]:
-    by_design = ("embedding", "output head", "recipe")
-    other = [d for d in decisions if not d.scheme and len(d.info.shape) > 1 and not d.reason.startswith(by_design)]
-    done, lost = sum(d.info.nbytes for d in decisions if d.scheme), sum(d.info.nbytes for d in other)
-    if lost > done:
-        worst = Counter()  # type: ignore[var-annotated]
-        for decision in other:
-            worst[decision.reason or "no known reason"] += decision.info.nbytes
-        share = 100 * lost / source.weight_bytes
-        yield f"most weights stay in 16 bits: {share:.0f} % of the bytes, mainly because: {worst.most_common(1)[0][0]}"
-    if recipe.calibration is None and recipe.scheme in ("int4", "int4-fp8"):
-        yield "INT4 weights are rounded without data; `--effort fast` loses three times less, with text of the package"
-    if any(d.scheme and d.scheme.name == "int4-fp8" for d in decisions):
-        yield "vLLM runs INT4 weights with FP8 activations on Hopper only; `quantlab convert --to int4` serves the rest"
-    shaped = sum(d.reason.startswith("shape") for d in decisions)
-    yield from (f"{shaped} layers stay in 16 bits because of their shape; {how}" for how in _shape_advice(decisions))
-    fused = [d for d in decisions if d.reason.startswith("fused by engines")]
-    if fused:
-        yield f"{len(fused)} layers stay in 16 bits because engines fuse them with a layer that does"
-    for rule in recipe.rules:
-        asked = [d for d in decisions if d.kind in REASONS and d.scheme is None and rule.matches(d.module)]
-        exact = [d for d in asked if rule.scheme != "none" and "*" not in rule.match and len(d.info.shape) == 2]
-        if exact:
-            yield f"the recipe wants {exact[0].module} as {rule.scheme}, but it stays ({exact[0].reason})"
-    if source.left_out:
-        yield f"not carried over, weights in other formats: {', '.join(map(str, source.left_out[:5]))}"
