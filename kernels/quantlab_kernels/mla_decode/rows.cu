@@ -262,11 +262,8 @@ DEVICE void output(const Params& p, const Work& work, const Shared& s, const Thr
     if (me.index == 32 && me.half() == 0 && tile + ROPES < work.count) fetch_rope(p, work, s, tile + ROPES);
   }
   __syncthreads();
-  if (p.splits > 1)
-    outputs.store<0>(reinterpret_cast<char*>(p.part), p, work, s, me,
-                     (static_cast<i64>(work.split) * p.batches + work.batch) * p.rows);
-  else
-    outputs.store<QUERY>(p.out, p, work, s, me, static_cast<i64>(work.batch) * p.rows);
+  const i64 before = (p.splits > 1 ? static_cast<i64>(work.split) * p.batches + work.batch : work.batch) * p.rows;
+  outputs.store(p.splits > 1 ? reinterpret_cast<char*>(p.part) : p.out, p, work, s, me, before + work.first_row);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) mla_decode(const __grid_constant__ Params p) {
@@ -299,4 +296,5 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) mla_decode(const __grid
   }
 }
 
+#define AVERAGES
 #include "merge.cuh"

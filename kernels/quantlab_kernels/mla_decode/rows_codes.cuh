@@ -170,25 +170,21 @@ struct Outputs {
   }
   static DEVICE void pin(u32 (&x)[4]) { asm volatile("" : "+r"(x[0]), "+r"(x[1]), "+r"(x[2]), "+r"(x[3])::"memory"); }
 
-  template <int KIND>
-  DEVICE void store(char* to, const Params& p, const Work& work, const Shared& s, const Thread& me, i64 rows) const {
-    constexpr int SIZE = KIND == 0 ? 4 : 2, APART = FORMAT == 3 ? L / 2 : 128;
-    const int first = me.half() * (FORMAT == 3 ? 128 : HALF_CHUNKS * 128) + 32 * me.warp + 4 * me.g;
+  // Averages of rows from the `first`th on.
+  DEVICE void store(char* to, const Params& p, const Work& work, const Shared& s, const Thread& me, i64 first) const {
+    constexpr int APART = FORMAT == 3 ? L / 2 : 128;  // channels of low and high nibbles, or of chunks
+    const int channel = me.half() * (FORMAT == 3 ? 128 : L / 2) + 32 * me.warp + 4 * me.g;
     const int left = p.rows - work.first_row - 2 * me.t;
-    char* at = to + ((rows + work.first_row + 2 * me.t) * L + first) * SIZE;
+    char* at = to + ((first + 2 * me.t) * L + channel) * 2;
 #pragma unroll
     for (int j = 0; j < 8; j++) {
-      const float2 by = read<float2>(s.base + OFFSET_TOTAL + (8 * j + 2 * me.t) * 4);
+      const float2 both = read<float2>(s.base + OFFSET_TOTAL + (8 * j + 2 * me.t) * 4);
 #pragma unroll
-      for (int r = 0; r < 2; r++) {
-#pragma unroll
-        for (int c = 0; c < BLOCKS / 2; c++) {
-          const float(&low)[32] = sum[2 * c], (&high)[32] = sum[2 * c + 1];
-          const int i = 4 * j + r;
-          const float b = r ? by.y : by.x;
-          const float four[4] = {low[i] * b, low[i + 2] * b, high[i] * b, high[i + 2] * b};
-          if (8 * j + r < left) store_four<KIND>(at, (8 * j + r) * L + c * APART, four);
-        }
+      for (int i = 0; i < BLOCKS; i++) {
+        const int r = i % 2, c = i / 2;
+        const float by = r ? both.y : both.x, *low = sum[2 * c] + 4 * j + r, *high = sum[2 * c + 1] + 4 * j + r;
+        const float four[4] = {low[0] * by, low[2] * by, high[0] * by, high[2] * by};
+        if (8 * j + r < left) store_four<QUERY>(at, (8 * j + r) * L + c * APART, four);
       }
     }
   }

@@ -113,43 +113,26 @@ struct Outputs {
   // Chunks of 64 channels lie CHUNK bytes apart.
   static DEVICE u32 descriptor_turned(u32 address) { return (CHUNK / 16) << 16 | (address & 0x3FFFF) >> 4; }
 
-  template <int KIND>
+  // Averages of rows from the `first`th on, through the ring, which nobody reads any more: whole lines then.
   DEVICE void store(char* to, const Params& p, const Work& work, const Shared& s, const Thread& me, i64 first) const {
-    if (KIND == 0) return store_floats(to, p, work, s, me, first);
-    constexpr int PIECES = L / 16, BYTES_OF_ROW = L;  // of 16 bytes of a row's half, which goes through the ring
-    const u32 from = s.half(me.half()) + 16 * me.warp * BYTES_OF_ROW;
-    const float by[2] = {read<float>(s.base + OFFSET_TOTAL + 4 * (16 * me.warp + me.g)),
-                         read<float>(s.base + OFFSET_TOTAL + 4 * (16 * me.warp + me.g + 8))};
-    const auto at = [&](int row, int piece) { return from + row * BYTES_OF_ROW + (piece ^ row % 8) * 16; };
+    constexpr int PIECES = L / 16, LINE = L;  // of 16 bytes of a row's half, and bytes of them
+    const u32 from = s.half(me.half()) + 16 * me.warp * LINE, total = s.base + OFFSET_TOTAL + 64 * me.warp;
+    const float by[2] = {read<float>(total + 4 * me.g), read<float>(total + 4 * me.g + 32)};
+    const auto at = [&](int row, int piece) { return from + row * LINE + (piece ^ row % 8) * 16; };
 #pragma unroll
     for (int j = 0; j < OUT / 4; j += 2) {
       const float* x = sum[4 * j / (OUT / 2)] + 4 * j % (OUT / 2);
-      store_matrix_x4(at(me.lane % 16, j + me.lane / 16), pack<KIND>(x[0] * by[0], x[1] * by[0]),
-                      pack<KIND>(x[2] * by[1], x[3] * by[1]), pack<KIND>(x[4] * by[0], x[5] * by[0]),
-                      pack<KIND>(x[6] * by[1], x[7] * by[1]));
+      store_matrix_x4(at(me.lane % 16, j + me.lane / 16), pack<QUERY>(x[0] * by[0], x[1] * by[0]),
+                      pack<QUERY>(x[2] * by[1], x[3] * by[1]), pack<QUERY>(x[4] * by[0], x[5] * by[0]),
+                      pack<QUERY>(x[6] * by[1], x[7] * by[1]));
     }
     __syncwarp();
 #pragma unroll
     for (int i = me.lane; i < 16 * PIECES; i += 32) {
-      const int row = i / PIECES, piece = i % PIECES, n = work.first_row + 16 * me.warp + row;
-      if (n < p.rows)
+      const int row = i / PIECES, piece = i % PIECES, n = 16 * me.warp + row;
+      if (work.first_row + n < p.rows)
         *reinterpret_cast<uint4*>(to + ((first + n) * L + me.half() * (L / 2)) * 2 + 16 * piece) =
             read<uint4>(at(row, piece));
-    }
-  }
-  DEVICE void store_floats(char* to, const Params& p, const Work& work, const Shared& s, const Thread& me,
-                           i64 first) const {
-    const int row = 16 * me.warp + me.g;
-    float* at = reinterpret_cast<float*>(to) + (first + work.first_row + row) * L + me.half() * (L / 2) + 2 * me.t;
-#pragma unroll
-    for (int r = 0; r < 2; r++) {
-      if (work.first_row + row + 8 * r >= p.rows) continue;
-      const float by = read<float>(s.base + OFFSET_TOTAL + 4 * (row + 8 * r));
-#pragma unroll
-      for (int j = 0; j < OUT / 4; j++) {
-        const float* pair = sum[4 * j / (OUT / 2)] + 4 * j % (OUT / 2) + 2 * r;
-        *reinterpret_cast<float2*>(at + 8 * r * L + 8 * j) = {pair[0] * by, pair[1] * by};
-      }
     }
   }
 };

@@ -158,7 +158,7 @@ struct Softmax {
     const float reference = read<float>(s.base + OFFSET_ROWS + 8 * n) + LOG2_WEIGHT;
     const bool some = total > 0.0f;
     const int row = work.first_row + n;
-    write(s.base + OFFSET_TOTAL + 4 * n, (p.splits > 1 ? 1.0f : some ? 1.0f / total : 0.0f) * (1.0f / WEIGHT));
+    write(s.base + OFFSET_TOTAL + 4 * n, some ? 1.0f / (WEIGHT * total) : 0.0f);
     if (row >= p.rows) return;
     if (p.splits > 1) {
       const i64 at = (static_cast<i64>(work.split) * p.batches + work.batch) * p.rows + row;
