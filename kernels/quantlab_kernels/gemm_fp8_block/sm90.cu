@@ -158,8 +158,10 @@ struct Schedule {
 // keep to the same pace along K, so that the L2 cache serves one with what another has fetched.
 struct Schedule {
   int count_x, count_y, blocks, next, step, whole, rank, first, last;
-  int wave = 0;  // ROTATE: the first tile of those that are made at once; `next` is this cluster's place among them
   int rest, parts;
+#if ROTATE
+  int wave = 0;  // the first tile of those that are made at once; `next` is this cluster's place among them
+#endif
   int tile_x, tile_y;
   int first_token, end_token;  // of the rows that the tile may hold
   u32 groups;                  // GROUPED: shared memory, [experts + 1] first rows, [experts + 1] first tiles
@@ -199,17 +201,18 @@ struct Schedule {
   DEVICE int weight_row(const Params& p) const { return (GROUPED ? group.expert * p.channels : 0) + channel(); }
 
   DEVICE bool advance() {
-    const int tile = wave + next;
-    if (tile >= whole) return false;
-    place(tile);
-    if constexpr (ROTATE) {
-      // Else a cluster would always have the same place in a band that their number divides, be it that of the few rows
-      // which remain of an expert.
-      wave += step;
-      if (++next == step) next = 0;
-    } else {
-      next += step;
-    }
+#if ROTATE
+    // Else a cluster would keep its row in all bands whose height divides the number of clusters, and the same few of
+    // them would get the short tiles at the end of every expert.
+    if (wave + next >= whole) return false;
+    place(wave + next);
+    wave += step;
+    if (++next == step) next = 0;
+#else
+    if (next >= whole) return false;
+    place(next);
+    next += step;
+#endif
     return true;
   }
 
