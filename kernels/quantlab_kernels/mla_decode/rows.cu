@@ -1,14 +1,14 @@
 // Absorbed attention over packed latents for 64 rows (heads times queries) a tile.
 //
 // One or two warpgroups, the scorers, compute scores with tokens on the M of the MMA and hand weights through shared
-// memory to two warpgroups that add the products with half of the channels each. Two scorers take tiles in turns; where
-// registers are left for one only, it multiplies the next tile while it makes the weights of this one, if AHEAD, or has
-// the matrix units to itself less often. Whoever is the last to read a part of a tile has the copy engine bring the next
-// one to its place. How 16-bit latents are multiplied says rows_floats.cuh; how codes are, rows_codes.cuh;
+// memory to two warpgroups that add the products with half of the channels each. Two scorers take tiles in turns. One
+// alone, which is what registers leave beside outputs of codes, may multiply the next tile while it makes the weights
+// of this one (AHEAD): INT4 gains by it. Whoever is the last to read a part of a tile has the copy engine bring the
+// next one to its place. How 16-bit latents are multiplied says rows_floats.cuh, how codes are, rows_codes.cuh, and
 // rows_softmax.cuh, how scores become weights.
 //
-// Macros: L, FORMAT (0 16 bits, 1 E4M3, 3 INT4), KEPT, QUERY, PAGED, BOX, SHARED as in sm90.cu;   SCORERS;   HALVES  of
-//   tiles, by channels, in the ring;   ROPES  position parts
+// Macros: L, FORMAT (0 16 bits, 1 E4M3, 3 INT4), KEPT, QUERY, PAGED, BOX, SHARED as in sm90.cu;   SCORERS;
+//   HALVES  of tiles, by channels, in the ring;   ROPES  position parts
 #include "sm90.cuh"
 #include "attention.cuh"
 #include "wgmma.cuh"
@@ -16,10 +16,12 @@
 
 constexpr int THREADS = 128 * (SCORERS + 2);
 constexpr bool AHEAD = FORMAT == 3;
+// Together no more than there are at launch, 168 or, of 512 threads, 128 each: who asks for more waits for ever.
 constexpr int SCORE_REGISTERS = SCORERS == 2 ? 96 : AHEAD ? 136 : 104;
-constexpr int OUTPUT_REGISTERS = SCORERS == 2 ? 160 : AHEAD ? 184 : 200;  // at launch 168 or 128 a thread
-constexpr int BYTES = FORMAT == 0 ? 2 * L : FORMAT == 1 ? L : L / 2;      // of a token's latent
-constexpr int HALF_CHUNKS = BYTES / 256, HALF = HALF_CHUNKS * CHUNK;      // of channels of a tile
+constexpr int OUTPUT_REGISTERS = SCORERS == 2 ? 160 : AHEAD ? 184 : 200;
+static_assert(SCORERS * SCORE_REGISTERS + 2 * OUTPUT_REGISTERS <= (SCORERS == 2 ? 4 * 128 : 3 * 168), "see above");
+constexpr int BYTES = FORMAT == 0 ? 2 * L : FORMAT == 1 ? L : L / 2;  // of a token's latent
+constexpr int HALF_CHUNKS = BYTES / 256, HALF = HALF_CHUNKS * CHUNK;  // of channels of a tile
 constexpr int CHUNKS = 2 * HALF_CHUNKS;
 constexpr int SLOTS = FORMAT == 0 ? 1 : 2;                        // of weights, side by side if they have 8 bits
 constexpr int QUERY_CHUNKS = (FORMAT == 0 ? 1 : 2) * CHUNKS + 1;  // of INT4, chunks of bytes; the last is the position
@@ -159,8 +161,8 @@ DEVICE void announce(const Thread& me, u32 barrier) {
   if (me.lane == 0) barrier_arrive(barrier);
 }
 
-// Where a row of queries lies, and the last token that it sees. All warps but the first take rows in turns: little code,
-// since what runs once waits for its instructions.
+// Where a row of queries lies, and the last token that it sees. All warps but the first take rows in turns, with little
+// code: what runs once waits for its instructions.
 struct Row {
   bool there;
   const char *latent, *rope;

@@ -1,13 +1,9 @@
-// E4M3 and INT4 latents as operands of 8-bit MMA in rows.cu. Queries are sums of two E4M3 numbers, weights are rounded
-// to one.
+// Latents in codes as operands of 8-bit MMA in rows.cu; rows_e4m3.cuh and rows_int4.cuh say what is one format's own.
 //
 // The second product is transposed, channels on M, because 8-bit operands in shared memory must have tokens side by
 // side and those in registers can be arranged: four words of four channels are turned by permutations of bytes. Weights
-// lie in the order in which tokens are read without bank conflicts. Matrix units add 8-bit products with 13 bits or so:
+// are E4M3 numbers, in the order in which the scorers have them. Matrix units add 8-bit products with 13 bits or so:
 // the products of a tile are added to float32 sums by themselves.
-//
-// INT4 codes become E4M3 numbers, which have all odd numbers to 15: two tiles ahead, by the warpgroups that add
-// outputs, each those that it will read. A half of a tile is then 128 channels and the 128 that share their bytes.
 
 DEVICE u16 e4m3_pair(float low, float high) {
   u16 r;

@@ -50,7 +50,8 @@ struct Scores {
       if (step % HALF_STEPS == 0 && there) barrier_wait(s.half_full(at.slot), at.parity);
       const int i = step % HALF_STEPS;
       const u32 latents = descriptor_low(s.half(at.slot)) + i / 4 * (CHUNK / 16) + 2 * (i % 4);
-      wgmma_scores(both, descriptor(latents), descriptor(queries + step / 4 * (2 * CHUNK / 16) + 2 * (step % 4)), step > 0);
+      const u32 numbers = queries + step / 4 * (2 * CHUNK / 16) + 2 * (step % 4);
+      wgmma_scores(both, descriptor(latents), descriptor(numbers), step > 0);
     }
     wgmma_commit();
   }

@@ -36,8 +36,8 @@ struct Scores {
     for (int step = first; step < last; step++) {
       const bool latent = step < 2 * HALF_STEPS;
       const Turn at(latent ? 2 * tile + step / HALF_STEPS : tile, latent ? HALVES : ROPES);
-      if (step % HALF_STEPS == 0 && there) barrier_wait(latent ? s.half_full(at.slot) : s.rope_full(at.slot), at.parity);
       const int i = step % HALF_STEPS;
+      if (i == 0 && there) barrier_wait(latent ? s.half_full(at.slot) : s.rope_full(at.slot), at.parity);
       const u32 from = descriptor_low(latent ? s.half(at.slot) : s.rope(at.slot)) + i / 4 * (CHUNK / 16) + 2 * (i % 4);
       wgmma_scores(sums, descriptor(from), descriptor(queries + step / 4 * (CHUNK / 16) + 2 * (step % 4)), step > 0);
     }

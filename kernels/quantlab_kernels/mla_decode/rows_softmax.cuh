@@ -1,9 +1,9 @@
 // From scores of tokens [64 of a tile, on the MMA's M] and rows [64] to weights, in powers of two.
 //
-// The weight of a token is 2^(score - zero), zero lying LOG2_WEIGHT below the reference of the row, which is raised when
-// a score exceeds it by more than LAZY. That is seldom, so that a tile mostly costs one vote of its warpgroup. Zeros lie
-// in shared memory; where two warpgroups take tiles in turns they look in order of tiles, and who raises references says
-// by what earlier sums are to be multiplied.
+// The weight of a token is 2^(score - zero), zero lying LOG2_WEIGHT below the reference of the row, which is raised
+// when a score exceeds it by more than LAZY. That is seldom, so that a tile mostly costs one vote of its warpgroup.
+// Zeros lie in shared memory. Where two warpgroups take tiles in turns they vote in order of tiles, and each brings its
+// sums up to date with what the other has raised.
 
 constexpr float LOG2_WEIGHT = FORMAT == 0 ? 8.0f : 7.0f, LAZY = FORMAT == 0 ? 6.0f : 1.75f;
 constexpr float WEIGHT = FORMAT == 0 ? 256.0f : 128.0f;  // of a token at the reference
@@ -128,7 +128,9 @@ struct Softmax {
     for (int i = 0; i < 4; i++) x[i] = read<float>(partial(s, i, me.index));
     return LARGEST ? fmaxf(fmaxf(x[0], x[1]), fmaxf(x[2], x[3])) : (x[0] + x[1]) + (x[2] + x[3]);
   }
-  static DEVICE u32 partial(const Shared& s, int warp, int row) { return s.base + OFFSET_PARTIAL + warp * 256 + row * 4; }
+  static DEVICE u32 partial(const Shared& s, int warp, int row) {
+    return s.base + OFFSET_PARTIAL + warp * 256 + row * 4;
+  }
 
   // Of rows with a score that is too high, and of all in the first tile.
   DEVICE void move_zeros(float (&x)[32], const Shared& s, const Thread& me, int tile) {
