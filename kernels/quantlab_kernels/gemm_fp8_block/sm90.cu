@@ -546,7 +546,7 @@ DEVICE void accumulate_one(float (&sum)[WAVES][ACCUMULATORS], const Shared& s, c
   }
 }
 
-// The same for whole rings: addresses and descriptors are constants then, which leaves little but the MMAs and the sums.
+// The same for whole rings: addresses are constants then, which leaves little but the MMAs and the sums.
 DEVICE void accumulate_rings(float (&sum)[WAVES][ACCUMULATORS], const Shared& s, const Position& at, Ring& ring,
                              int blocks) {
   float part[ACCUMULATORS];
