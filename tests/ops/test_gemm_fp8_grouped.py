@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from quantlab_kernels import gemm_fp8_block, gemm_fp8_grouped, gemm_fp8_row
+from quantlab_kernels.gemm_fp8_block.sm90_configs import SHARED_LIMIT
 from quantlab_kernels.gemm_fp8_grouped import sm90
 from quantlab_kernels.gemm_fp8_grouped.op import BACKENDS, GroupedProblem
 from quantlab_kernels.quantize_fp8 import reference as quantizer
@@ -49,6 +50,19 @@ def test_what_does_not_fit_is_named():
         given = {"a": a, "a_scale": a_scale, "b": b, "b_scale": b_scale, "counts": counts} | change
         with pytest.raises(RuntimeError, match=message):
             gemm_fp8_grouped(*given.values())
+
+
+def test_thousands_of_rows_take_the_unrolled_loop():
+    for problem, unroll in (
+        (GroupedProblem(8 * 4096, 4096, 7168, 8), 1),
+        (GroupedProblem(8 * 4096, 2048, 768, 8), 0),  # six blocks of K are no whole rings
+        (GroupedProblem(8 * 4096, 4096, 7168, 8, blocked=False), 0),
+        (GroupedProblem(8 * 512, 4096, 7168, 8), 0),
+        (GroupedProblem(128 * 512, 1536, 2048, 128), 1),
+    ):
+        config = sm90.config(problem)
+        assert (config.unroll, config.rotate) == (unroll, unroll)
+        assert config.shared_bytes() <= SHARED_LIMIT
 
 
 def test_traces_without_data():

@@ -106,6 +106,9 @@ def test_more_tiles_than_processors():
     check(gemm_fp8_grouped(*given), given)
     given = operands([16, 3, 20, 0, 9, 3], 9216, 512)
     check(gemm_fp8_grouped(*given), given)
+    given = operands([1500, 0, 2100, 1900, 1], 1280, 1024)
+    assert sm90.config(problem_of(*given[:4], torch.bfloat16)).unroll
+    check(gemm_fp8_grouped(*given), given)
 
 
 def test_a_graph_follows_new_counts():

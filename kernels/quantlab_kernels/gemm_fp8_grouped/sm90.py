@@ -18,6 +18,9 @@ from quantlab_kernels.gemm_fp8_block.sm90 import NO_MAP, PARAMS_BYTES
 from quantlab_kernels.gemm_fp8_block.sm90_configs import MAX_EXPERTS, Config, deepest, unrolled
 from quantlab_kernels.gemm_fp8_grouped.op import GroupedProblem
 
+# Of 512 rows an expert: so many that it does not matter that the last wave of tall tiles is not full.
+_MANY_TILES = 2000
+
 
 def supports(problem: GroupedProblem) -> str | None:
     if problem.sm != 90:
@@ -42,10 +45,12 @@ def _tiles(problem: GroupedProblem) -> Config:
     tma = int(problem.out_dtype.itemsize == 2 and problem.n % 8 == 0)
     if not tma:
         return deepest(Config(temps=2, output_tma=0, grouped=1), most=6)
-    if problem.mean >= 1024:
-        tiles = Config(math_groups=3, stages=4, pieces=2, group=16, rotate=1, grouped=1)
-        return unrolled(tiles, problem.k)
-    return deepest(Config(temps=2, grouped=1), most=6)
+    tall = Config(math_groups=3, stages=4, pieces=2, group=11, grouped=1)
+    rings = unrolled(replace(tall, group=16, rotate=1), problem.k)
+    many = problem.rows * problem.n >= _MANY_TILES * tall.bx * tall.by
+    if problem.blocked and rings.unroll and (problem.mean >= 1024 or (problem.mean >= 512 and many)):
+        return rings
+    return tall if problem.mean >= 1024 else deepest(Config(temps=2, grouped=1), most=6)
 
 
 def launch(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, counts: Tensor, out: Tensor, config: Config) -> None:
