@@ -154,6 +154,7 @@ struct Softmax {
 #pragma unroll
       for (int i = 0; i < 4; i++) x[4 * j + i] -= i % 2 ? up.y : up.x;
     }
+    group_sync(me);  // whoever reduces next writes where these were read
   }
   static DEVICE void publish(float sum, const Params& p, const Work& work, const Shared& s, int n) {
     const float total = sum * (1.0f / WEIGHT);
