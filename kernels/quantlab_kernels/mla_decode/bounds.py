@@ -9,7 +9,8 @@ are float32. With w the exact weights and c_j the latents:
 
 With 8-bit MMA (``narrow``) a query is the sum of two E4M3 numbers, or an integer of 14 bits, and a weight, times its
 token's scale, one such number, whose least step is 2^-9 where the row's largest product is 128 or more; sums of 512
-products are good to 2^-7 of their terms.
+products are good to 2^-7 of their terms. INT4 beyond 32 rows has integers of 8 bits: a channel is off by up to 2^-8 of
+the largest, which over the channels of a row adds up to less than 2^-7 of the terms, unless the largest stands alone.
 """
 
 from __future__ import annotations
