@@ -4,7 +4,7 @@
 DEVICE void clear_hidden(const Work& work, const Shared& s, const Thread& me, Place at, int position) {
   at.advance(1 + me.part * MINE);
   for (int c = 0; c < MINE; c++) {
-    barrier_wait(s.full(at), at.parity);
+    barrier_wait(s.full(at), at.full_parity());
     const int row = me.index / 2, token = position + row;
     if (token < work.low || token >= work.length)
       for (int i = 0; i < 4; i++) write_zeros(s.chunk(at) + row * 128 + me.index % 2 * 64 + i * 16);
@@ -16,7 +16,7 @@ DEVICE void clear_hidden(const Work& work, const Shared& s, const Thread& me, Pl
 
 // Scores of the position, and the inverse scales of tokens make them a start for those of latents.
 DEVICE void score_positions(float (&x)[N / 2], const Shared& s, const Thread& me, Place at, const float (&inverse)[2]) {
-  barrier_wait(s.full(at), at.parity);
+  barrier_wait(s.full(at), at.full_parity());
   const u32 a = descriptor_low(s.chunk(at)), b = descriptor_low(s.base + L / 64 * Q_CHUNK);
   pin(x);
   wgmma_fence();
@@ -35,7 +35,7 @@ DEVICE void score_latents(float (&x)[N / 2], const Shared& s, const Thread& me, 
   at.advance(1 + me.part * MINE);
 #pragma unroll
   for (int c = 0; c < MINE; c++) {
-    barrier_wait(s.full(at), at.parity);
+    barrier_wait(s.full(at), at.full_parity());
     const u32 a = descriptor_low(s.chunk(at)), b = descriptor_low(s.base + (me.part * MINE + c) * Q_CHUNK);
 #pragma unroll
     for (int i = 0; i < 4; i++) wgmma_kept(x, descriptor(a + 2 * i), descriptor(b + 2 * i), 1);
@@ -57,7 +57,7 @@ DEVICE void score_latents(float (&x)[N / 2], const Shared& s, const Thread& me, 
   const int row = 16 * me.warp + me.g;
 #pragma unroll
   for (int c = 0; c < MINE; c++) {
-    barrier_wait(s.full(at), at.parity);
+    barrier_wait(s.full(at), at.full_parity());
     const u32 from = s.chunk(at) + row * 128;
     u32 words[2][8];
 #pragma unroll
@@ -124,7 +124,7 @@ DEVICE void score_latents(float (&x)[N / 2], const Shared& s, const Thread& me, 
     pin(parts);
 #pragma unroll
     for (int c = 0; c < MINE; c++) {
-      if (pass == 0) barrier_wait(s.full(from), from.parity);
+      if (pass == 0) barrier_wait(s.full(from), from.full_parity());
       const u32 a = descriptor_low(s.chunk(from));
       const u32 b = descriptor_low(s.base + (me.part * MINE + c) * 2 * Q_CHUNK + pass * N * 128);
       if (c == 0) wgmma_fence();

@@ -46,29 +46,34 @@ constexpr int OFFSET_MASS = OFFSET_TOTAL + TEAMS * N * 4;
 constexpr int OFFSET_FACTOR = OFFSET_MASS + TEAMS * N * 4;  // [N], as are the next two
 constexpr int OFFSET_BASE = OFFSET_FACTOR + N * 4;
 constexpr int OFFSET_PLACE = OFFSET_BASE + N * 4;
-constexpr int OFFSET_MEETING = OFFSET_PLACE + N * 4;  // a barrier of all consumers
+constexpr int OFFSET_MEETING = OFFSET_PLACE + N * 4;  // two barriers of all consumers
 constexpr int OFFSET_BARRIERS = OFFSET_MEETING + 16;
-static_assert(OFFSET_BARRIERS + 16 * RING <= SHARED, "the host allocates what is laid out here");
+static_assert(OFFSET_BARRIERS + 24 * RING <= SHARED, "the host allocates what is laid out here");
 static_assert(TEAMS == 1 || TEAMS * BLOCKS * (N / 2) * TEAM * 4 <= RING * CHUNK, "sums of teams meet in the ring");
 static_assert(RING >= CHUNKS * TEAMS, "every team holds a tile");
 
 #include "codes.cuh"
 
-// A place in the ring, and the parity of what its barriers complete next.
+// A place in the ring, and how often the ring went round. Copies end in any order, so that a team may wait for a chunk a
+// whole round ahead of one that another team still waits for in the same place: rounds arrive at two barriers in turns,
+// else the older chunk's absence would look like the newer one's presence. Two rounds ahead it cannot be, since the ring
+// holds a tile of every team.
 struct Place {
   int slot;
-  u32 parity;
+  u32 round;
   DEVICE void advance(int chunks) {
     slot += chunks;
-    if (slot >= RING) slot -= RING, parity ^= 1;
+    if (slot >= RING) slot -= RING, round++;
   }
+  DEVICE u32 full_parity() const { return round >> 1 & 1; }
+  DEVICE u32 empty_parity() const { return round & 1; }
 };
 
 struct Shared {
   u32 base;
   DEVICE u32 chunk(const Place& at) const { return base + OFFSET_RING + at.slot * CHUNK; }
-  DEVICE u32 full(const Place& at) const { return base + OFFSET_BARRIERS + 16 * at.slot; }
-  DEVICE u32 empty(const Place& at) const { return full(at) + 8; }
+  DEVICE u32 empty(const Place& at) const { return base + OFFSET_BARRIERS + 24 * at.slot; }
+  DEVICE u32 full(const Place& at) const { return empty(at) + 8 + (at.round & 1) * 8; }
 };
 
 // ---- producer: one thread ----
@@ -94,7 +99,7 @@ DEVICE void produce(const Params& p, const Shared& s) {
     }
 #pragma unroll
     for (int c = 0; c < CHUNKS; c++) {
-      barrier_wait(s.empty(at), at.parity ^ 1);
+      barrier_wait(s.empty(at), at.empty_parity() ^ 1);
       barrier_arrive_expect(s.full(at), rows * 128);
       const TensorMap* map = c == 0 ? &p.rope : &p.latent;
       const int row = c == 0 ? p.rope_row : p.latent_row;
@@ -154,9 +159,9 @@ DEVICE void release_read(const Params& p, const Thread& me, u32 barrier, u32 cou
 
 // All teams are here, for the first (0) or second (1) time. A barrier in memory at which every thread arrives: racecheck
 // takes what is read behind named barriers for races once teams have gone their own ways.
-DEVICE void meet(const Shared& s, u32 parity) {
-  barrier_arrive(s.base + OFFSET_MEETING);
-  barrier_wait(s.base + OFFSET_MEETING, parity);
+DEVICE void meet(const Shared& s, int time) {
+  barrier_arrive(s.base + OFFSET_MEETING + 8 * time);
+  barrier_wait(s.base + OFFSET_MEETING + 8 * time, 0);
 }
 
 #include "queries.cuh"
@@ -257,10 +262,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) mla_decode(const __grid
   const Shared s = {shared_address(memory)};
   if (threadIdx.x == 0) {
     for (int slot = 0; slot < RING; slot++) {
-      barrier_init(s.base + OFFSET_BARRIERS + 16 * slot, 1);
-      barrier_init(s.base + OFFSET_BARRIERS + 16 * slot + 8, 4 * SHARE);
+      const u32 barriers = s.base + OFFSET_BARRIERS + 24 * slot;
+      barrier_init(barriers, 4 * SHARE);
+      barrier_init(barriers + 8, 1);
+      barrier_init(barriers + 16, 1);
     }
     barrier_init(s.base + OFFSET_MEETING, CONSUMERS);
+    barrier_init(s.base + OFFSET_MEETING + 8, CONSUMERS);
     barrier_init_fence();
     prefetch_tensor_map(&p.latent);
     prefetch_tensor_map(&p.rope);

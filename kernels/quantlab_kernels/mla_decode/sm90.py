@@ -53,7 +53,7 @@ class Config:
         """Chunks in flight: what the rest leaves of shared memory."""
         fixed = (rank + ROPE) // 64 * 128 * self.rows + 12 * self.rows + 16
         team = self.rows * (128 + 16 + 16 + (256 if self.share == 2 else 0))
-        return (SHARED - fixed - self.teams * team) // (CHUNK + 16)
+        return (SHARED - fixed - self.teams * team) // (CHUNK + 24)
 
 
 def supports(problem: Problem) -> str | None:
