@@ -168,8 +168,9 @@ def check(z: Quantized, out: Tensor, lse: Tensor, rms: float, **options: Any) ->
     exact, exact_lse = reference.attend(z, attributes, low, high, options.get("sinks"))
     seen = exact_lse.isfinite()
     assert torch.equal(seen, lse.isfinite())
-    assert not out.isnan().any()
     assert (lse.double() - exact_lse)[seen].abs().amax() < 0.1 if seen.any() else True
+    missing = [name for name, tensor in zip(Quantized._fields, z, strict=True) if tensor.float().isnan().any()]
+    assert not out.isnan().any(), f"{int(out.isnan().sum())} of {out.numel()} are NaN; of the operands: {missing}"
     centred = exact - z.v_mean.double().repeat_interleave(heads // z.v_mean.shape[1], 1)[:, None]
     error = out.double() - exact
     rounding = UNIT_ROUNDOFF[out.dtype] * exact.square().mean().sqrt()
