@@ -33,7 +33,7 @@ def _what_stays(decisions: list[Decision], source: Source, recipe: Recipe) -> It
             worst[decision.reason or "no known reason"] += decision.info.nbytes
         share = 100 * lost / source.weight_bytes
         yield f"most weights stay in 16 bits: {share:.0f} % of the bytes, mainly because: {worst.most_common(1)[0][0]}"
-    if recipe.calibration is None and recipe.scheme in ("int4", "int4-fp8"):
+    if recipe.calibration is None and recipe.is_int4:
         yield "INT4 weights are rounded without data; `--effort fast` loses three times less, with text of the package"
     if any(d.scheme and d.scheme.name == "int4-fp8" for d in decisions):
         yield "vLLM runs INT4 weights with FP8 activations on Hopper only; `quantlab convert --to int4` serves the rest"

@@ -262,9 +262,14 @@ class Recipe:
     @classmethod
     def advised(cls, scheme: str, kv: str = "none") -> Recipe:
         """One scheme for all layers; INT4 is calibrated on a little bundled text: without, it costs thrice as much."""
-        named = scheme_named(scheme)
-        int4 = named is not None and named.weight.format is INT4
-        return cls(scheme, calibration=Calibration(effort="fast") if int4 else None, kv=kv)
+        recipe = cls(scheme, kv=kv)
+        return replace(recipe, calibration=Calibration(effort="fast")) if recipe.is_int4 else recipe
+
+    @property
+    def is_int4(self) -> bool:
+        """Whether layers that no rule names become INT4."""
+        scheme = scheme_named(self.scheme)
+        return scheme is not None and scheme.weight.format is INT4
 
     @classmethod
     def from_toml(cls, path: Path) -> Recipe:

@@ -51,7 +51,9 @@ def bench(
     room: Annotated[
         str,
         Argument(
-            metavar="ROOM", help="A room of kernels, 'attention', 'conversion', 'generation'.", show_default=False
+            metavar="ROOM",
+            help="A room of kernels, 'attention', 'mla', 'moe', 'conversion', 'generation'.",
+            show_default=False,
         ),
     ],
     shape: Annotated[str, Option("--shape", help="Model shape of conversion and generation.")] = "llama-3.1-8b",
