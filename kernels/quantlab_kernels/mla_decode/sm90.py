@@ -135,7 +135,7 @@ def launch(
     p, c = problem, chosen or config(problem)
     if not readable(cache):
         return triton.launch(problem, q_latent, q_rope, cache, length, start, table, scale, out, lse)
-    q_latent, q_rope = (x if _in_fours(x) else x.contiguous() for x in (q_latent, q_rope))
+    q_latent, q_rope = (x if in_pieces(x, 4) else x.contiguous() for x in (q_latent, q_rope))
     pair = kernels(c, replace(p, batch=0, heads=0, sq=0, longest=0))
     run(pair, Grid(c.rows, c.threads), p, q_latent, q_rope, cache, length, start, table, scale, out, lse)
 
@@ -202,9 +202,10 @@ def readable(cache: PackedLatent) -> bool:
     return _readable(cache.latent) and _readable(cache.rope)
 
 
-def _in_fours(x: Tensor) -> bool:
-    """Whether every row is read four channels at a time."""
-    return x.stride(3) == 1 and x.data_ptr() % (4 * x.element_size()) == 0 and all(s % 4 == 0 for s in x.stride()[:3])
+def in_pieces(x: Tensor, channels: int) -> bool:
+    """Whether every row is read so many channels at a time."""
+    aligned = x.data_ptr() % (channels * x.element_size()) == 0 and all(s % channels == 0 for s in x.stride()[:3])
+    return x.stride(3) == 1 and aligned
 
 
 def _readable(x: Tensor) -> bool:

@@ -110,11 +110,6 @@ def launch(
     p, c = problem, chosen or config(problem)
     if not sm90.readable(cache):
         return triton.launch(problem, q_latent, q_rope, cache, length, start, table, scale, out, lse)
-    q_latent, q_rope = (x if _in_pieces(x) else x.contiguous() for x in (q_latent, q_rope))
+    q_latent, q_rope = (x if sm90.in_pieces(x, 8) else x.contiguous() for x in (q_latent, q_rope))
     pair, grid = kernels(c, replace(p, batch=0, heads=0, sq=0, longest=0)), sm90.Grid(ROWS, c.threads)
     sm90.run(pair, grid, p, q_latent, q_rope, cache, length, start, table, scale, out, lse)
-
-
-def _in_pieces(x: Tensor) -> bool:
-    """Whether every row is read in pieces of 16 bytes."""
-    return x.stride(3) == 1 and x.data_ptr() % 16 == 0 and all(s % 8 == 0 for s in x.stride()[:3])
