@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantlab.fusion import is_silu
+from quantlab.formulas import is_silu
 from quantlab.linear import CODES, Fp8BlockLinear, Fp8Linear, Fp8RowLinear, MovesWithoutCasting, QuantizedLinear
 from quantlab_kernels import (
     gemm_fp8_grouped,

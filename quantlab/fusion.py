@@ -11,7 +11,6 @@ the very tensor a norm returned says so, and from then on that norm quantizes it
 
 from __future__ import annotations
 
-import inspect
 import os
 import weakref
 from collections.abc import Callable
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from quantlab.attention import share_keys
+from quantlab.formulas import epsilon, is_silu, norm_offset
 from quantlab.int4_linear import Int4Linear
 from quantlab.linear import Fp8BlockLinear, QuantizedLinear
 from quantlab.placement import unhook_blocks
@@ -264,11 +264,6 @@ class FusedMlp:
         return self.down.matmul(codes, scale, x.dtype).reshape(*x.shape[:-1], self.down.out_features)
 
 
-def is_silu(act: Any) -> bool:
-    """Whether a module computes ``x * sigmoid(x)``."""
-    return isinstance(act, nn.SiLU) or type(act).__name__ == "SiLUActivation"
-
-
 class FusedNorm:
     """The `forward` of an RMSNorm that, once a joined layer has asked for it, also quantizes what it returns."""
 
@@ -301,29 +296,10 @@ class FusedNorm:
 
 
 def _fuse_norm(module: nn.Module, mailbox: Mailbox) -> bool:
-    weight = getattr(module, "weight", None)
-    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    if "RMSNorm" not in type(module).__name__ or "forward" in vars(module) or eps is None:
+    if "RMSNorm" not in type(module).__name__ or "forward" in vars(module):
         return False
-    if not isinstance(weight, Tensor) or weight.ndim != 1 or weight.is_meta or len(list(module.parameters())) != 1:
+    offset, eps = norm_offset(module), epsilon(module)
+    if offset is None or eps is None:
         return False
-    if len(inspect.signature(module.forward).parameters) != 1:  # gated norms of state-space models take a gate as well
-        return False
-    offset = _norm_offset(module, weight, float(eps))
-    if offset is None:
-        return False
-    module.forward = FusedNorm(module, float(eps), offset, mailbox)
+    module.forward = FusedNorm(module, eps, offset, mailbox)
     return True
-
-
-def _norm_offset(module: nn.Module, weight: Tensor, eps: float) -> float | None:
-    """0 for ``weight * x / rms(x)``, 1 for ``(1 + weight) * x / rms(x)``, None for anything else: found by trying."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(4, weight.shape[0], generator=generator).to(weight.device, weight.dtype)
-    with torch.no_grad():
-        found = module(x).float()
-        plain = torch.nn.functional.rms_norm(x.float(), weight.shape, eps=eps)
-        for offset in (0.0, 1.0):
-            if torch.allclose(found, plain * (offset + weight.float()), rtol=2e-2, atol=1e-3):
-                return offset
-    return None

@@ -8,6 +8,7 @@ Names are read as dotted paths; the last component of the module's path is its l
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -148,6 +149,25 @@ def _leaf(module: str) -> str:
 
 def leaf_of(module: str) -> str:
     return module.rpartition(".")[2]
+
+
+def position(module: str) -> tuple[int | None, str]:
+    """Depth of a layer and its type, from its path: ``model.layers.3.mlp.up_proj`` -> (3, "mlp.up_proj").
+
+    Experts are of one type: their number becomes a star. A path without a number has no depth.
+    """
+    found = re.search(r"(?:^|\.)(\d+)\.", module)
+    if found is None:
+        return None, module
+    return int(found[1]), re.sub(r"\.\d+(?=\.|$)", ".*", module[found.end() :])
+
+
+def common_name(modules: Sequence[str]) -> str:
+    """One name for layers that belong together: ``model.layers.3.self_attn.q/k/v_proj``."""
+    parent, leaves = modules[0].rpartition(".")[0], [leaf_of(module) for module in modules]
+    if len(leaves) > 1 and all(leaf.endswith("_proj") for leaf in leaves):
+        leaves = ["/".join(leaf.removesuffix("_proj") for leaf in leaves) + "_proj"]
+    return (parent + "." if parent else "") + "/".join(leaves)
 
 
 def is_mtp(name: str, model: Model) -> bool:

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantlab.kinds import leaf_of
-from quantlab.layer_errors import Ratio, position
+from quantlab.kinds import leaf_of, position
+from quantlab_calib.observers import Ratio
 from quantlab_kernels.common.kv import dequantize_rows, quantize_rows
 
 CODES = {"fp8": "e4m3", "int8": "int8", "int4": "int4"}

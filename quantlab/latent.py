@@ -29,6 +29,7 @@ from transformers.cache_utils import Cache
 
 from quantlab.cache_layers import KV, DynamicPackedLayer, Handle, PackedLayer, StaticPackedLayer
 from quantlab.errors import UsageError
+from quantlab.formulas import epsilon, norm_offset
 from quantlab.linear import Fp8BlockLinear, QuantizedLinear
 from quantlab_calib.rotate import hadamard
 from quantlab_kernels import bmm_fp8, mla_append, mla_decode, mla_step, rmsnorm
@@ -115,7 +116,7 @@ def prepare(path: str, module: Any, turn: bool) -> None:
     setattr(module, _ABSORBED, absorbed)
     module.expand_kv = types.MethodType(_expand, module)
     norm = module.kv_a_layernorm
-    if "forward" not in vars(norm) and epsilon(norm) is not None and is_plain(norm):
+    if "forward" not in vars(norm) and norm_offset(norm) == 0:
         norm.forward = types.MethodType(_norm_at_once, norm)
 
 
@@ -124,11 +125,6 @@ def _norm_at_once(self: Any, x: Tensor) -> Tensor:
     if not x.is_cuda or torch.compiler.is_compiling() or torch.is_grad_enabled():
         return type(self).forward(self, x)
     return rmsnorm(x, self.weight, epsilon(self) or 0.0)
-
-
-def epsilon(norm: Any) -> float | None:
-    """What a norm adds to the mean of squares."""
-    return getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
 
 
 def _expand(self: Any, latent: Any, rope: Any) -> tuple[Any, Any]:
@@ -410,7 +406,7 @@ def _fold(module: Any) -> bool:
     before, norm, after = (getattr(module, n, None) for n in ("kv_a_proj_with_mqa", "kv_a_layernorm", "kv_b_proj"))
     if getattr(module, _TURNED, False):
         return True
-    if type(before) is not nn.Linear or type(after) is not nn.Linear or norm is None or not is_plain(norm):
+    if type(before) is not nn.Linear or type(after) is not nn.Linear or norm is None or norm_offset(norm) != 0:
         return False
     size = after.in_features
     turn = hadamard(size).to(after.weight.device)
@@ -421,13 +417,3 @@ def _fold(module: Any) -> bool:
             parameter[:size].copy_(turn.T @ parameter[:size].double())
     setattr(module, _TURNED, True)
     return True
-
-
-def is_plain(norm: nn.Module) -> bool:
-    """Whether a norm is an RMSNorm whose result is multiplied by its weights, and nothing else."""
-    weight = getattr(norm, "weight", None)
-    if not isinstance(weight, nn.Parameter) or len(list(norm.parameters())) != 1:
-        return False
-    x = torch.randn(4, len(weight), generator=torch.Generator().manual_seed(0)).to(weight) + 1
-    ours = x.double() / x.double().square().mean(-1, keepdim=True).sqrt() * weight.double()
-    return bool((norm(x).double() - ours).norm() <= 0.01 * ours.norm())

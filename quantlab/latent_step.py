@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantlab.latent import Absorbed, LatentHandle, LatentLayer, epsilon, is_plain, modules
+from quantlab.formulas import alike, epsilon, norm_offset
+from quantlab.latent import Absorbed, LatentHandle, LatentLayer, modules
 from quantlab_kernels import mla_decode, mla_turn
 from quantlab_kernels.mla_append.reference import normalized, turned_pairs
 
@@ -64,7 +65,7 @@ def _has_parts(module: Any) -> bool:
     query = getattr(module, "q_proj", None) is not None or all(
         getattr(module, name, None) is not None for name in ("q_a_proj", "q_a_layernorm", "q_b_proj")
     )
-    return query and epsilon(module.kv_a_layernorm) is not None and is_plain(module.kv_a_layernorm)
+    return query and norm_offset(module.kv_a_layernorm) == 0
 
 
 class Step:
@@ -281,18 +282,12 @@ def _compared(
         (plain, seen.query.transpose(1, 2)[..., : absorbed.nope]),
         (module.o_proj(seen.out.flatten(2)), result),
     ]
-    if not all(_alike(ours, theirs) for ours, theirs in pairs):
+    if not all(alike(ours, theirs, _ALIKE) for ours, theirs in pairs):
         return None
     for layout in _LAYOUTS:
         key = turned_pairs(rope, *angles, *layout)
         queries = turned_pairs(turning, angles[0][:, :, None], angles[1][:, :, None], *layout)
-        if _alike(key, seen.rope[:, 0]) and _alike(queries, seen.query.transpose(1, 2)[..., absorbed.nope :]):
+        turned = (key, seen.rope[:, 0]), (queries, seen.query.transpose(1, 2)[..., absorbed.nope :])
+        if all(alike(ours, theirs, _ALIKE) for ours, theirs in turned):
             return layout
     return None
-
-
-def _alike(ours: Tensor, theirs: Tensor) -> bool:
-    if ours.shape != theirs.shape:
-        return False
-    ours, theirs = ours.double(), theirs.double()
-    return bool((ours - theirs).norm() <= _ALIKE * theirs.norm())

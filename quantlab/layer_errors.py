@@ -7,9 +7,7 @@ is a tenth of the error. Weights are streamed in bands of rows; data run through
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -21,13 +19,14 @@ from quantlab import fused_experts
 from quantlab.architecture import load_targets
 from quantlab.checkpoint import WEIGHT, Source, Stored, stored_in
 from quantlab.errors import PreflightError, UsageError
-from quantlab.kinds import context_length, leaf_of
+from quantlab.kinds import common_name, context_length, position
+from quantlab.kv_errors import CacheErrors
 from quantlab.lazy import LazyModel
 from quantlab.loaders import View
 from quantlab.shards import TensorInfo
 from quantlab_calib import data
 from quantlab_calib.capture import Captured, CaptureError, capture, find_blocks
-from quantlab_calib.observers import ChannelStatistics, InputObserver
+from quantlab_calib.observers import ChannelStatistics, InputObserver, Ratio
 from quantlab_kernels.formats import INT4
 from quantlab_kernels.packing import unpack_int4
 from quantlab_kernels.qtensor import QuantizedTensor, quantize
@@ -37,42 +36,6 @@ BATCH_TOKENS = 2048
 TOP_CHANNELS = 16
 
 Progress = Callable[[str, int, int], None]
-
-
-def position(module: str) -> tuple[int | None, str]:
-    """Depth of a layer and its type, from its path: ``model.layers.3.mlp.up_proj`` -> (3, "mlp.up_proj").
-
-    Experts are of one type: their number becomes a star. A path without a number has no depth.
-    """
-    found = re.search(r"(?:^|\.)(\d+)\.", module)
-    if found is None:
-        return None, module
-    return int(found[1]), re.sub(r"\.\d+(?=\.|$)", ".*", module[found.end() :])
-
-
-def common_name(modules: Sequence[str]) -> str:
-    """One name for layers that belong together: ``model.layers.3.self_attn.q/k/v_proj``."""
-    parent, leaves = modules[0].rpartition(".")[0], [leaf_of(module) for module in modules]
-    if len(leaves) > 1 and all(leaf.endswith("_proj") for leaf in leaves):
-        leaves = ["/".join(leaf.removesuffix("_proj") for leaf in leaves) + "_proj"]
-    return (parent + "." if parent else "") + "/".join(leaves)
-
-
-@dataclass
-class Ratio:
-    """Signal and noise, summed up as they come."""
-
-    signal: float = 0.0
-    noise: float = 0.0
-
-    def add(self, original: Tensor, difference: Tensor) -> None:
-        self.signal += float(original.square().sum(dtype=torch.float64))
-        self.noise += float(difference.square().sum(dtype=torch.float64))
-
-    @property
-    def decibels(self) -> float | None:
-        """None where nothing was lost, or there was nothing to lose."""
-        return 10 * math.log10(self.signal / self.noise) if self.noise > 0 and self.signal > 0 else None
 
 
 @dataclass(frozen=True)
@@ -188,8 +151,6 @@ def observe(
     blocks = find_blocks(lazy.model)
     total = len(lazy.model.get_submodule(blocks)) if blocks else 1
     found = Observed(tokens.numel())
-    from quantlab.kv_errors import CacheErrors
-
     outputs, cache = _Outputs(pair, lazy.model), CacheErrors(lazy.model)
     try:
         for number, block in enumerate(capture(lazy.model, batches, lazy, device=lazy.device, blocks=blocks), start=1):

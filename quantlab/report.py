@@ -22,7 +22,8 @@ from quantlab import checkpoint, plots
 from quantlab.checkpoint import OURS, RECIPE, SUMMARY, Source
 from quantlab.errors import PreflightError, UsageError
 from quantlab.generation import agreement, write
-from quantlab.layer_errors import Observed, Pair, observe, position, weight_errors
+from quantlab.kinds import position
+from quantlab.layer_errors import Observed, Pair, observe, weight_errors
 from quantlab.plots import Plot
 from quantlab.scheme import Recipe
 from quantlab.sequential import CHANGED

@@ -26,8 +26,7 @@ from quantlab.architecture import meta_model
 from quantlab.baselines import digest
 from quantlab.checkpoint import Source, config_of_quantization, to_json
 from quantlab.errors import PreflightError, UsageError
-from quantlab.kinds import context_length
-from quantlab.layer_errors import position
+from quantlab.kinds import context_length, position
 from quantlab.output import fingerprint
 from quantlab.plots import Plot
 from quantlab.preflight import Plan
@@ -152,12 +151,6 @@ def draw(result: Sensitivity) -> list[Plot]:
             caption = "Look for dark cells: layers to leave in full precision first, or to give more bits."
             found.append(plots.heat_map(scheme, title, caption, cells, label, log=True, bad_is_high=True))
     return found
-
-
-def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
-    """Spearman's: the correlation of the ranks. Equal values have no order among themselves; they keep their own."""
-    ranks = torch.stack([torch.tensor(values, dtype=torch.float64).argsort().argsort() for values in (a, b)])
-    return float(torch.corrcoef(ranks.to(torch.float64))[0, 1])
 
 
 def schemes_named(names: Sequence[str]) -> list[str]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from quantlab.experts import Fp8Experts
+from quantlab.formulas import alike
 from quantlab.fusion import FusedMlp
 from quantlab.linear import Fp8Linear
 from quantlab.routing import Route
@@ -42,7 +43,7 @@ def append(block: Any, layers: tuple[Fp8Linear, Fp8Linear, Fp8Linear]) -> bool:
     with torch.no_grad():
         expected = block(x)
         routed = experts(x[0], *reversed(router(x[0])[1:])) + block.shared_experts(x)[0]
-        if not isinstance(expected, Tensor) or not _alike(routed, expected[0]):
+        if not isinstance(expected, Tensor) or not alike(routed, expected[0], _ALIKE):
             return False  # the block does more, so copies would be for nothing
         router.forward.share(experts.append(*layers))
         block.forward = FusedBlock(block)
@@ -83,7 +84,3 @@ class FusedBlock:
         _, weights, index = self.block.gate(flat)
         out: Tensor = self.block.experts(flat, index, weights)
         return out.view(hidden_states.shape)
-
-
-def _alike(ours: Tensor, theirs: Tensor) -> bool:
-    return ours.shape == theirs.shape and bool((ours - theirs).float().norm() <= _ALIKE * theirs.float().norm())

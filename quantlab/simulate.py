@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from quantlab import kinds
 from quantlab.architecture import load_targets
 from quantlab.jobs import nearest
-from quantlab.layer_errors import common_name
+from quantlab.kinds import common_name
 from quantlab.preflight import Plan
 from quantlab.scheme import Scheme
 from quantlab_kernels.qtensor import quantize

@@ -6,8 +6,8 @@ float64: the squares of the outlier channels that this is all about lie six orde
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -15,14 +15,6 @@ from torch import Tensor
 from quantlab_kernels.qtensor import block_reduce
 
 GROUP = 128  # channels that share one activation scale (DeepSeek-V3, section 3.3.2)
-
-
-class Observer(Protocol):
-    def update(self, x: Tensor) -> None:
-        """Take in x [tokens, channels]."""
-
-    def amax(self) -> Tensor:
-        """Largest absolute value of each channel so far, float32 [channels], on the CPU."""
 
 
 class ChannelObserver:
@@ -136,10 +128,23 @@ class ChannelStatistics:
         """[ceil(channels / 128)] float32, largest absolute value of each group of 128 channels."""
         return block_reduce(self.amax[None], (1, GROUP), "amax")[0]
 
-    def group_energy(self) -> Tensor:
-        """[ceil(channels / 128)] float64, sum of squares of each group of 128 channels."""
-        return block_reduce(self.energy[None], (1, GROUP), "sum")[0]
-
     def outlier_ratio(self) -> float:
         """Largest absolute value over that of the median channel: how far a few channels stand above the rest."""
         return float(self.amax.amax() / self.amax.median().clamp_min(torch.finfo(torch.float32).tiny))
+
+
+@dataclass
+class Ratio:
+    """Signal and noise, summed up as they come."""
+
+    signal: float = 0.0
+    noise: float = 0.0
+
+    def add(self, original: Tensor, difference: Tensor) -> None:
+        self.signal += float(original.square().sum(dtype=torch.float64))
+        self.noise += float(difference.square().sum(dtype=torch.float64))
+
+    @property
+    def decibels(self) -> float | None:
+        """None where nothing was lost, or there was nothing to lose."""
+        return 10 * math.log10(self.signal / self.noise) if self.noise > 0 and self.signal > 0 else None

@@ -18,7 +18,8 @@ from quantlab import layer_errors, plots
 from quantlab.checkpoint import Source
 from quantlab.errors import PreflightError, UsageError
 from quantlab.generation import agreement
-from quantlab.layer_errors import Pair, observe, position, weight_errors
+from quantlab.kinds import position
+from quantlab.layer_errors import Pair, observe, weight_errors
 from quantlab.pipeline import quantize
 from quantlab.report import report
 from quantlab.scheme import SCHEMES, Calibration, Recipe
