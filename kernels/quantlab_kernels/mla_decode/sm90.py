@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 import struct
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -117,14 +116,9 @@ def source(config: Config, problem: Problem) -> nvrtc.Source:
 
 @functools.cache
 def kernels(config: Config, problem: Problem) -> tuple[driver.Kernel, driver.Kernel]:
-    """The kernel that attends and the one that merges; of the problem only what `source` reads matters."""
+    """The kernel that attends and the one that merges."""
     code = nvrtc.cubin(source(config, problem))
     return driver.Kernel(code, "mla_decode"), driver.Kernel(code, "merge")
-
-
-def warmup(problems: Iterable[Problem], *, workers: int = 8) -> int:
-    """Compile what the problems need into the disk cache; returns how many kernels that are. Needs no GPU."""
-    return nvrtc.compile_all((source(config(p), p) for p in problems if supports(p) is None), workers=workers)
 
 
 def launch(
@@ -132,12 +126,14 @@ def launch(
     table: Tensor | None, scale: float, out: Tensor, lse: Tensor, chosen: Config | None = None,
 ) -> None:  # fmt: skip
     """Fill out [B, Sq, H, L] and lse [B, H, Sq]. A cache that the copy engine cannot read goes to Triton."""
-    p, c = problem, chosen or config(problem)
-    if not readable(cache):
-        return triton.launch(problem, q_latent, q_rope, cache, length, start, table, scale, out, lse)
-    q_latent, q_rope = (x if in_pieces(x, 4) else x.contiguous() for x in (q_latent, q_rope))
-    pair = kernels(c, replace(p, batch=0, heads=0, sq=0, longest=0))
-    run(pair, Grid(c.rows, c.threads), p, q_latent, q_rope, cache, length, start, table, scale, out, lse)
+    c = chosen or config(problem)
+    pair, grid = kernels(c, compiled_for(problem)), Grid(c.rows, c.threads, pieces=4)
+    run(pair, grid, problem, q_latent, q_rope, cache, length, start, table, scale, out, lse)
+
+
+def compiled_for(problem: Problem) -> Problem:
+    """Of a problem what `source` reads."""
+    return replace(problem, batch=0, heads=0, sq=0, longest=0)
 
 
 @functools.cache
@@ -156,10 +152,11 @@ def parts(pairs: int, tokens: int, processors: int) -> int:
 
 @dataclass(frozen=True)
 class Grid:
-    """rows of a CTA's tile, and its threads."""
+    """rows of a CTA's tile, and its threads; channels of queries that are read at a time: `pieces`."""
 
     rows: int
     threads: int
+    pieces: int = 8
 
 
 def run(
@@ -167,8 +164,11 @@ def run(
     cache: PackedLatent, length: Tensor, start: Tensor | None, table: Tensor | None, scale: float, out: Tensor,
     lse: Tensor,
 ) -> None:  # fmt: skip
-    """Launch a kernel that attends and, where sequences are divided, the one that merges."""
+    """As `launch`: one of the pair attends and, where sequences are divided, the other merges."""
     p, (attend, merge) = problem, pair
+    if not (_readable(cache.latent) and _readable(cache.rope)):
+        return triton.launch(problem, q_latent, q_rope, cache, length, start, table, scale, out, lse)
+    q_latent, q_rope = (x if _in_pieces(x, grid.pieces) else x.contiguous() for x in (q_latent, q_rope))
     rows = p.heads * p.sq
     tiles = -(-rows // grid.rows)
     count = parts(p.batch * tiles, p.longest, gpu_of(q_latent).sm_count)
@@ -198,11 +198,7 @@ def run(
         merge.launch(driver.Launch(ctas, lanes * groups, 1, 0, early=True), params, device)
 
 
-def readable(cache: PackedLatent) -> bool:
-    return _readable(cache.latent) and _readable(cache.rope)
-
-
-def in_pieces(x: Tensor, channels: int) -> bool:
+def _in_pieces(x: Tensor, channels: int) -> bool:
     """Whether every row is read so many channels at a time."""
     aligned = x.data_ptr() % (channels * x.element_size()) == 0 and all(s % channels == 0 for s in x.stride()[:3])
     return x.stride(3) == 1 and aligned

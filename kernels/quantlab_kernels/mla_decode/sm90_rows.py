@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +14,7 @@ from torch import Tensor
 from quantlab_kernels.common import driver, nvrtc
 from quantlab_kernels.common.latent import PackedLatent
 from quantlab_kernels.common.wgmma import wgmma_variant
-from quantlab_kernels.mla_decode import sm90, triton
+from quantlab_kernels.mla_decode import sm90
 
 if TYPE_CHECKING:
     from quantlab_kernels.mla_decode.op import Problem
@@ -92,24 +91,16 @@ def source(config: Config, problem: Problem) -> nvrtc.Source:
 
 @functools.cache
 def kernels(config: Config, problem: Problem) -> tuple[driver.Kernel, driver.Kernel]:
-    """The kernel that attends and the one that merges; of the problem only what `source` reads matters."""
+    """The kernel that attends and the one that merges."""
     code = nvrtc.cubin(source(config, problem))
     return driver.Kernel(code, "mla_decode"), driver.Kernel(code, "merge")
-
-
-def warmup(problems: Iterable[Problem], *, workers: int = 8) -> int:
-    """Compile what the problems need into the disk cache; returns how many kernels that are. Needs no GPU."""
-    return nvrtc.compile_all((source(config(p), p) for p in problems if supports(p) is None), workers=workers)
 
 
 def launch(
     problem: Problem, q_latent: Tensor, q_rope: Tensor, cache: PackedLatent, length: Tensor, start: Tensor | None,
     table: Tensor | None, scale: float, out: Tensor, lse: Tensor, chosen: Config | None = None,
 ) -> None:  # fmt: skip
-    """Fill out [B, Sq, H, L] and lse [B, H, Sq]. A cache that the copy engine cannot read goes to Triton."""
-    p, c = problem, chosen or config(problem)
-    if not sm90.readable(cache):
-        return triton.launch(problem, q_latent, q_rope, cache, length, start, table, scale, out, lse)
-    q_latent, q_rope = (x if sm90.in_pieces(x, 8) else x.contiguous() for x in (q_latent, q_rope))
-    pair, grid = kernels(c, replace(p, batch=0, heads=0, sq=0, longest=0)), sm90.Grid(ROWS, c.threads)
-    sm90.run(pair, grid, p, q_latent, q_rope, cache, length, start, table, scale, out, lse)
+    """As `sm90.launch`."""
+    c = chosen or config(problem)
+    pair, grid = kernels(c, sm90.compiled_for(problem)), sm90.Grid(ROWS, c.threads)
+    sm90.run(pair, grid, problem, q_latent, q_rope, cache, length, start, table, scale, out, lse)
