@@ -171,6 +171,20 @@ def _write_latents(
 
 
 @triton.jit
+def _halves(at, column, mask, TURN: tl.constexpr, PAIRS: tl.constexpr):
+    """The channels that are turned together of rows that begin at `at` [N, 1]; PAIRS: they lie side by side there, else
+    TURN apart."""
+    if PAIRS:
+        row = tl.load(at + tl.arange(0, 2 * TURN)[None, :] * column, mask=mask, other=0.0).to(tl.float32)
+        one, two = tl.split(tl.reshape(row, (row.shape[0], TURN, 2)))
+    else:
+        turn = tl.arange(0, TURN)[None, :]
+        one = tl.load(at + turn * column, mask=mask, other=0.0).to(tl.float32)
+        two = tl.load(at + (turn + TURN) * column, mask=mask, other=0.0).to(tl.float32)
+    return one, two
+
+
+@triton.jit
 def _kernel(
     latent_ptr, rope_ptr, codes_ptr, kept_ptr, scale_ptr, norm_ptr, cos_ptr, sin_ptr, slots_ptr, length_ptr, tokens,
     capacity, eps, l_batch, l_token, l_column, r_batch, r_token, r_column, cos_batch, cos_token, sin_batch, sin_token,
@@ -199,11 +213,7 @@ def _kernel(
 
     turn = tl.arange(0, TURN)
     at = rope_ptr + (batch * r_batch + token * r_token)[:, None]
-    first, second = turn, turn + TURN
-    if INTERLEAVED:
-        first, second = 2 * turn, 2 * turn + 1
-    one = tl.load(at + first[None, :] * r_column, mask=inside[:, None], other=0.0).to(tl.float32)
-    two = tl.load(at + second[None, :] * r_column, mask=inside[:, None], other=0.0).to(tl.float32)
+    one, two = _halves(at, r_column, inside[:, None], TURN, INTERLEAVED)
     if ROTARY:
         cos_at = cos_ptr + (batch * cos_batch + token * cos_token)[:, None] + turn[None, :]
         sin_at = sin_ptr + (batch * sin_batch + token * sin_token)[:, None] + turn[None, :]
@@ -225,21 +235,16 @@ def _turned_rows(
 ):  # fmt: skip
     """Rows that begin at `at` [N, 1], turned by angles of one position, to `out` [N, 1]; PAIRS, KEPT: channels that
     belong together lie side by side there, else TURN apart."""
-    turn, channel = tl.arange(0, TURN)[None, :], tl.arange(0, 2 * TURN)[None, :]
+    turn = tl.arange(0, TURN)[None, :]
     cos = tl.load(cos_ptr + turn * cos_column).to(tl.float32)
     sin = tl.load(sin_ptr + turn * sin_column).to(tl.float32)
-    if PAIRS:
-        row = tl.load(at + channel * column, mask=mask, other=0.0).to(tl.float32)
-        one, two = tl.split(tl.reshape(row, (row.shape[0], TURN, 2)))
-    else:
-        one = tl.load(at + turn * column, mask=mask, other=0.0).to(tl.float32)
-        two = tl.load(at + (turn + TURN) * column, mask=mask, other=0.0).to(tl.float32)
+    one, two = _halves(at, column, mask, TURN, PAIRS)
     first, second = one * cos - two * sin, two * cos + one * sin
     kind = out.dtype.element_ty
     tl.debug_barrier()  # all threads have read rows that are turned where they are
     if KEPT:
         both = tl.reshape(tl.join(first, second), (first.shape[0], 2 * TURN))
-        tl.store(out + channel * out_column, both.to(kind), mask=out_mask)
+        tl.store(out + tl.arange(0, 2 * TURN)[None, :] * out_column, both.to(kind), mask=out_mask)
     else:
         tl.store(out + turn * out_column, first.to(kind), mask=out_mask)
         tl.store(out + (turn + TURN) * out_column, second.to(kind), mask=out_mask)
