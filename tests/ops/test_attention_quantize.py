@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
-from quantlab_kernels import attention_8bit, attention_quantize, rope
+from quantlab_kernels import attention_8bit, attention_prefill, attention_quantize, rope
 from quantlab_kernels.attention_quantize import reference, sm90
 from quantlab_kernels.attention_quantize.op import CODES, HEAD_DIMS, Quantized
+from quantlab_kernels.common import driver, nvrtc
+from quantlab_kernels.common.hardware import gpu
 
 FORMATS = ["int8", "fp8"]
 
@@ -218,6 +221,41 @@ def test_strided_inputs_on_the_gpu():
     for part in (wide[..., :-4], wide[..., 4:]):  # the second at no multiple of 16 bytes
         q, k, v = part.unflatten(2, (12, 128)).transpose(1, 2).chunk(3, 1)
         close(attention_quantize(q, k, v), attention_quantize(*(x.contiguous() for x in (q, k, v))))
+
+
+# Loads 220 registers of each thread before it uses the first one; a multiprocessor runs 256 such threads at once.
+FILL = """
+struct Params { const unsigned* source; unsigned* sink; };
+extern "C" __global__ void __launch_bounds__(256) fill_registers(const __grid_constant__ Params p) {
+  unsigned value[220], factor, sum = 0;
+#pragma unroll
+  for (int i = 0; i < 220; ++i) asm volatile("ld.volatile.global.u32 %0, [%1];" : "=r"(value[i]) : "l"(p.source));
+  asm volatile("ld.volatile.global.u32 %0, [%1];" : "=r"(factor) : "l"(p.source));
+#pragma unroll
+  for (int i = 0; i < 220; ++i) sum = sum * factor + value[i];
+  *p.sink = sum;
+}
+"""
+
+
+@pytest.mark.gpu(sm=80)
+def test_one_key_whatever_registers_hold(monkeypatch: pytest.MonkeyPatch):
+    """Of a single key nothing is left but the mean: all codes are 0, and attention returns the value."""
+    for room in ("QUANTIZE", "PREFILL"):
+        monkeypatch.setenv(f"QUANTLAB_ATTENTION_{room}_BACKEND", "triton")
+    architecture = f"sm_{gpu(0).sm}"
+    fill = driver.Kernel(nvrtc.cubin(nvrtc.Source("fill", FILL, arch=architecture)), "fill_registers")
+    q, k, v = inputs(80, (6, 3), (257, 1), torch.bfloat16, "cuda")
+    v = (8 * v).round() / 8  # their mean, turned, is exact
+    expected = v.float().repeat_interleave(2, 1).transpose(1, 2).expand(-1, 257, -1, -1)
+    words = torch.tensor([-1, 0], dtype=torch.int32, device="cuda")
+    params = struct.pack("<QQ", words.data_ptr(), words[1:].data_ptr())
+    for _ in range(10):
+        fill.launch(driver.Launch(2 * gpu(0).sm_count, 256, 1, 0), params, 0)
+        z = attention_quantize(q, k, v, qk="fp8", pv="fp8")
+        assert (z.v.float() == 0).all()
+        fill.launch(driver.Launch(2 * gpu(0).sm_count, 256, 1, 0), params, 0)
+        assert torch.equal(attention_prefill(z)[0].float(), expected)
 
 
 INTERPRETED = """

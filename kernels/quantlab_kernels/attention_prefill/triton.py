@@ -139,7 +139,9 @@ def _span(
     return out, largest, total
 
 
-@triton.jit
+# A length of 1 that the compiler knows makes constant weights, for which ptxas 12.9 may take any register: see
+# `attention_quantize/triton.py`.
+@triton.jit(do_not_specialize=["skv", "blocks"])
 def _kernel(
     q_ptr, q_scale_ptr, q_shift_ptr, k_ptr, k_scale_ptr, v_ptr, v_scale_ptr, v_mean_ptr, matrix_ptr, sinks_ptr,
     range_ptr, cu_q_ptr, cu_k_ptr, out_ptr, lse_ptr, heads_q, heads_kv, sq, skv, blocks, sequences, left, right,

@@ -223,7 +223,9 @@ def _values(
         tl.store(at, codes, mask=(column < D)[:, None] & (place >= 0)[None, :])
 
 
-@triton.jit
+# With a length of 1 known to the compiler, the codes of all other keys are constants; where a pair of equal constants
+# becomes E4M3, ptxas 12.9 reads a register one turn of the loop before it writes it: a code of 0 was anything, NaN too.
+@triton.jit(do_not_specialize=["length", "blocks"])
 def _quantize(
     x_ptr, range_ptr, matrix_ptr, turned_ptr, codes_ptr, scale_ptr, shift_ptr, x_b, x_h, x_s, x_d, heads, heads_kv,
     length, blocks, unit, KIND: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DK: tl.constexpr,
