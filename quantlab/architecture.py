@@ -32,6 +32,7 @@ class Architecture:
     shapes          checkpoint tensor -> shape that the model has for it, where loading does not change the shape
     unstacked       paths of experts that are one tensor here, and one by one in compressed-tensors checkpoints
     foreign         paths of experts that our layers cannot replace -> why
+    stacks          checkpoint tensor -> shape [E, N, K] of the parameter of experts that it is all of
     """
 
     kinds: dict[str, str]
@@ -41,6 +42,7 @@ class Architecture:
     shapes: dict[str, tuple[int, ...]]
     unstacked: frozenset[str] = frozenset()
     foreign: dict[str, str] = field(default_factory=dict)
+    stacks: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 def architecture(
@@ -75,8 +77,13 @@ def architecture(
     shapes = {name: tuple(state[target.parameter].shape) for name, target in targets.items() if not target.patterns}
     experts = {paths[name] for name, kind in kinds.items() if kind == "expert"}
     foreign = {path: why for path in sorted(experts) if (why := unsupported(modules[path])) is not None}
+    stacks = {
+        name: tuple(state[target.parameter].shape)
+        for name, target in targets.items()
+        if kinds[name] == "expert" and name.rpartition(".")[2] == target.parameter.rpartition(".")[2]
+    }
     linear, name = _linear_modules(modules), type(model).__name__
-    return Architecture(kinds, paths, linear, name, shapes, _unstacked(modules), foreign)
+    return Architecture(kinds, paths, linear, name, shapes, _unstacked(modules), foreign, stacks)
 
 
 def meta_model(folder: Path, trust_remote_code: bool = False) -> Any:

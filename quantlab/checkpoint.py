@@ -14,6 +14,12 @@ A checkpoint is a folder in the Hugging Face layout: `config.json`, safetensors 
                       X.weight_scale      BF16 (or F32, as above) [N, K/128]
                       X.weight_shape      I64 [2] = N, K
 
+Experts that readers know in one tensor only stay one in the layout fp8 (`fused_experts.Stack`), in the orientation of
+the source, codes and scales alike:
+
+    fp8               X.gate_up_proj            F8_E4M3 [E, 2I, H] or [E, H, 2I]; X.down_proj likewise
+                      X.gate_up_proj_scale_inv  F32 [E, 2I/128, H/128] or [E, H/128, 2I/128]
+
 A checkpoint that mixes the latter two is `mixed-precision`: one config group for all Linear, one more for the names of
 each kind that is an exception. Where the KV cache is to be FP8, the latter two also hold one scale for all keys of a
 layer and one for all values, beside the projections of its attention module `A`, for engines that read them:
@@ -245,6 +251,7 @@ def to_json(data: Any) -> str:
 
 QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 WEIGHT = ".weight"
+STACK_SCALE = "_scale_inv"  # added to the name of a stack of experts
 PACKED, SHAPE = ".weight_packed", ".weight_shape"
 KV_SCALES = (".k_scale", ".v_scale")
 KV_SPEC = TensorSpec(E4M3, (-1, -1))
@@ -330,6 +337,12 @@ def slots(module: str, shape: tuple[int, ...], source: str, stored: Stored) -> t
         return TensorSlot(module + WEIGHT, TAGS[stored.weight.format.dtype], shape), scale
     words = TensorSlot(module + PACKED, "I32", (shape[0], -(-shape[1] // 8)))
     return words, scale, TensorSlot(module + SHAPE, "I64", (2,))
+
+
+def stack_slots(name: str, shape: tuple[int, ...], stored: Stored) -> tuple[TensorSlot, ...]:
+    """The tensors that a stack of quantized experts [E, R, C] becomes on disk."""
+    scale = TensorSlot(name + STACK_SCALE, "F32", (shape[0], *stored.weight.scale_shape(shape[1:])))
+    return TensorSlot(name, TAGS[stored.weight.format.dtype], shape), scale
 
 
 def encode(

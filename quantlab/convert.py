@@ -15,7 +15,17 @@ import torch
 
 from quantlab import checkpoint, keys, stream
 from quantlab.architecture import meta_model
-from quantlab.checkpoint import ACTIVATION_SCALES, KV_SCALES, RECIPE, SHAPE, SUMMARY, Source, Stored, module_of
+from quantlab.checkpoint import (
+    ACTIVATION_SCALES,
+    KV_SCALES,
+    RECIPE,
+    SHAPE,
+    STACK_SCALE,
+    SUMMARY,
+    Source,
+    Stored,
+    module_of,
+)
 from quantlab.errors import UsageError, VerificationError
 from quantlab.jobs import Copy, Dequantize, Job, Replace, Widen
 from quantlab.loaders import View, broken_rules, not_written_yet
@@ -167,6 +177,11 @@ def _target(view: View, to: str) -> Stored | None:
         raise UsageError(f"{source.model}: holds INT4 weights; they go to {', '.join(FLIPS)} or bf16")
     if layout == stored.layout:
         raise UsageError(f"{source.model}: is already in the format {to}")
+    if layout != "fp8" and view.stacks:
+        raise UsageError(
+            f"{source.model}: holds all experts of a layer in one tensor, which compressed-tensors has no place for; "
+            "keep fp8, or go to bf16"
+        )
     if layout == "fp8" and min(stored.weight.block) < 2:
         raise UsageError(
             f"{source.model}: has a scale per row; the format fp8 holds blocks, so keep compressed-tensors"
@@ -194,7 +209,9 @@ def _flipped(source: Source, stored: Stored, to: str) -> Stored:
 
 def _jobs(source: Source, stored: Stored, target: Stored | None) -> Iterator[Job]:
     """A job for every tensor; scales that go into a weight have none of their own."""
+    stacks = View(source, stored).stacks
     scales = {name for name in source.tensors if name.endswith(stored.scale_suffix)}
+    scales |= {name + STACK_SCALE for name in stacks}
     renamed = target is not None and target.layout != stored.layout
     left = KV_SCALES if target is None or not target.kv else ()
     for name, info in source.tensors.items():
@@ -206,6 +223,8 @@ def _jobs(source: Source, stored: Stored, target: Stored | None) -> Iterator[Job
             yield Widen(info, module + target.scale_suffix) if renamed and name in scales else Copy(info, name)
         elif scale in scales and name == module + stored.kind(module).weight_suffix:
             yield Dequantize(info, source.tensors[scale], module, stored.kind(module), torch.bfloat16)
+        elif name in stacks:
+            yield Dequantize(info, source.tensors[name + STACK_SCALE], name, stored, torch.bfloat16)
         elif name not in scales and not name.endswith(SHAPE):
             yield Copy(info, name)
 

@@ -1,18 +1,58 @@
 """Experts that a checkpoint holds fused in one 3-D tensor, seen as the matrices they are.
 
-Formats store one quantized matrix per expert, `...experts.7.up_proj`. Rows of one expert lie together in the file, so
-the matrices are views of the source; nothing is copied to take a tensor apart.
+Most formats store one quantized matrix per expert, `...experts.7.up_proj`. Rows of one expert lie together in the file,
+so the matrices are views of the source; nothing is copied to take a tensor apart. Where readers know an architecture's
+experts in one tensor only, they stay a `Stack`: codes as the weights lie, and beside them `<name>_scale_inv`, as
+published FP8 checkpoints have it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from quantlab.checkpoint import WEIGHT
 from quantlab.shards import TensorInfo
 
 GATE_UP, DOWN = "gate_up_proj", "down_proj"
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A tensor [E, N, K], or [E, K, N] if `transposed`, that is quantized as a whole.
+
+    parts  (module, weight [N, K]) of each expert's matrices; for their shapes alone, only rows of a tensor that is not
+           transposed lie together
+    """
+
+    info: TensorInfo
+    transposed: bool
+    parts: tuple[tuple[str, TensorInfo], ...]
+
+    def modules(self, expert: int) -> tuple[str, ...]:
+        """Names of the matrices of one expert, in the order of their rows."""
+        count = len(self.parts) // self.info.shape[0]
+        return tuple(module for module, _ in self.parts[expert * count : (expert + 1) * count])
+
+
+def stack(info: TensorInfo, wanted: tuple[int, ...]) -> Stack | None:
+    """A fused tensor seen as one, `wanted` the shape [E, N, K] of the parameter that it becomes.
+
+    None where its shape is neither that nor its transpose, or both: readers would not agree which it is.
+    """
+    home, _, leaf = info.name.rpartition(".")
+    experts, rows, columns = wanted
+    if leaf not in (GATE_UP, DOWN) or rows == columns or info.shape not in (wanted, (experts, columns, rows)):
+        return None
+    names = ("gate_proj", "up_proj") if leaf == GATE_UP else (DOWN,)
+    part = replace(info, shape=(rows // len(names), columns))
+    parts = tuple((f"{home}.{expert}.{name}", part) for expert in range(experts) for name in names)
+    return Stack(info, info.shape != wanted, parts)
+
+
+def flat(info: TensorInfo) -> TensorInfo:
+    """A 3-D tensor as a matrix of all its rows: blocks of 128 rows do not cross experts where each fills whole ones."""
+    return replace(info, shape=(info.shape[0] * info.shape[1], info.shape[2])) if len(info.shape) == 3 else info
 
 
 def matrices(info: TensorInfo, tensors: Mapping[str, TensorInfo]) -> tuple[tuple[str, TensorInfo], ...]:

@@ -18,8 +18,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from quantlab.checkpoint import WEIGHT, Stored, encode, slots
+from quantlab.checkpoint import STACK_SCALE, WEIGHT, Stored, encode, slots, stack_slots
 from quantlab.errors import PreflightError
+from quantlab.fused_experts import Stack, flat
 from quantlab.shards import TAGS, TORCH_DTYPES, ShardReader, TensorInfo, TensorSlot, as_dtype
 from quantlab_calib.rounding import round_int4
 from quantlab_kernels.formats import INT4
@@ -175,6 +176,54 @@ class Quantize:
                 write(name, row * part[0].nbytes, data)
 
 
+@dataclass(frozen=True)
+class QuantizeStack:
+    """Experts that stay one tensor into codes and scales that lie like it. With `rounded`, a function of the module and
+    then as in `Quantize`, an expert at a time, turned so that its matrices are [N, K]."""
+
+    stack: Stack
+    stored: Stored
+    rounded: Callable[[str, Tensor, int], QuantizedTensor | None] | None = None
+
+    @property
+    def info(self) -> TensorInfo:
+        return self.stack.info
+
+    @property
+    def slots(self) -> tuple[TensorSlot, ...]:
+        return stack_slots(self.info.name, self.info.shape, self.stored)
+
+    def pieces(self, elements: int) -> Iterator[tuple[int, Piece]]:
+        expert = self.info.elements // self.info.shape[0]
+        elements = expert if self.rounded else min(elements, expert)
+        yield from bands(flat(self.info), self.stored.weight, self._run, elements)
+
+    def _run(self, begin: int, end: int, lane: Lane, write: Write) -> None:
+        weight = lane.read_rows(flat(self.info), begin, end)
+        with lane.clock("quantize"):
+            refuse_nonfinite(weight.view(-1), self.info, lane.reader)
+            found = self._expert(weight, begin) if self.rounded else quantize(weight, self.stored.weight)
+            codes, scale = lane.fetch(found.codes, "codes"), lane.fetch(found.scale, "scale")
+            lane.wait()
+        with lane.clock("write"):
+            write(self.info.name, begin * found.codes[0].nbytes, codes)
+            write(self.info.name + STACK_SCALE, begin // self.stored.weight.block[0] * found.scale[0].nbytes, scale)
+
+    def _expert(self, weight: Tensor, begin: int) -> QuantizedTensor:
+        """One expert, each of its matrices rounded by itself."""
+        assert self.rounded is not None
+        spec, modules = self.stored.weight, self.stack.modules(begin // self.info.shape[1])
+        matrices = (weight.T if self.stack.transposed else weight).chunk(len(modules))
+        found = [
+            self.rounded(module, matrix.contiguous(), 0) or quantize(matrix.contiguous(), spec)
+            for module, matrix in zip(modules, matrices, strict=True)
+        ]
+        codes = torch.cat([part.codes.view(torch.uint8) for part in found])
+        scale = torch.cat([part.scale for part in found])
+        codes, scale = (codes.T, scale.T) if self.stack.transposed else (codes, scale)
+        return QuantizedTensor(codes.contiguous().view(spec.format.dtype), scale.contiguous(), spec)
+
+
 def nearest(weight: Tensor, spec: TensorSpec) -> QuantizedTensor:
     """A weight [N, K] rounded without data: INT4 with the best clip of each group, FP8 to the scale of its largest."""
     if spec.format is INT4:
@@ -203,7 +252,8 @@ class Widen:
 
 @dataclass(frozen=True)
 class Dequantize:
-    """Codes and scales back into a weight of `dtype`. `stored` is the kind of this one; K is a multiple of 8."""
+    """Codes and scales back into a weight of `dtype`. `stored` is the kind of this one; K is a multiple of 8. `module`
+    of a stack of experts is the tensor's name."""
 
     info: TensorInfo
     scale: TensorInfo
@@ -213,19 +263,23 @@ class Dequantize:
 
     @property
     def slots(self) -> tuple[TensorSlot, ...]:
-        rows, columns = self.info.shape
+        *rows, columns = self.info.shape
         packed = self.stored.weight.format is INT4
-        return (TensorSlot(self.module + WEIGHT, TAGS[self.dtype], (rows, columns * 8 if packed else columns)),)
+        return (TensorSlot(self._name, TAGS[self.dtype], (*rows, columns * 8 if packed else columns)),)
+
+    @property
+    def _name(self) -> str:
+        return self.module + WEIGHT if len(self.info.shape) == 2 else self.module
 
     def pieces(self, elements: int) -> Iterator[tuple[int, Piece]]:
-        yield from bands(self.info, self.stored.weight, self._run, elements)
+        yield from bands(flat(self.info), self.stored.weight, self._run, elements)
 
     def _run(self, begin: int, end: int, lane: Lane, write: Write) -> None:
         spec = self.stored.weight
         block = spec.block[0]
         rows = None if block == -1 else (begin // block, -(-end // block))
-        scale = lane.reader.read(self.scale, rows).to(lane.device, torch.float32)
-        codes = lane.read_rows(self.info, begin, end)
+        scale = lane.reader.read(flat(self.scale), rows).to(lane.device, torch.float32)
+        codes = lane.read_rows(flat(self.info), begin, end)
         with lane.clock("quantize"):
             if spec.format is INT4:
                 codes = unpack_int4(codes, codes.shape[1] * 8)
@@ -234,7 +288,7 @@ class Dequantize:
             data = lane.fetch(values, "values")
             lane.wait()
         with lane.clock("write"):
-            write(self.module + WEIGHT, begin * values[0].nbytes, data)
+            write(self._name, begin * values[0].nbytes, data)
 
 
 def bands(

@@ -61,6 +61,7 @@ class Pair:
         view = View(self.quantized, self.stored)
         fused = [info for info in self.original.tensors.values() if len(info.shape) == 3]
         originals = {m: part for info in fused for m, part in fused_experts.matrices(info, self.original.tensors)}
+        originals |= {info.name: fused_experts.flat(info) for info in fused}
         originals |= {n.removesuffix(WEIGHT): t for n, t in self.original.tensors.items() if n.endswith(WEIGHT)}
         found = {}
         for module, codes in view.quantized.items():
@@ -80,7 +81,8 @@ class Pair:
         spec = self.stored.kind(module).weight
         step = spec.block[0]
         scale_rows = None if rows is None or step == -1 else (rows[0] // step, -(-rows[1] // step))
-        codes = self.quantized.read(info.name, rows)  # packed: `info` has the shape that they stand for
+        stored = fused_experts.flat(self.quantized.tensors[info.name])  # packed: `info` has the shape they stand for
+        codes = self.quantized.reader.read(stored, rows)
         if spec.format is INT4:
             codes = unpack_int4(codes, 8 * codes.shape[1])
         scales = self.quantized.reader.read(scale, scale_rows).to(torch.float32)

@@ -13,12 +13,28 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from quantlab import kinds
-from quantlab.checkpoint import KV_SCALES, PACKED, SHAPE, WEIGHT, Source, Stored, config_of_quantization, module_of
+from quantlab import fused_experts, kinds
+from quantlab.checkpoint import (
+    KV_SCALES,
+    PACKED,
+    SHAPE,
+    STACK_SCALE,
+    WEIGHT,
+    Source,
+    Stored,
+    config_of_quantization,
+    module_of,
+)
+from quantlab.fused_experts import flat
 from quantlab.shards import TAGS, TensorInfo, TensorSlot
 
 if TYPE_CHECKING:
     from quantlab.architecture import Architecture
+
+
+# Architectures (`model_type`) whose experts readers take quantized in one tensor. transformers would for more, engines
+# would not: they look for the scales of the others' experts one by one (Gemma 4) or under no name at all (GraniteMoE).
+STACKED = {"qwen3_vl_moe"}
 
 
 @dataclass(frozen=True)
@@ -30,9 +46,20 @@ class View:
     architecture: Architecture | None = None
 
     @cached_property
+    def stacks(self) -> dict[str, TensorInfo]:
+        """Name -> experts in one quantized tensor, [E, R, C]."""
+        tensors = self.source.tensors if self.stored.layout == "fp8" else {}
+        return {
+            name: info
+            for name, info in tensors.items()
+            if info.dtype == "F8_E4M3" and len(info.shape) == 3 and not name.endswith(WEIGHT)
+        }
+
+    @cached_property
     def quantized(self) -> dict[str, TensorInfo]:
-        """module -> quantized weight; `shape` is [N, K], also of packed ones."""
-        found = {}
+        """module -> quantized weight; `shape` is [N, K], also of packed ones; that of experts in one tensor, which go
+        by its name, is [E * R, C]."""
+        found = {name: flat(info) for name, info in self.stacks.items()}
         for name, info in self.source.tensors.items():
             if name.endswith(WEIGHT) and info.dtype == "F8_E4M3" and len(info.shape) == 2:
                 found[module_of(name)] = info
@@ -43,8 +70,9 @@ class View:
     @cached_property
     def scales(self) -> dict[str, TensorInfo]:
         """module -> scale of its weight."""
-        suffix = self.stored.scale_suffix  # the same of all kinds that mix
-        return {n.removesuffix(suffix): t for n, t in self.source.tensors.items() if n.endswith(suffix)}
+        suffix, tensors = self.stored.scale_suffix, self.source.tensors  # the same of all kinds that mix
+        stacks = {name: flat(tensors[name + STACK_SCALE]) for name in self.stacks if name + STACK_SCALE in tensors}
+        return stacks | {n.removesuffix(suffix): t for n, t in tensors.items() if n.endswith(suffix)}
 
     @cached_property
     def kv_scales(self) -> dict[str, TensorInfo]:
@@ -59,14 +87,15 @@ class View:
         found = {}
         for name, info in self.source.tensors.items():
             kind = known.get(name) or kinds.kind_of(info, model)
-            if info.dtype in kinds.FLOATS and kind in ("linear", "expert", "head", "router"):
+            scale = name.removesuffix(STACK_SCALE) in self.stacks
+            if info.dtype in kinds.FLOATS and kind in ("linear", "expert", "head", "router") and not scale:
                 found[module_of(name)] = kind
         return found
 
     def path_of(self, module: str) -> str:
         """The module's path in transformers."""
         known = self.architecture.modules if self.architecture else {}
-        return known.get(module + WEIGHT, module)
+        return known.get(module if module in self.stacks else module + WEIGHT, module)
 
     @cached_property
     def plain_linear(self) -> tuple[str, ...]:
@@ -189,6 +218,24 @@ def _experts_one_by_one(view: View) -> Iterator[str]:
             yield f"{name}: holds all experts, and would be ignored"
 
 
+def _stacks_are_told_apart(view: View) -> Iterator[str]:
+    model = kinds.Model.of(view.source.config)
+    for name, info in view.stacks.items():
+        wanted = view.architecture.stacks.get(name) if view.architecture else None
+        if model.model_type not in STACKED:
+            yield f"{name}: holds all experts of a {model.model_type or 'model'}"
+        elif wanted is None or fused_experts.stack(info, wanted) is None:
+            yield f"{name}: shape {list(info.shape)}, needs {list(wanted or ())} or its transpose, and not both"
+
+
+def _stacks_hold_whole_blocks(view: View) -> Iterator[str]:
+    for name, info in view.stacks.items():
+        known = view.architecture
+        stack = fused_experts.stack(info, known.stacks[name]) if known and name in known.stacks else None
+        if stack is not None and any(size % 128 for _, part in stack.parts for size in part.shape):
+            yield f"{name}: its matrices are {list(stack.parts[0][1].shape)}, not in multiples of 128"
+
+
 def _whole_blocks(view: View) -> Iterator[str]:
     """Its `dequantize=True` takes the size of the shape over the grid of scales as the size of a block."""
     for module, scale in view.scales.items():
@@ -276,6 +323,18 @@ RULES = (
         "quantizers/base.py: MODULES_TO_PATCH_FOR_QUANTIZATION",
         _experts_one_by_one,
         "use --scheme fp8-block, which leaves them as they are",
+    ),
+    LoaderRule(
+        "vLLM",
+        "experts in one quantized tensor are of an architecture that it knows so, their shape tells how they lie",
+        "models/qwen3_vl_moe.py: is_fused_checkpoint_transposed",
+        _stacks_are_told_apart,
+    ),
+    LoaderRule(
+        "vLLM",
+        "matrices of experts in one tensor hold whole blocks",
+        "layers/fused_moe/routed_experts.py: load_weights",
+        _stacks_hold_whole_blocks,
     ),
     LoaderRule(
         "transformers",

@@ -27,12 +27,13 @@ from quantlab.checkpoint import (
     describe_quantization,
     module_of,
     slots,
+    stack_slots,
 )
 from quantlab.errors import PreflightError, UsageError
-from quantlab.loaders import SkipList, View, broken_rules
+from quantlab.loaders import STACKED, SkipList, View, broken_rules
 from quantlab.parallel import largest_tensor_parallel
 from quantlab.scheme import Recipe, Rule, Scheme, scheme_named
-from quantlab.shards import TensorInfo
+from quantlab.shards import TensorInfo, TensorSlot
 from quantlab.summary import Shown, Table, size, sizes
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ class Decision:
     kind    of `architecture.KINDS`
     scheme  None: copied byte for byte, and then `reason` says why; "" is no known reason
     parts   (module, weight [N, K]) that are quantized in its place: itself, or the matrices of fused experts
+    stack   of fused experts that stay one tensor
     """
 
     tensor: str
@@ -59,9 +61,16 @@ class Decision:
     reason: str
     info: TensorInfo
     parts: tuple[tuple[str, TensorInfo], ...] = ()
+    stack: fused_experts.Stack | None = None
 
     def left(self, reason: str) -> Decision:
-        return replace(self, scheme=None, reason=reason, parts=())
+        return replace(self, scheme=None, reason=reason, parts=(), stack=None)
+
+    def slots(self, stored: Stored) -> tuple[TensorSlot, ...]:
+        """The tensors that it becomes on disk, if it is quantized."""
+        if self.stack is not None:
+            return stack_slots(self.info.name, self.info.shape, stored)
+        return tuple(slot for module, part in self.parts for slot in slots(module, part.shape, part.dtype, stored))
 
 
 @dataclass(frozen=True)
@@ -248,9 +257,31 @@ def _decide(
     scheme = scheme_named(rule.scheme if rule else recipe.scheme)
     if scheme is None:
         return decision.left(f"recipe: {rule.match if rule else 'scheme none'}")
-    parts = ((module, info),) if len(info.shape) == 2 else fused_experts.matrices(info, source.tensors)
+    parts = ((module, info),) if len(info.shape) == 2 else _one_by_one(info, source, architecture)
+    stack = None if parts else _stack(info, scheme, model, architecture)
+    parts = stack.parts if stack else parts
     misfit = _misfit(decision, parts, scheme, architecture)
-    return decision.left(misfit) if misfit else replace(decision, scheme=scheme, parts=parts)
+    return decision.left(misfit) if misfit else replace(decision, scheme=scheme, parts=parts, stack=stack)
+
+
+def _one_by_one(
+    info: TensorInfo, source: Source, architecture: Architecture | None
+) -> tuple[tuple[str, TensorInfo], ...]:
+    """The matrices of fused experts, if transformers takes them where it takes the tensor; else none."""
+    known = architecture.modules if architecture else {}
+    parts = fused_experts.matrices(info, source.tensors)
+    home = known.get(info.name)
+    return parts if home is not None and all(known.get(module + WEIGHT) == home for module, _ in parts) else ()
+
+
+def _stack(
+    info: TensorInfo, scheme: Scheme, model: kinds.Model, architecture: Architecture | None
+) -> fused_experts.Stack | None:
+    """Fused experts as one quantized tensor, where readers know those of the model so."""
+    wanted = architecture.stacks.get(info.name) if architecture else None
+    if wanted is None or architecture is None or scheme.layout != "fp8" or model.model_type not in STACKED:
+        return None
+    return None if architecture.modules[info.name] in architecture.foreign else fused_experts.stack(info, wanted)
 
 
 def _other(info: TensorInfo, module: str, model: kinds.Model, known: str | None, special: bool) -> str:
@@ -276,11 +307,8 @@ def _misfit(
     architecture: Architecture | None,
 ) -> str | None:
     """Why this weight cannot have this scheme."""
-    if len(decision.info.shape) != 2:
-        home = architecture.modules.get(decision.tensor) if architecture else None
-        known = architecture.modules if architecture else {}
-        if not parts or home is None or any(known.get(module + WEIGHT) != home for module, _ in parts):
-            return "experts fused in one 3-D tensor: the format has one matrix per expert, the model's loader does not"
+    if not parts:
+        return "experts fused in one 3-D tensor: the format has one matrix per expert, the model's loader does not"
     wanted = [max(kinds.ENGINE_ALIGNMENT, step) for step in scheme.alignment]
     if any(size % step for _, part in parts for size, step in zip(part.shape, wanted, strict=True)):
         return f"shape: N and K are not multiples of {wanted[0]} and {wanted[1]}"
@@ -344,9 +372,9 @@ def _check_rules(
     """What would be written has to pass the rules of all loaders; the same ones that `verify` uses afterwards."""
     tensors = {d.tensor: d.info for d in decisions if d.scheme is None}
     stored = stored_as(decisions, skip, architecture.modules if architecture else {})
-    for part_name, part in (part for d in decisions for part in d.parts):
-        for slot in slots(part_name, part.shape, part.dtype, stored):
-            tensors[slot.name] = TensorInfo(slot.name, slot.dtype, slot.shape, part.shard, 0, 0)
+    for decision in decisions:
+        for slot in decision.slots(stored):
+            tensors[slot.name] = TensorInfo(slot.name, slot.dtype, slot.shape, decision.info.shard, 0, 0)
     for problem, advice in broken_rules(View(replace(source, tensors=tensors), stored, architecture)):
         raise PreflightError(f"{source.model}: the result would not load everywhere: {problem}; {advice}")
 
@@ -397,5 +425,4 @@ def bytes_after(decision: Decision) -> int:
     """Size on disk of what a tensor becomes."""
     if decision.scheme is None:
         return decision.info.nbytes
-    stored = Stored.of(decision.scheme)
-    return sum(slot.nbytes for module, part in decision.parts for slot in slots(module, part.shape, part.dtype, stored))
+    return sum(slot.nbytes for slot in decision.slots(Stored.of(decision.scheme)))

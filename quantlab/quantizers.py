@@ -28,7 +28,7 @@ from transformers.utils.quantization_config import QuantizationMethod
 
 from quantlab import decoding
 from quantlab.architecture import counterpart, load_targets
-from quantlab.checkpoint import ACTIVATION_SCALES, KV_SCALES, has_kv_scales, module_of
+from quantlab.checkpoint import ACTIVATION_SCALES, KV_SCALES, STACK_SCALE, has_kv_scales, module_of
 from quantlab.experts import Fp8BlockExperts, Fp8RowExperts, unsupported
 from quantlab.fusion import fuse
 from quantlab.int4_experts import Int4Experts, Int4Fp8Experts
@@ -134,10 +134,12 @@ class KeepsQuantized(HfQuantizer):
 
     def _swap(self, model: Any, files: list[str], dtype: torch.dtype | None) -> str | None:
         """Replace every module whose weight has a scale; a reason, and no change, where one cannot be."""
-        names = tensor_dtypes(files, self.scale_name)
+        names = tensor_dtypes(files, self.scale_name.removeprefix("weight"))
         if not names:
             return "it is not in safetensors files"
-        found = load_targets(model, [name.removesuffix("_packed") for name in names if name.endswith(WEIGHTS)])
+        weights = [name.removesuffix("_packed") for name in names if name.endswith(WEIGHTS)]
+        stacks = [name for name in names if not name.endswith(WEIGHTS) and self._scale_of(name) in names]
+        found = load_targets(model, [*weights, *stacks])
         targets = {name: target for name, target in found.items() if self._scale_of(name) in names}
         parts = Counter(target.parameter for target in targets.values())
         modules = dict(model.named_modules(remove_duplicate=False))
@@ -159,7 +161,13 @@ class KeepsQuantized(HfQuantizer):
                 model.set_submodule(path, swaps[module])
         self._hold_kv_scales(model, names, found)
         self.dtypes = {name: t.dtype for name, t in chain(model.named_parameters(), model.named_buffers())}
-        self.converted = {p for target in targets.values() for p in target.patterns}
+        self.converted = {p for name, target in targets.items() if name not in stacks for p in target.patterns}
+        self.turned = {
+            pattern: shape_of(files, name) != tuple(model.get_parameter(targets[name].parameter).shape)
+            for name in stacks
+            if name in targets
+            for pattern in targets[name].patterns
+        }
         self.folder = Path(files[0]).parent
         self.paths = {name.removesuffix(".weight"): t.parameter.rpartition(".")[0] for name, t in targets.items()}
         return None
@@ -174,7 +182,7 @@ class KeepsQuantized(HfQuantizer):
                 model.get_submodule(path).register_parameter(name.rpartition(".")[2], scale)
 
     def _scale_of(self, weight: str) -> str:
-        return weight.removesuffix("weight") + self.scale_name
+        return weight + self.scale_name.removeprefix("weight")
 
     def _refusal(self, module: nn.Module, rearranged: bool, scale_dtype: torch.dtype | None) -> str | None:
         if scale_dtype is None:
@@ -203,8 +211,11 @@ class KeepsQuantized(HfQuantizer):
             return super().update_weight_conversions(weight_conversions, *model)
         updated: list[Any] = []
         for conversion in weight_conversions:
-            if isinstance(conversion, WeightConverter) and self.converted.intersection(conversion.source_patterns):
+            patterns = set(conversion.source_patterns) if isinstance(conversion, WeightConverter) else set()
+            if self.converted & patterns:
                 updated += with_scales(conversion, self.tensors)
+            elif turned := self.turned.keys() & patterns:
+                updated += with_turned_scales(conversion) if self.turned[turned.pop()] else []
             else:
                 updated.append(conversion)
         return updated
@@ -367,15 +378,24 @@ def _matches(name: str, patterns: Iterable[str] | None) -> bool:
 
 
 def tensor_dtypes(files: Iterable[str], of: str) -> dict[str, str]:
-    """Tensor names in safetensors files; those whose last part is `of` with their dtype tag, others with ""."""
+    """Tensor names in safetensors files; those that end in `of` with their dtype tag, others with ""."""
     found: dict[str, str] = {}
     for path in files:
         if not str(path).endswith(".safetensors"):
             return {}
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118 - not a mapping
-                found[name] = file.get_slice(name).get_dtype() if name.endswith(f".{of}") else ""
+                found[name] = file.get_slice(name).get_dtype() if name.endswith(of) else ""
     return found
+
+
+def shape_of(files: Iterable[str], name: str) -> tuple[int, ...]:
+    """The shape of a tensor in safetensors files."""
+    for path in files:
+        with safe_open(path, "pt") as file:
+            if name in file.keys():  # noqa: SIM118 - not a mapping
+                return tuple(file.get_slice(name).get_shape())
+    raise KeyError(name)
 
 
 class StackScales(MergeModulelist):
@@ -409,6 +429,16 @@ def with_scales(converter: Any, tensors: Iterable[str]) -> list[Any]:
     twins = [_twin(converter, name.removeprefix("weight")) for name in tensors]
     converter._original_target_patterns = [target.removesuffix("$") + "$" for target in targets]
     return [*twins, converter]
+
+
+def with_turned_scales(converter: Any) -> list[Any]:
+    """The converter of a stack of experts that lies the other way round, preceded by its twin for the scales. It turns
+    them whatever their shape, and back when they are saved: transformers' own looks at the shape of the first, and from
+    5.23 on does not turn the second."""
+    converter.operations = [type(op)(op.dim0, op.dim1) for op in converter.operations]
+    twin = _twin(converter, STACK_SCALE)
+    converter._original_target_patterns = [target.removesuffix("$") + "$" for target in converter.target_patterns]
+    return [twin, converter]
 
 
 def _twin(converter: Any, added: str) -> Any:

@@ -66,6 +66,10 @@ def _who_loads_it(decisions: list[Decision], architecture: Architecture) -> Iter
     why = next((why for path, why in architecture.foreign.items() if path in quantized), None)
     if why is not None:
         yield f"quantlab leaves the result to transformers and engines: {why}; leave the experts with --ignore"
+    stacks = [d.stack for d in decisions if d.stack is not None]
+    if stacks:
+        lie = "; as they lie 5.17 loads them, 5.23 refuses to" if any(stack.transposed for stack in stacks) else ""
+        yield f"without quantlab transformers runs these experts on GPUs only, by kernels from its hub{lie}"
     if any(d.scheme and d.scheme.layout == "pack-quantized" for d in decisions):
         yield from _merged_beside_int4(decisions, architecture)
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from quantlab.checkpoint import INDEX, SINGLE, module_of
 from quantlab.errors import UsageError
-from quantlab.jobs import PIECE_ELEMENTS, Copy, Job, Lane, Piece, Quantize, Replace
+from quantlab.jobs import PIECE_ELEMENTS, Copy, Job, Lane, Piece, Quantize, QuantizeStack, Replace
 from quantlab.output import Output, ShardWriter
 from quantlab.preflight import Plan
 from quantlab.shards import ShardReader, TensorSlot, layout
@@ -70,8 +70,11 @@ def _jobs(plan: Plan, rounded: Rounded | None, replacements: Mapping[str, Tensor
             yield Replace(decision.info, replacements[decision.tensor])
         elif decision.scheme is None:
             yield Copy(decision.info, decision.tensor)
-        for module, part in decision.parts:
-            yield Quantize(part, module, stored, partial(rounded, module) if rounded else None)
+        if decision.stack is not None:
+            yield QuantizeStack(decision.stack, stored, rounded)
+        else:
+            for module, part in decision.parts:
+                yield Quantize(part, module, stored, partial(rounded, module) if rounded else None)
 
 
 @dataclass
