@@ -45,6 +45,17 @@ def test_tuned_configurations_are_legal_where_they_were_tuned():
             assert sm90_configs.reject(Config(**found), GemmProblem(int(m), n, k)) is None
 
 
+@pytest.mark.parametrize(
+    "changes", [{"unroll": 1, "math_groups": 3, "stages": 4}, {"unroll": 1}, {"split": 4, "stages": 2}]
+)
+def test_a_launch_refuses_what_would_hang(changes):
+    """Before it asks anything of a GPU: 3 blocks of K are no whole rings, and no four parts."""
+    a, b = (torch.zeros(rows, 384, dtype=torch.float8_e4m3fn) for rows in (256, 512))
+    out = torch.zeros(256, 512, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"cannot run M=256 N=512 K=384: (the unrolled loop|4 parts of 3 blocks)"):
+        sm90.launch(a, torch.ones(3, 256).t(), b, torch.ones(4, 3), None, out, Config(**changes))
+
+
 def test_candidates_come_in_the_order_of_their_estimate():
     problem = GemmProblem(512, 4096, 7168)
     costs = [sm90_configs.estimate_us(config, problem) for config in sm90_configs.candidates(problem)]

@@ -90,7 +90,8 @@ def launch(
 ) -> None:  # fmt: skip
     """out [M, N] (+)= a @ b^T + bias; see `op.gemm_fp8_block` for the layouts, and `gemm_fp8_row` where config.row.
 
-    Rows of a, b and out may be strided, by multiples of 16 bytes, and out starts at a multiple of 16 bytes.
+    Rows of a, b and out may be strided, by multiples of 16 bytes, and out starts at a multiple of 16 bytes. Raises
+    ValueError for a configuration that `sm90_configs.reject` refuses.
     """
     a_at, a_scale_at, b_at = a.data_ptr(), a_scale.data_ptr(), b.data_ptr()
     if (a_at | a_scale_at | b_at) % 16:
@@ -124,6 +125,9 @@ def _prepared(
 ) -> tuple[driver.Kernel, driver.Launch, bytes]:  # fmt: skip
     """Kernel, shape of the launch and the kernel's `Params`, for addresses and (address, stride) of the operands."""
     m, n, k = extents
+    reason = sm90_configs.reject(config, GemmProblem(m, n, k, out_dtype, bias_dtype))
+    if reason is not None:  # such a launch would hang, or write beside its result
+        raise ValueError(f"gemm_fp8_block: {config} cannot run M={m} N={n} K={k}: {reason}")
     maps = _operand_maps(config, extents, a, b)
     tokens = config.by if config.swap else config.bx
     column = round_up(4 * max(a_scale[1], 4), 16)  # a single column of scales may report any stride
