@@ -35,6 +35,10 @@ def dry_run() -> list[str]:
         for name in FORMATS:
             ours_step(name, 2, 8, device)()
         their_step(2, 8, device)()
+    return cases()
+
+
+def cases() -> list[str]:
     return [case(name) for name in FORMATS]
 
 

@@ -46,6 +46,10 @@ def dry_run() -> list[str]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for name in FORMATS:
         build(TINY, name, device)(*routed(TINY, 3, device))
+    return cases()
+
+
+def cases() -> list[str]:
     return [case(layer, name, tokens) for layer in LAYERS for tokens in TOKENS for name in FORMATS]
 
 

@@ -7,10 +7,15 @@ their quantized copy, and a step takes a layer's time as often as there are laye
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from quantlab.errors import UsageError
+from quantlab.scheme import Recipe, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,36 @@ SHAPES: dict[str, Shape | Mixture] = {
         },
     ),
 }  # fmt: skip
+
+
+def shape_named(name: str) -> Shape | Mixture:
+    if name not in SHAPES:
+        raise UsageError(f"unknown model shape {name!r}; {did_you_mean(name, SHAPES)}")
+    return SHAPES[name]
+
+
+@contextmanager
+def work_folder(given: Path | None) -> Iterator[Path]:
+    """The folder for checkpoints: the one that was given, else one that does not outlast the context."""
+    if given is not None:
+        yield given
+        return
+    with tempfile.TemporaryDirectory(prefix="quantlab-bench-") as folder:
+        yield Path(folder)
+
+
+def checkpoint(shape: Shape | Mixture, folder: Path) -> Path:
+    """The random checkpoint, made if it is not there yet."""
+    import torch
+
+    if not (folder / "config.json").is_file():
+        make_checkpoint(shape, folder, device="cuda" if torch.cuda.is_available() else "cpu")
+    return folder
+
+
+def without_data(scheme: str) -> Recipe:
+    """A recipe that calibrates nothing, INT4 neither: random weights have no tokenizer, and mean nothing."""
+    return Recipe(scheme)
 
 
 def make_checkpoint(shape: Shape | Mixture, folder: Path, *, device: str, seed: int = 0) -> int:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from quantlab.cli.output import Format, print_json, print_table
+from quantlab.cli.output import Format, print_json, print_table, progress
 from quantlab.errors import UsageError
 
 OutputFormat = Annotated[Format, Option("--format", help="human or json.")]
@@ -57,19 +57,30 @@ def bench(
         ),
     ],
     shape: Annotated[str, Option("--shape", help="Model shape of conversion and generation.")] = "llama-3.1-8b",
-    scheme: Annotated[str, Option("--scheme", help="Scheme of conversion and generation.")] = "fp8-block",
+    scheme: Annotated[
+        list[str],
+        Option("--scheme", help="Of conversion and generation. Repeatable.", show_default="fp8-block"),
+    ] = [],  # noqa: B006
     workdir: Annotated[
         Path | None,
         Option("--workdir", help="Where the random checkpoint goes.", show_default="a temporary folder"),
     ] = None,
     case: Annotated[
         list[str],
-        Option("--case", help="Of generation: 'prefill BxS' or 'decode BxS'. Repeatable.", show_default=False),
+        Option(
+            "--case",
+            help="Of generation: 'prefill BxS' or 'decode BxS', repeatable. Of others: cases that contain this.",
+            show_default=False,
+        ),
     ] = [],  # noqa: B006
-    kv: Annotated[str | None, Option("--kv", help="KV cache of generation.", show_default=False)] = None,
+    kv: Annotated[list[str], Option("--kv", help="KV cache of generation. Repeatable.", show_default=False)] = [],  # noqa: B006
     attention: Annotated[
         str | None, Option("--attention", help="Attention of generation: int8 or fp8.", show_default=False)
     ] = None,
+    together: Annotated[
+        bool, Option("--together", help="Models of generation compile at the same time, and share the GPU's memory.")
+    ] = False,
+    unchecked: Annotated[bool, Option("--unchecked", help="Times kernels without their tests before.")] = False,
     dry_run: Annotated[
         bool, Option("--dry-run", help="Build the inputs and call the reference once; works on a CPU.")
     ] = False,
@@ -79,9 +90,22 @@ def bench(
     from quantlab import benchmarks
 
     if room in benchmarks.JOBS:
-        title, header, rows = benchmarks.JOBS[room](shape, scheme, workdir, cases=case, kv=kv, attention=attention)
+        with progress(format is Format.human) as callback:
+            title, header, rows = benchmarks.JOBS[room](
+                shape,
+                scheme or ["fp8-block"],
+                workdir,
+                cases=case,
+                kv=kv,
+                attention=attention,
+                together=together,
+                progress=callback,
+            )
+    elif len(case) > 1:
+        raise UsageError(f"--case was given {len(case)} times; for {room} give it once")
     else:
-        title, header, rows = benchmarks.kernel_room(room, dry_run)
+        only = case[0] if case else ""
+        title, header, rows = benchmarks.kernel_room(room, dry_run, only=only, unchecked=unchecked)
     if format is Format.json:
         print_json([dict(zip(header, row, strict=True)) for row in rows])
     else:

@@ -2,34 +2,37 @@
 
 from __future__ import annotations
 
+import fcntl
+import threading
 import time
+from concurrent.futures import Future
 
 import pytest
 import torch
 
 import quantlab
-from quantlab import benchmarks, latent_benchmark, moe_benchmark
+from quantlab import benchmarks, generation_benchmark, latent_benchmark, moe_benchmark, random_models
 from quantlab.errors import UsageError
 
 
 @pytest.fixture(scope="module")
 def random_llama(tmp_path_factory):
     folder = tmp_path_factory.mktemp("random") / "tiny"
-    total = benchmarks.make_checkpoint(benchmarks.SHAPES["tiny"], folder, device="cpu")
+    total = random_models.make_checkpoint(random_models.SHAPES["tiny"], folder, device="cpu")
     assert total == sum(p.numel() * 2 for p in quantlab.load(folder).parameters())
     return folder
 
 
 def test_a_model_with_experts_is_made(tmp_path):
     """Latent attention and experts, in layers that are quantized and run on ours."""
-    total = benchmarks.make_checkpoint(benchmarks.SHAPES["tiny-experts"], tmp_path / "tiny", device="cpu")
+    total = random_models.make_checkpoint(random_models.SHAPES["tiny-experts"], tmp_path / "tiny", device="cpu")
     assert total == sum(p.numel() * 2 for p in quantlab.load(tmp_path / "tiny").parameters())
     quantlab.quantize(tmp_path / "tiny", "fp8-block", tmp_path / "fp8")
     model = quantlab.load(tmp_path / "fp8", kv="fp8")
     kinds = {type(module).__name__ for module in model.modules()}
     assert {"Fp8BlockExperts", "Fp8BlockLinear"} <= kinds
     with torch.inference_mode():
-        assert benchmarks._decode_ms(model, torch.randint(3, 512, (2, 10)), steps=2) > 0
+        assert min(generation_benchmark.decode_times(model, torch.randint(3, 512, (2, 10)), steps=2)) > 0
 
 
 @pytest.mark.parametrize("kv", [None, "int8"])
@@ -40,24 +43,91 @@ def test_decoding_is_timed_over_steps_in_a_static_cache(random_llama, kv: str | 
     def spy(*args, **kwargs):
         read.append(kwargs["input_ids"].shape[1])
         caches.add(all(layer.is_compileable for layer in kwargs["past_key_values"].layers))
-        time.sleep(0.02 if len(read) > 40 and read[-1] == 1 else 0.001)
+        time.sleep(0.02 if len(read) > 16 else 0.001)
         return forward(*args, **kwargs)
 
     monkeypatch.setattr(model, "forward", spy)
     with torch.inference_mode():
-        ms = benchmarks._decode_ms(model, torch.randint(3, 512, (2, 40)), steps=8)
-    assert read == ([40] + [1] * 23) * 2
+        times = generation_benchmark.decode_times(model, torch.randint(3, 512, (2, 40)), steps=8)
+    assert read == [40] + [1] * 23
     assert caches == {True}
-    assert ms >= 20
+    assert len(times) == 7
+    assert min(times) >= 20
+
+
+def test_a_prefill_is_one_forward(random_llama):
+    with torch.inference_mode():
+        times = generation_benchmark.prefill_times(quantlab.load(random_llama), torch.randint(3, 512, (2, 40)), runs=3)
+    assert len(times) == 3
+    assert min(times) > 0
 
 
 def test_cases():
-    assert benchmarks.case_of("decode 16x2048") == ("decode", 16, 2048)
+    assert generation_benchmark.case_of("decode 16x2048") == ("decode", 16, 2048)
     for text in ("decode", "decode 0x4", "prefill 4", "train 1x1", "decode 1x2 "):
         with pytest.raises(UsageError, match="needs 'prefill BxS' or 'decode BxS'"):
-            benchmarks.case_of(text)
+            generation_benchmark.case_of(text)
     with pytest.raises(UsageError, match="case 'fast'"):
-        benchmarks.generation("tiny", "fp8-block", None, cases=["fast"])
+        benchmarks.generation("tiny", ["fp8-block"], None, cases=["fast"])
+
+
+def test_models_are_beside_the_original():
+    times = {"bf16": {"decode 4x8": (2.0, 3.0)}, "int4, KV fp8": {"decode 4x8": (0.5, 1.0)}}
+    assert generation_benchmark._rows(["decode 4x8"], times) == [
+        ("decode 4x8", "bf16", "2.00", "2000", "1.00x", "3.0"),
+        ("decode 4x8", "int4, KV fp8", "0.50", "8000", "4.00x", "1.0"),
+    ]
+
+
+def test_who_is_timed_is_alone_and_who_compiles_is_not(tmp_path, monkeypatch):
+    monkeypatch.setenv("QUANTLAB_CACHE", str(tmp_path))
+    alone = threading.Event()
+
+    def timed():
+        with generation_benchmark.holding_gpu(fcntl.LOCK_EX):
+            alone.set()
+
+    with generation_benchmark.holding_gpu(fcntl.LOCK_SH):
+        with generation_benchmark.holding_gpu(fcntl.LOCK_SH):
+            waiting = threading.Thread(target=timed)
+            waiting.start()
+        assert not alone.wait(0.1)
+    waiting.join(10)
+    assert alone.is_set()
+
+
+def test_a_model_without_memory_says_what_to_do():
+    full: Future = Future()
+    full.set_exception(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB"))
+    with pytest.raises(UsageError, match="int4: the GPU's memory is full; leave out --together"):
+        generation_benchmark._tell(None, "int4", full, 1, 2)
+
+
+def test_random_weights_are_converted_without_data(tmp_path):
+    """They have no tokenizer: INT4, which is calibrated elsewhere, is not."""
+    _, header, rows = benchmarks.conversion("tiny", ["int4-fp8", "fp8-block"], tmp_path)
+    assert header == ("what", "int4-fp8", "fp8-block")
+    assert all(float(value) >= 0 for value in rows[0][1:])
+    assert {"quantize, share of the workers' time", "peak memory of the host, GB"} <= {what for what, *_ in rows}
+    assert not any(quantlab.verify(tmp_path / f"tiny-{scheme}").problems for scheme in header[1:])
+    with pytest.raises(UsageError, match=r"unknown model shape 'tin'.* did you mean 'tiny'"):
+        benchmarks.conversion("tin", ["fp8-block"], None)
+
+
+@pytest.mark.gpu(sm=90)
+def test_generation_is_timed_beside_the_original():
+    """In processes of their own, at once."""
+    title, _, rows = benchmarks.generation(
+        "tiny", ["fp8-block", "int4-fp8"], None, cases=["prefill 2x64"], kv=["fp8"], together=True
+    )
+    assert title.startswith("tiny, random weights")
+    assert [row[1] for row in rows] == ["bf16", "fp8-block, KV fp8", "int4-fp8, KV fp8"]
+    assert all(float(ms) > 0 for _, _, ms, *_ in rows)
+
+
+def test_cases_of_a_collection_can_be_picked():
+    _, _, rows = benchmarks.kernel_room("mla", dry_run=True, only="layer fp8")
+    assert rows == [(latent_benchmark.case("fp8"),)]
 
 
 def test_latent_attention_is_two_rooms_and_a_layer():
@@ -112,4 +182,4 @@ def test_attention_lists_both_rooms_and_the_error_report():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
 def test_generation_needs_a_gpu():
     with pytest.raises(UsageError, match="timed on a GPU, and there is none here"):
-        benchmarks.generation("tiny", "fp8-block", None)
+        benchmarks.generation("tiny", ["fp8-block"], None)
