@@ -17,10 +17,10 @@ from __future__ import annotations
 import inspect
 import shutil
 import sys
-import types
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -111,8 +111,8 @@ def use(model: Any, kv: KV | str | None, tokens: Tensor | None = None, keys: dic
     elif not set(keys) <= set(range(model.config.get_text_config(decoder=True).num_hidden_layers)):
         raise UsageError(f"keys of layer {max(keys)} were measured, which {type(model).__name__} does not have")
     setattr(model, _PREPARED, Prepared(kv, keys, latents, _sample(model) if keys else None))
-    setattr(model, _PREPARE, types.MethodType(_prepare, model))
-    setattr(model, _SAVE, types.MethodType(_save, model))
+    setattr(model, _PREPARE, partial(_prepare, model))  # bound methods cannot be pickled under another name
+    setattr(model, _SAVE, partial(_save, model))
     decoding.stop_late(model)
     return model
 

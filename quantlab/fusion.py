@@ -120,6 +120,10 @@ class Mailbox:
     def __init__(self) -> None:
         self.note: Note | None = None
 
+    def __getstate__(self) -> dict[str, None]:
+        """A copy of the model starts without one: it is of the last forward, and weak references cannot be pickled."""
+        return {"note": None}
+
     def take(self, x: Tensor, kind: type[QuantizedLinear]) -> tuple[Tensor, Tensor] | None:
         """Codes and scale of x if a norm left them for layers of this kind; tells a norm that made x without them to
         make them next time."""
@@ -155,6 +159,10 @@ class Join:
         self._connect()
         for index, layer in enumerate(layers):
             layer.forward = Share(self, index)  # type: ignore[method-assign]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """As `Mailbox`."""
+        return {**vars(self), "_pending": None}
 
     def _connect(self) -> None:
         """Make the buffer that all weights are views of. For a moment it takes the memory of these layers once more."""

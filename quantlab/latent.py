@@ -17,9 +17,9 @@ into the projections around them; where those are quantized, each new latent is 
 from __future__ import annotations
 
 import math
-import types
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from inspect import unwrap
 from typing import Any
 
@@ -97,7 +97,7 @@ def release(model: nn.Module) -> None:
         for name in ("expand_kv", _ABSORBED):
             module.__dict__.pop(name, None)
         norm: Any = getattr(module, "kv_a_layernorm", None)
-        if norm is not None and getattr(vars(norm).get("forward"), "__func__", None) is _norm_at_once:
+        if norm is not None and getattr(vars(norm).get("forward"), "func", None) is _norm_at_once:
             del norm.forward
 
 
@@ -114,10 +114,10 @@ def prepare(path: str, module: Any, turn: bool) -> None:
             f"{path}: {type(module).__name__} expands latents in a way not known ({error:.0%} off); leave out kv"
         )
     setattr(module, _ABSORBED, absorbed)
-    module.expand_kv = types.MethodType(_expand, module)
+    module.expand_kv = partial(_expand, module)  # bound methods cannot be pickled under another name
     norm = module.kv_a_layernorm
     if "forward" not in vars(norm) and norm_offset(norm) == 0:
-        norm.forward = types.MethodType(_norm_at_once, norm)
+        norm.forward = partial(_norm_at_once, norm)
 
 
 def _norm_at_once(self: Any, x: Tensor) -> Tensor:
