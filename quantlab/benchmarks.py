@@ -5,6 +5,7 @@ Random weights have a real model's sizes, so times are right; its text and its q
 
 from __future__ import annotations
 
+import fcntl
 import importlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantlab.errors import UsageError
 from quantlab.generation_benchmark import generation
-from quantlab.random_models import checkpoint, shape_named, without_data, work_folder
+from quantlab.random_models import checkpoint, holding_gpu, shape_named, without_data, work_folder
 from quantlab.scheme import did_you_mean
 from quantlab.summary import Table
 
@@ -85,9 +86,11 @@ def conversion(shape: str, schemes: Sequence[str], workdir: Path | None, **_: An
 
     wanted, columns = shape_named(shape), []
     with work_folder(workdir) as folder:
-        source = checkpoint(wanted, folder / shape)
+        with holding_gpu(fcntl.LOCK_SH):
+            source = checkpoint(wanted, folder / shape)
         for scheme in schemes:
-            summary = quantize(source, without_data(scheme), folder / f"{shape}-{scheme}", overwrite=True)
+            with holding_gpu(fcntl.LOCK_EX):
+                summary = quantize(source, without_data(scheme), folder / f"{shape}-{scheme}", overwrite=True)
             columns.append(_figures(summary))
     rows = [(what, *(column.get(what, "") for column in columns)) for what in columns[0]]
     return f"conversion of {shape}", ("what", *schemes), rows

@@ -11,18 +11,16 @@ import multiprocessing
 import re
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from quantlab.errors import UsageError
-from quantlab.random_models import checkpoint, shape_named, without_data, work_folder
+from quantlab.random_models import checkpoint, holding_gpu, shape_named, without_data, work_folder
 from quantlab.summary import Table
-from quantlab_kernels.common.cache import cache_folder
 
 CASES = ("prefill 1x2048", "prefill 8x2048", "decode 1x128", "decode 16x2048")
 HEADER = ("case", "model", "ms", "tokens/s", "speed-up", "peak GB")
@@ -74,14 +72,15 @@ def generation(
     if not torch.cuda.is_available():
         raise UsageError("generation is timed on a GPU, and there is none here")
     with work_folder(workdir) as folder:
-        source = checkpoint(wanted, folder / shape)
+        with holding_gpu(fcntl.LOCK_SH):
+            source = checkpoint(wanted, folder / shape)
+            outputs = {scheme: folder / f"{shape}-{scheme}" for scheme in schemes}
+            for scheme, output in outputs.items():
+                if not output.exists():
+                    quantize(source, without_data(scheme), output)
+            torch.cuda.empty_cache()
         models = [Model(source)]
-        for scheme in schemes:
-            output = folder / f"{shape}-{scheme}"
-            if not output.exists():
-                quantize(source, without_data(scheme), output)
-            models += [Model(output, scheme, each, attention) for each in kv or (None,)]
-        torch.cuda.empty_cache()
+        models += [Model(out, scheme, each, attention) for scheme, out in outputs.items() for each in kv or (None,)]
         times = _times(models, cases, len(models) if together else 1, progress)
     title = f"{shape}, random weights, plain transformers on {torch.cuda.get_device_name()}"
     return title, HEADER, _rows(cases, times)
@@ -162,22 +161,6 @@ def step_times(
         times[case] = ms, torch.cuda.max_memory_allocated() / 1e9
         torch.cuda.empty_cache()
     return times
-
-
-@contextmanager
-def holding_gpu(kind: int) -> Iterator[None]:
-    """Hold the present GPU: with LOCK_SH to load and compile, as others may meanwhile, with LOCK_EX to be timed alone.
-
-    Waits for those who hold it otherwise; who ends, however, holds nothing any more.
-    """
-    import torch
-
-    name = torch.cuda.get_device_properties(torch.cuda.current_device()).uuid if torch.cuda.is_available() else "cpu"
-    file = cache_folder("locks") / str(name)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("w") as opened:
-        fcntl.flock(opened, kind)
-        yield
 
 
 def prefill_times(model: Any, tokens: Any, runs: int = 4) -> list[float]:

@@ -6,6 +6,7 @@ their quantized copy, and a step takes a layer's time as often as there are laye
 
 from __future__ import annotations
 
+import fcntl
 import json
 import tempfile
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from typing import Any
 
 from quantlab.errors import UsageError
 from quantlab.scheme import Recipe, did_you_mean
+from quantlab_kernels.common.cache import cache_folder
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,22 @@ def work_folder(given: Path | None) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(prefix="quantlab-bench-") as folder:
         yield Path(folder)
+
+
+@contextmanager
+def holding_gpu(kind: int) -> Iterator[None]:
+    """Hold the present GPU: with LOCK_SH to prepare, as others may meanwhile, with LOCK_EX to be timed alone.
+
+    Waits for processes that hold it otherwise; one that ends, however that may be, holds nothing any more.
+    """
+    import torch
+
+    name = torch.cuda.get_device_properties(torch.cuda.current_device()).uuid if torch.cuda.is_available() else "cpu"
+    file = cache_folder("locks") / str(name)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w") as opened:
+        fcntl.flock(opened, kind)
+        yield
 
 
 def checkpoint(shape: Shape | Mixture, folder: Path) -> Path:

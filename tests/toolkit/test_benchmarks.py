@@ -84,11 +84,11 @@ def test_who_is_timed_is_alone_and_who_compiles_is_not(tmp_path, monkeypatch):
     alone = threading.Event()
 
     def timed():
-        with generation_benchmark.holding_gpu(fcntl.LOCK_EX):
+        with random_models.holding_gpu(fcntl.LOCK_EX):
             alone.set()
 
-    with generation_benchmark.holding_gpu(fcntl.LOCK_SH):
-        with generation_benchmark.holding_gpu(fcntl.LOCK_SH):
+    with random_models.holding_gpu(fcntl.LOCK_SH):
+        with random_models.holding_gpu(fcntl.LOCK_SH):
             waiting = threading.Thread(target=timed)
             waiting.start()
         assert not alone.wait(0.1)
