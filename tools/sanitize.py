@@ -1,4 +1,4 @@
-"""Small calls of the CUDA rooms under a checker: ``compute-sanitizer --tool racecheck python tools/sanitize.py``.
+"""Small calls of the rooms under a checker: ``compute-sanitizer --tool racecheck python tools/sanitize.py [ROOM ...]``.
 
 Shapes are ragged and small, since the sanitizer runs each instruction through a checker. Results are compared with the
 same call on the CPU, so that a kernel which does nothing does not pass. `make sanitize` runs memcheck and racecheck.
@@ -6,6 +6,7 @@ same call on the CPU, so that a kernel which does nothing does not pass. `make s
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
 
@@ -14,6 +15,8 @@ from torch import Tensor
 
 import quantlab_kernels as ql
 from quantlab_kernels.common.gemm import as_group_scale
+from quantlab_kernels.common.latent import LatentFormat
+from quantlab_kernels.moe_route.op import Rule
 from quantlab_kernels.packing import pack_int4
 
 ROWS = (1, 17, 70, 200)  # by way of the configurations for few, some and many tokens
@@ -84,9 +87,27 @@ def decode(m: int) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
     return call, (randn(2, 8, 1, 128), randn(2, 2, m, 128), randn(2, 2, m, 128))
 
 
-def latents(m: int, heads: int = 20) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
+def int4_grouped(m: int) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
+    def call(a: Tensor, a_scale: Tensor, words: Tensor, scale: Tensor, counts: Tensor) -> Tensor:
+        tiles = ql.prepare_int4(words, activation_bits=8).unflatten(0, (2, -1))
+        return ql.gemm_int4_grouped(a, a_scale, tiles, as_group_scale(scale).unflatten(0, (2, -1)), counts)
+
+    codes = torch.randint(-7, 8, (2 * 256, K), dtype=torch.int8)
+    weights = pack_int4(codes), torch.rand(2 * 256, K // 128).add(0.5).bfloat16()
+    return call, (*ql.quantize_fp8_group(randn(m, K)), *weights, torch.tensor([m // 3, m - m // 3]))
+
+
+def route(m: int) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
+    def call(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        rule = Rule(4, sigmoid=True, groups=8, kept=4, best=2, normalized=True, shared=1)
+        return ql.moe_route(x, weight, rule, bias=bias)[1]
+
+    return call, (randn(m, K), randn(64, K) * 0.05, torch.rand(64))
+
+
+def latents(m: int, heads: int = 20, format: LatentFormat = "int4") -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
     def call(q_latent: Tensor, q_rope: Tensor, latent: Tensor, rope: Tensor) -> Tensor:
-        cache = ql.PackedLatent.empty("int4", 2, 256, 512, 64, device=latent.device)
+        cache = ql.PackedLatent.empty(format, 2, 256, 512, 64, device=latent.device)
         length = torch.full((2,), m, dtype=torch.int32, device=latent.device)
         ql.mla_append(latent, rope, cache, length)
         return ql.mla_decode(q_latent, q_rope, cache, length, scale=0.1)[0]
@@ -94,41 +115,30 @@ def latents(m: int, heads: int = 20) -> tuple[Callable[..., Tensor], tuple[Tenso
     return call, (randn(2, 1, heads, 512), randn(2, 1, heads, 64), randn(2, m, 512), randn(2, m, 64))
 
 
-def latents_of_few_heads(m: int) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
-    return latents(m, 16)
-
-
-def latents_of_many_heads(m: int) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
-    return latents(m, 40)
-
-
-CALLS = (
-    fp8_block,
-    fp8_row,
-    fp8_grouped,
-    int4_fp8,
-    int4,
-    absorbed,
-    prefill,
-    decode,
-    latents,
-    latents_of_few_heads,
-    latents_of_many_heads,
-)
+FORMATS: tuple[LatentFormat, ...] = ("16bit", "fp8", "int4")
+ROOMS = (fp8_block, fp8_row, fp8_grouped, int4_fp8, int4, int4_grouped, absorbed, prefill, decode, route)
+CALLS = {
+    **{room.__name__: room for room in ROOMS},
+    **{
+        f"latents_{format}_{heads}": functools.partial(latents, heads=heads, format=format)
+        for format in FORMATS
+        for heads in (16, 20, 40)
+    },
+}
 
 
 def main() -> int:
     torch.manual_seed(0)
     wrong = False
-    for room in CALLS:
+    for name in sys.argv[1:] or CALLS:
         for m in ROWS:
-            call, inputs = room(m)
+            call, inputs = CALLS[name](m)
             exact = call(*inputs).float()
             # Blocks of their own for all operands: a read beyond the end is then beyond an allocation.
             found = call(*(x.to(DEVICE) for x in inputs)).float().cpu()
             error = ((found - exact).norm() / exact.norm()).item()
             wrong |= not error < 0.02  # NaN too
-            print(f"{room.__name__:21s} {m:4d} rows: {error:.1e} from the CPU's result", flush=True)
+            print(f"{name:16s} {m:4d} rows: {error:.1e} from the CPU's result", flush=True)
     return int(wrong)
 
 

@@ -37,7 +37,8 @@ constexpr int OFFSET_UNITS = OFFSET_PARTIAL + 1024;                     // [64] 
 constexpr int OFFSET_RESCALE = OFFSET_UNITS + (FORMAT == 3 ? 256 : 0);  // [4][64]
 constexpr int OFFSET_RAISED = OFFSET_RESCALE + 1024;                    // [4]
 constexpr int OFFSET_BARRIERS = OFFSET_RAISED + 16;
-static_assert(OFFSET_BARRIERS + 8 * (HALVES + ROPES + 2 * SLOTS) <= SHARED, "the host allocates what is laid out here");
+static_assert(OFFSET_BARRIERS + 8 * (HALVES + ROPES + 2 * SLOTS + 1) <= SHARED,
+              "the host allocates what is laid out here");
 
 // Where the `number`th of something lies among `count` places, and the parity of its barriers.
 struct Turn {
@@ -57,6 +58,7 @@ struct Shared {
   DEVICE u32 rope_full(int slot) const { return barrier(HALVES + slot); }
   DEVICE u32 weights_full(int slot) const { return barrier(HALVES + ROPES + slot); }
   DEVICE u32 weights_empty(int slot) const { return barrier(HALVES + ROPES + SLOTS + slot); }
+  DEVICE u32 totals_full() const { return barrier(HALVES + ROPES + 2 * SLOTS); }
 
  private:
   DEVICE u32 barrier(int i) const { return base + OFFSET_BARRIERS + 8 * i; }
@@ -69,6 +71,7 @@ DEVICE void initialize_barriers(const Shared& s) {
     barrier_init(s.weights_full(i), 4);
     barrier_init(s.weights_empty(i), 8);
   }
+  barrier_init(s.totals_full(), 128);
   barrier_init_fence();
 }
 
@@ -224,7 +227,7 @@ DEVICE void score(const Params& p, const Work& work, const Shared& s, const Thre
   }
   scores.drop();
   softmax.finish(p, work, s, me);
-  __syncthreads();
+  if (me.group == 0) barrier_arrive(s.totals_full());
 }
 
 // ---- outputs ----
@@ -263,7 +266,7 @@ DEVICE void output(const Params& p, const Work& work, const Shared& s, const Thr
     if (me.index == 0 && next < 2 * work.count) fetch_half(p, work, s, next);
     if (me.index == 32 && me.half() == 0 && tile + ROPES < work.count) fetch_rope(p, work, s, tile + ROPES);
   }
-  __syncthreads();
+  barrier_wait(s.totals_full(), 0);
   const i64 before = (p.splits > 1 ? static_cast<i64>(work.split) * p.batches + work.batch : work.batch) * p.rows;
   outputs.store(p.splits > 1 ? reinterpret_cast<char*>(p.part) : p.out, p, work, s, me, before + work.first_row);
 }
