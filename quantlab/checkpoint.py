@@ -46,8 +46,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from quantlab.errors import PreflightError, UsageError
-from quantlab.locate import locate
+from quantlab.errors import PreflightError
+from quantlab.locate import locate, require_name
 from quantlab.scheme import SCHEMES, Scheme
 from quantlab.shards import TAGS, TORCH_DTYPES, ShardReader, TensorInfo, TensorSlot, read_header
 from quantlab_kernels.formats import E4M3, INT4
@@ -100,8 +100,7 @@ class Source:
 
         Raises UsageError where there is no such model and PreflightError where it is damaged or in another format.
         """
-        if not isinstance(model, (str, Path)):
-            raise UsageError(f"model is a {type(model).__name__}; give the folder or the hub id it was loaded from")
+        require_name(model)
         others = [f"*{suffix}" for suffix in OTHER_WEIGHTS] + [f"{name}/*" for name in OTHER_WEIGHT_FOLDERS]
         folder = locate(str(model), revision, others)
         try:
@@ -112,6 +111,14 @@ class Source:
         except OSError as error:
             raise PreflightError(f"{folder}: cannot be read: {error.strerror}") from None
         return cls(str(model), folder, config, tensors, side, left_out)
+
+    @property
+    def stored(self) -> Stored | None:
+        """How it is quantized, or None. Raises PreflightError for formats that this project does not read."""
+        try:
+            return stored_in(self.config)
+        except PreflightError as error:
+            raise PreflightError(f"{self.model}: {error}; start from the original model") from None
 
     @property
     def weight_bytes(self) -> int:

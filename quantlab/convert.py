@@ -64,7 +64,7 @@ def convert(
     if to not in LAYOUTS and to not in FLIPS:
         raise UsageError(f"unknown format {to!r}; {did_you_mean(to, [*LAYOUTS, *FLIPS])}")
     source = Source.open(folder)
-    stored = checkpoint.stored_in(source.config)
+    stored = source.stored
     if stored is None:
         raise UsageError(f"{folder}: is not quantized; `quantlab quantize` makes quantized checkpoints")
     kept = source.folder / RECIPE

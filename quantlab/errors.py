@@ -25,3 +25,8 @@ class VerificationError(QuantlabError):
     """A checkpoint is not what it should be, or a quality gate was missed."""
 
     exit_code = 4
+
+
+def one_line(error: BaseException) -> str:
+    """What an error of another package says, short enough for a message of ours."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

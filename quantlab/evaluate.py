@@ -24,11 +24,11 @@ import torch
 from torch import Tensor
 
 from quantlab import baselines, generation, hf, lm_tasks
-from quantlab.architecture import meta_model
 from quantlab.baselines import Baseline
 from quantlab.checkpoint import OURS, Source, config_of_quantization
 from quantlab.errors import UsageError, VerificationError
 from quantlab.kinds import context_length
+from quantlab.output import check_file, write_file
 from quantlab.scheme import did_you_mean
 from quantlab.scoring import (
     Estimate,
@@ -39,8 +39,10 @@ from quantlab.scoring import (
     head_of,
     hidden_states,
     interval,
+    open_predictor,
     score_window,
 )
+from quantlab.stream import pick_device
 from quantlab.summary import Shown, Table, peak_bytes
 from quantlab_calib import data
 
@@ -170,9 +172,11 @@ def evaluate(
     Raises UsageError for models, texts and tokenizers that do not fit, VerificationError for logits that are not
     finite.
     """
+    device_map, dtype = str(device_map), str(dtype).removeprefix("torch.")
     _check_arguments(baseline, text, device_map, dtype, windows, length, min_recovery)
-    if output is not None and (Path(output).is_dir() or not Path(output).absolute().parent.is_dir()):
-        raise UsageError(f"{output}: cannot take the result; give the name of a file in a folder that exists")
+    hf.require_settings(kv, attention)
+    if output is not None:
+        check_file(Path(output))
     if attention not in (None, "none"):
         if kv not in (None, "none"):
             raise UsageError(f"kv = {kv!r} reads windows in steps, attention = {attention!r} at once; leave one out")
@@ -182,9 +186,9 @@ def evaluate(
     if tasks:
         lm_tasks.require()
     run = _Run(device_map, dtype, trust_remote_code, progress)
-    source = run.open(model)
+    source = open_predictor(model, trust_remote_code)
     length = _fitting_length(source, length)
-    reference = run.open(baseline) if baseline is not None else None
+    reference = open_predictor(baseline, trust_remote_code) if baseline is not None else None
     texts = list(dict.fromkeys([*_listed(text), *_listed(dataset)])) or ["bundled"]  # twice would count twice
     parts = run.tokens(source, reference, texts, windows, length, context)
     tokens = torch.cat(parts)
@@ -268,19 +272,6 @@ class _Run:
     dtype: str
     trust_remote_code: bool
     progress: Progress | None
-
-    def open(self, model: str | Path) -> Source:
-        """Find a model and make sure that it predicts tokens, before anything is loaded."""
-        source = Source.open(model)
-        empty = meta_model(source.folder, self.trust_remote_code)
-        if empty is None:
-            raise UsageError(f"{model}: transformers cannot build it; if it brings code: --trust-remote-code")
-        if not empty.can_generate() or getattr(empty.config, "is_encoder_decoder", False):
-            raise UsageError(
-                f"{model}: {type(empty).__name__} does not predict the next token: no perplexity, KL or top-1; "
-                f"compare its outputs with those of the original on your own data"
-            )
-        return source
 
     def tokens(
         self,
@@ -393,6 +384,8 @@ def _check_arguments(
         raise UsageError(f"dtype {dtype!r}; {did_you_mean(dtype, ['auto', *DTYPES])}")
     if not re.fullmatch(r"auto|balanced(_low_0)?|sequential|cpu|cuda(:\d+)?", device_map):
         raise UsageError(f"device map {device_map!r}; known: auto, balanced, sequential, cpu, cuda, cuda:N.")
+    if device_map.startswith("cuda"):
+        pick_device(device_map)  # refuses a GPU that is not there
     if length is not None and length < 2:
         raise UsageError(f"windows of {length} tokens: needs 2 at least, the first is context only")
     if windows is not None and windows < 1:
@@ -439,11 +432,9 @@ def _save(evaluation: Evaluation, source: Source, output: str | Path | None) -> 
     text = json.dumps(evaluation.to_dict(), indent=2) + "\n"
     folder = source.folder / OURS
     if folder.is_dir() and os.access(folder, os.W_OK):
-        temporary = folder / "eval.json.part"
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(folder / "eval.json")
+        write_file(folder / "eval.json", text)
     if output is not None:
-        Path(output).write_text(text, encoding="utf-8")
+        write_file(Path(output), text)
 
 
 def _versions() -> dict[str, str]:

@@ -13,7 +13,8 @@ import importlib.abc
 import importlib.util
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.machinery import ModuleSpec
 from operator import attrgetter
 from pathlib import Path
@@ -21,7 +22,8 @@ from types import ModuleType
 from typing import Any
 
 from quantlab.architecture import Architecture, architecture
-from quantlab.errors import UsageError, VerificationError
+from quantlab.errors import QuantlabError, UsageError, VerificationError, one_line
+from quantlab.locate import require_name
 
 __all__ = ["Architecture", "IntegrationWarning", "architecture", "disable", "enable", "load", "pipeline", "status"]
 
@@ -105,20 +107,23 @@ def load(
     from quantlab import decoding
 
     enable()
+    require_settings(kv, attention)
     # mismatched sizes are refused below, by name; transformers would raise without one
     kwargs = {"ignore_mismatched_sizes": True, **_with_attention(attention, kwargs)}
     _require_checkpoint(path)
-    config = transformers.AutoConfig.from_pretrained(
-        path, local_files_only=True, trust_remote_code=kwargs.get("trust_remote_code", False)
-    )
+    with _told_in_a_line(path):
+        config = transformers.AutoConfig.from_pretrained(
+            path, local_files_only=True, trust_remote_code=kwargs.get("trust_remote_code", False)
+        )
     name = next(iter(config.architectures or []), "")
     if not hasattr(transformers, name):
         raise UsageError(
             f"{path}: its config names the class {name}, which transformers does not have; load it with its own class"
         )
-    model, info = getattr(transformers, name).from_pretrained(
-        path, device_map=device_map, dtype=dtype, local_files_only=True, output_loading_info=True, **kwargs
-    )
+    with _told_in_a_line(path):
+        model, info = getattr(transformers, name).from_pretrained(
+            path, device_map=device_map, dtype=dtype, local_files_only=True, output_loading_info=True, **kwargs
+        )
     if getattr(config, "quantization_config", None) is not None:
         _require_ours(path, model)
     _require_complete(path, info)
@@ -129,7 +134,29 @@ def load(
     return with_kv(model, path, kv)
 
 
+@contextmanager
+def _told_in_a_line(path: str | Path) -> Iterator[None]:
+    """What transformers raises for a model that it cannot load, as a UsageError."""
+    try:
+        yield
+    except (QuantlabError, MemoryError, RuntimeError):  # ours, and what the machine lacks
+        raise
+    except Exception as error:
+        raise UsageError(f"{path}: transformers cannot load it ({one_line(error)})") from error
+
+
+def require_settings(kv: Any, attention: Any) -> None:
+    """Raise UsageError for a KV cache or an attention that there is not, whatever the model."""
+    from quantlab.scheme import KV_FORMATS, did_you_mean
+
+    if isinstance(kv, str) and kv not in (*KV_FORMATS, "none"):
+        raise UsageError(f"unknown KV format {kv!r}; {did_you_mean(kv, KV_FORMATS)}")
+    if attention not in (None, "none", *ATTENTION):
+        raise UsageError(f"unknown attention {attention!r}; {did_you_mean(str(attention), [*ATTENTION, 'none'])}")
+
+
 def _require_checkpoint(path: str | Path) -> None:
+    require_name(path)
     if not (Path(path) / "config.json").is_file():
         raise UsageError(f"{path}: no config.json there; give the folder of a checkpoint")
 
@@ -138,10 +165,6 @@ def _with_attention(attention: str | None, kwargs: dict[str, Any]) -> dict[str, 
     """Arguments of `from_pretrained` that ask for our attention."""
     if attention in (None, "none"):
         return kwargs
-    if attention not in ATTENTION:
-        from quantlab.scheme import did_you_mean
-
-        raise UsageError(f"unknown attention {attention!r}; {did_you_mean(str(attention), [*ATTENTION, 'none'])}")
     if "attn_implementation" in kwargs:
         raise UsageError(f"attention = {attention!r} and attn_implementation are both given; leave one out")
     return {**kwargs, "attn_implementation": f"quantlab_{attention}"}
@@ -189,7 +212,10 @@ def pipeline(
     from quantlab_calib import data
 
     _require_checkpoint(model)
-    implementation = transformers.pipelines.check_task(task)[1]["impl"]
+    try:
+        implementation = transformers.pipelines.check_task(task)[1]["impl"]
+    except KeyError as error:
+        raise UsageError(f"transformers has no pipeline for {task!r}: {error.args[0]}") from None
     if isinstance(implementation, str):
         implementation = getattr(transformers, implementation.rpartition(".")[2])
     for part in ("tokenizer", "image_processor", "feature_extractor", "processor"):

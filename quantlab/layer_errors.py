@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from quantlab import fused_experts
 from quantlab.architecture import load_targets
-from quantlab.checkpoint import WEIGHT, Source, Stored, stored_in
+from quantlab.checkpoint import WEIGHT, Source, Stored
 from quantlab.errors import PreflightError, UsageError
 from quantlab.kinds import common_name, context_length, position
 from quantlab.kv_errors import CacheErrors
@@ -47,7 +47,7 @@ class Pair:
 
     @cached_property
     def stored(self) -> Stored:
-        stored = stored_in(self.quantized.config)
+        stored = self.quantized.stored
         if stored is None:
             raise UsageError(f"{self.quantized.model}: is not quantized; a report shows what quantization did")
         return stored
@@ -55,7 +55,7 @@ class Pair:
     @cached_property
     def weights(self) -> dict[str, tuple[TensorInfo, TensorInfo, TensorInfo]]:
         """module -> (codes, scale, original weight) of every quantized layer."""
-        if stored_in(self.original.config) is not None:
+        if self.original.stored is not None:
             how = "give the original model, or write it back with `quantlab convert --to bf16`"
             raise UsageError(f"{self.original.model}: the baseline is itself quantized; {how}")
         view = View(self.quantized, self.stored)

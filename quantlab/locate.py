@@ -8,6 +8,14 @@ from pathlib import Path
 from quantlab.errors import PreflightError, UsageError
 
 
+def require_name(model: object) -> None:
+    """Raise UsageError for anything that names no model."""
+    if not isinstance(model, (str, Path)):
+        raise UsageError(f"model is a {type(model).__name__}; give the folder or the hub id it was loaded from")
+    if not str(model).strip():
+        raise UsageError(f"model is {str(model)!r}; give a folder or a hub id")
+
+
 def locate(model: str, revision: str | None, ignored: list[str]) -> Path:
     """The folder of a model: `model` itself, or what the hub has under that id, downloaded or from its cache.
 

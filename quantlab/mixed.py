@@ -101,7 +101,7 @@ def mix(
     """
     if (target_bits is None) == (max_kl is None):
         raise UsageError("give either target_bits or max_kl: a size or a loss")
-    if (target_bits or max_kl or 0) <= 0:
+    if not (target_bits or max_kl or 0) > 0:
         what = f"target_bits = {target_bits}" if target_bits is not None else f"max_kl = {max_kl}"
         raise UsageError(f"{what}: must be more than 0")
     quantizing = schemes_named([name for name in schemes if name != "none"])

@@ -16,7 +16,7 @@ import os
 import shutil
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from quantlab.checkpoint import MANIFEST, OURS, Source
 from quantlab.errors import PreflightError, QuantlabError, UsageError
+from quantlab.locate import require_name
 from quantlab.shards import ShardLayout
 
 JOURNAL = f"{OURS}/journal.jsonl"
@@ -59,13 +60,18 @@ def check_writable(folder: Path, *, overwrite: bool = False) -> None:
 
 
 def check_outside(folder: Path, model: Path) -> None:
-    """Refuse an output inside the model's own folder: the next run would carry it over as a part of the model."""
-    if model.resolve() in folder.absolute().resolve().parents:
+    """Refuse an output inside the model's own folder, which the next run would carry over as a part of the model, and
+    one in whose place the model itself lies."""
+    here, there = folder.absolute().resolve(), model.resolve()
+    if there in here.parents:
         raise UsageError(f"{folder}: lies in the model's own folder; choose another place with -o")
+    if here == there or here in there.parents:
+        raise UsageError(f"{folder}: the model itself lies there; choose another place with -o")
 
 
 def output_folder(model: str | Path, what: str, given: str | Path | None) -> Path:
     """The folder to make: as given, or the model's name and `what` in the current folder."""
+    require_name(model)
     if given is not None:
         return Path(given).expanduser()
     return Path(f"{Path(model).expanduser().resolve().name if Path(model).exists() else Path(model).name}-{what}")
@@ -81,6 +87,26 @@ def check_space(folder: Path, needed: int) -> None:
             f"{folder}: needs {(needed + SPARE_BYTES) / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free; "
             "free space or choose another place with -o"
         )
+
+
+def check_file(path: Path) -> None:
+    """Refuse before work a file that a result cannot go to. Raises UsageError."""
+    parent = existing_parent(path)
+    if path.is_dir() or not parent.is_dir() or not os.access(path if path.exists() else parent, os.W_OK):
+        raise UsageError(f"{path}: cannot be written; give the name of a file elsewhere with -o")
+
+
+def write_file(path: Path, content: str | bytes) -> None:
+    """A result that appears when it is whole: what was there before stays otherwise. Raises UsageError."""
+    temporary = path.with_name(f"{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(content if isinstance(content, bytes) else content.encode())
+        temporary.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise UsageError(f"{path}: cannot be written: {error.strerror}; give another place with -o") from None
 
 
 def existing_parent(folder: Path) -> Path:

@@ -24,6 +24,7 @@ from quantlab.errors import PreflightError, UsageError
 from quantlab.generation import agreement, write
 from quantlab.kinds import position
 from quantlab.layer_errors import Observed, Pair, observe, weight_errors
+from quantlab.output import check_file, write_file
 from quantlab.plots import Plot
 from quantlab.scheme import Recipe
 from quantlab.sequential import CHANGED
@@ -113,6 +114,7 @@ def report(
     target = Path(output) if output is not None else folder / OURS / "report.html"
     if target.is_dir() or target.suffix == ".json":
         raise UsageError(f"{target}: cannot take the page; give the name of an HTML file, the JSON goes beside it")
+    check_file(target)
     made = collect(folder, baseline, calibration, trust_remote_code=trust_remote_code, progress=progress)
     if generate:
         models = {"quantized": folder} | ({"original": Source.open(baseline).folder} if baseline is not None else {})
@@ -121,14 +123,10 @@ def report(
     drawn = draw(made)
     images = {target.with_name(f"{target.stem}-{plot.name}.png"): plot for plot in drawn} if png else {}
     beside = target.with_suffix(".json")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(render(made, drawn), encoding="utf-8")
-        beside.write_text(checkpoint.to_json(made.to_dict()), encoding="utf-8")
-        for path, plot in images.items():
-            path.write_bytes(plot.png())
-    except OSError as error:
-        raise UsageError(f"{target}: cannot be written: {error.strerror}; give another place with -o FILE") from None
+    write_file(target, render(made, drawn))
+    write_file(beside, checkpoint.to_json(made.to_dict()))
+    for path, plot in images.items():
+        write_file(path, plot.png())
     return Written(target, beside, tuple(images), tuple(made.missing))
 
 
@@ -142,7 +140,7 @@ def collect(
 ) -> Report:
     """Everything there is to say."""
     source = Source.open(folder)
-    stored = checkpoint.stored_in(source.config)
+    stored = source.stored
     if stored is None:
         raise UsageError(f"{folder}: is not quantized; a report shows what `quantlab quantize` did")
     summary, evaluation = _json(folder / SUMMARY, NEEDED), _json(folder / EVALUATION, NEEDED_OF_EVALUATION)

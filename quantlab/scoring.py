@@ -12,12 +12,15 @@ import operator
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from quantlab.errors import UsageError, VerificationError
+from quantlab.architecture import meta_model
+from quantlab.checkpoint import Source
+from quantlab.errors import UsageError, VerificationError, one_line
 from quantlab_calib.capture import forward_replaced
 
 SLICE_ELEMENTS = 1 << 24  # of logits at a time: 64 MB in float32
@@ -103,6 +106,23 @@ class _BaseOutput(tuple[Tensor]):
     def __getattr__(self, name: str) -> None:
         if name.startswith("__"):
             raise AttributeError(name)
+
+
+def open_predictor(model: str | Path, trust_remote_code: bool = False) -> Source:
+    """A model that predicts the next token of a text; raises UsageError for any other, before anything is loaded."""
+    source = Source.open(model)
+    try:
+        empty = meta_model(source.folder, trust_remote_code)
+    except Exception as error:  # whatever a model's constructor makes of a config that it does not like
+        raise UsageError(f"{model}: transformers cannot build it ({one_line(error)}); check its config.json") from None
+    if empty is None:
+        raise UsageError(f"{model}: transformers cannot build it; if it brings code: --trust-remote-code")
+    if not empty.can_generate() or getattr(empty.config, "is_encoder_decoder", False):
+        raise UsageError(
+            f"{model}: {type(empty).__name__} does not predict the next token: no perplexity, KL or top-1; "
+            f"compare its outputs with those of the original on your own data"
+        )
+    return source
 
 
 def base_of(model: Any) -> Any:

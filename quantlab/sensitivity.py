@@ -22,16 +22,15 @@ import torch
 from torch import Tensor
 
 from quantlab import hf, plots, preflight
-from quantlab.architecture import meta_model
 from quantlab.baselines import digest
 from quantlab.checkpoint import Source, config_of_quantization, to_json
 from quantlab.errors import PreflightError, UsageError
 from quantlab.kinds import context_length, position
-from quantlab.output import fingerprint
+from quantlab.output import check_file, fingerprint, write_file
 from quantlab.plots import Plot
 from quantlab.preflight import Plan
 from quantlab.scheme import SCHEMES, Recipe, did_you_mean
-from quantlab.scoring import Estimate, estimate, head_of, hidden_states, score_window
+from quantlab.scoring import Estimate, estimate, head_of, hidden_states, open_predictor, score_window
 from quantlab.simulate import Unit, addresses, perturbing, quantizing, units_of
 from quantlab.summary import Shown, Table
 from quantlab_calib import data
@@ -113,18 +112,14 @@ def sensitivity(
     tokens = tokens_of(source, calibration, samples, length, trust_remote_code)
     run = Run(source, plans, tokens, device, trust_remote_code, progress)
     settings = run.settings() | {"data": calibration}
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if fast:
-            effects = run.estimated()
-        else:
-            with _Journal(target.with_suffix(".jsonl"), fingerprint(source, settings)) as journal:
-                effects = run.measured(journal)
-        ranked = tuple(sorted(effects, key=lambda effect: -effect.kl.value))
-        result = Sensitivity(str(model), "fast" if fast else "exact", ranked, settings)
-        target.write_text(to_json(result.to_dict()), encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"{target}: cannot be written: {error.strerror}; give another place with -o FILE") from None
+    if fast:
+        effects = run.estimated()
+    else:
+        with _Journal(target.with_suffix(".jsonl"), fingerprint(source, settings)) as journal:
+            effects = run.measured(journal)
+    ranked = tuple(sorted(effects, key=lambda effect: -effect.kl.value))
+    result = Sensitivity(str(model), "fast" if fast else "exact", ranked, settings)
+    write_file(target, to_json(result.to_dict()))
     return result
 
 
@@ -133,6 +128,7 @@ def result_file(model: str | Path, output: str | Path | None = None) -> Path:
     target = Path(output) if output is not None else Path(f"{Path(model).resolve().name}-sensitivity.json")
     if target.is_dir() or target.suffix == ".jsonl":
         raise UsageError(f"{target}: cannot take the result; give the name of a JSON file with -o FILE.json")
+    check_file(target)
     return target
 
 
@@ -165,15 +161,10 @@ def schemes_named(names: Sequence[str]) -> list[str]:
 
 def open_model(model: str | Path, trust_remote_code: bool) -> Source:
     """A model that predicts tokens and is not quantized; UsageError for any other."""
-    source = Source.open(model)
+    source = open_predictor(model, trust_remote_code)
     if config_of_quantization(source.config) is not None:
         how = "give the original model, or write it back with `quantlab convert --to bf16`"
         raise UsageError(f"{model}: is itself quantized; {how}")
-    empty = meta_model(source.folder, trust_remote_code)
-    if empty is None:
-        raise UsageError(f"{model}: transformers cannot build it; if it brings code: --trust-remote-code")
-    if not empty.can_generate() or getattr(empty.config, "is_encoder_decoder", False):
-        raise UsageError(f"{model}: {type(empty).__name__} does not predict the next token, so there is no KL")
     return source
 
 
@@ -346,6 +337,8 @@ class Run:
         try:
             with perturbing(known, schemes, take):
                 logits = self.model(input_ids=window[None].to(self.model.device), use_cache=False).logits[0]
+            if not bool(logits.isfinite().all()):
+                hidden_states(self.model, window[None].to(self.model.device))  # says where it begins
             scores = torch.log_softmax(logits.float(), dim=-1)
             drawn = torch.multinomial(scores.detach().exp(), 1, generator=generator)
             scores.gather(1, drawn).sum().backward()

@@ -160,7 +160,7 @@ def pick_device(name: str) -> torch.device:
     if device.type == "cuda":
         count = torch.cuda.device_count()
         if (device.index or 0) >= count:
-            raise UsageError(f"device {name!r}: there is no such GPU (found {count}); use --device cpu")
+            raise UsageError(f"device {name!r}: there is no such GPU (found {count}); use cpu")
         return torch.device("cuda", device.index or 0)
     if device.type != "cpu":
         raise UsageError(f"device {name!r}: known are auto, cpu, cuda, cuda:N")

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from quantlab import keys
-from quantlab.checkpoint import KEY_STATISTICS, MANIFEST, Source, stored_in
+from quantlab.checkpoint import KEY_STATISTICS, MANIFEST, Source
 from quantlab.errors import PreflightError, VerificationError
 from quantlab.kinds import FLOATS
 from quantlab.loaders import RULES, View
+from quantlab.locate import require_name
 from quantlab.output import hash_file
 from quantlab.preflight import known_architecture
 from quantlab.summary import Shown, Table
@@ -72,6 +73,7 @@ def verify(folder: str | Path) -> Verification:
     Raises UsageError or PreflightError for what is no checkpoint at all, VerificationError for one that is not
     quantized.
     """
+    require_name(folder)
     folder = Path(folder)
     view = _view(folder)
     checks = [*_manifest(folder), Check("codes are numbers", tuple(_nan_codes(view))), *_structure(view)]
@@ -85,7 +87,7 @@ def verify_weights(folder: Path) -> list[str]:
 
 def _view(folder: Path) -> View:
     source = Source.open(folder)
-    stored = stored_in(source.config)
+    stored = source.stored
     if stored is None:
         raise VerificationError(f"{folder}: is not quantized (its config.json has no quantization_config)")
     return View(source, stored, known_architecture(source)[0])

@@ -23,6 +23,7 @@ Document = str | list[dict[str, Any]]  # a text, or the messages of a chat
 
 # Columns that hold a document, in the order in which they are tried.
 COLUMNS = ("messages", "conversations", "text", "content")
+LINES = (".jsonl", ".ndjson", ".json")  # endings of files with an object per line
 SPLITS = {"calibration": ("train", "validation", "test"), "evaluation": ("test", "validation", "train")}
 
 # Windows are drawn from a stream about this many times longer than needed: a data set of terabytes is not read whole.
@@ -44,18 +45,20 @@ def bundled(purpose: Purpose) -> str:
 def documents(source: str, purpose: Purpose) -> Iterator[Document]:
     """The documents of `source`, one by one, in order.
 
-    source  "bundled"; a text file (one document); a .jsonl or .ndjson file (a document per line, under one of
+    source  "bundled"; a text file (one document); a .jsonl, .ndjson or .json file (a document per line, under one of
             `COLUMNS`); a folder that `datasets` reads; or "name[:config[:split]]" of a data set. Without a split,
             calibration takes train and evaluation takes test where the data set has them.
     Raises DataError for a file that is missing, empty or binary, for lines and rows without a document, and for a data
     set that cannot be loaded.
     """
+    if not source.strip():
+        raise DataError(f"data is {source!r}; give a text or JSONL file, a data set's name, or 'bundled'")
     path = Path(source).expanduser()
     if source == "bundled":
         return iter([bundled(purpose)])
     if path.is_file():
-        return _jsonl(path) if path.suffix in (".jsonl", ".ndjson") else iter([_text(path)])
-    file_like = path.suffix in (".txt", ".md", ".jsonl", ".ndjson", ".json") or source.startswith((".", "/", "~"))
+        return _jsonl(path) if path.suffix in LINES else iter([_text(path)])
+    file_like = path.suffix in (".txt", ".md", *LINES) or source.startswith((".", "/", "~"))
     if file_like and not Path(source.partition(":")[0]).expanduser().is_dir():
         raise DataError(f"no such file: {source}; give a text or JSONL file, a data set's name, or 'bundled'")
     return _dataset(source, purpose)
@@ -99,16 +102,23 @@ def _dataset(source: str, purpose: Purpose) -> Iterator[Document]:
     try:
         loaded = datasets.load_dataset(name, config or None, streaming=True)
     except Exception as error:  # `datasets` raises a dozen types, from a dozen libraries, for "not there"
-        reason = " ".join(str(error).split())
-        raise DataError(
-            f"data set {source!r} cannot be loaded ({reason}); give name[:config[:split]] or a local file"
-        ) from None
+        raise _unreadable(source, error) from None
     wanted = (split,) if split else SPLITS[purpose]
     found = next((s for s in wanted if s in loaded), None)
     if found is None:
         raise DataError(f"data set {source!r} has no split {' or '.join(wanted)}; it has {', '.join(loaded)}")
-    for number, row in enumerate(loaded[found]):
-        yield _document(row, f"data set {source!r}, row {number}")
+    try:
+        for number, row in enumerate(loaded[found]):
+            yield _document(row, f"data set {source!r}, row {number}")
+    except DataError:
+        raise
+    except Exception as error:  # as above: files are opened only now
+        raise _unreadable(source, error) from None
+
+
+def _unreadable(source: str, error: Exception) -> DataError:
+    reason = " ".join(str(error).split())
+    return DataError(f"data set {source!r} cannot be loaded ({reason}); give name[:config[:split]] or a local file")
 
 
 def _document(row: Any, where: str) -> Document:

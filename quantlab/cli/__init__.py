@@ -18,6 +18,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["--help", "-h"]},
     epilog="Exit codes: 0 ok, 2 usage, 3 refused before work, 4 verification or quality gate failed.",
 )
 

@@ -216,21 +216,27 @@ def _recipe(
     kv: str | None = None,
 ) -> Recipe:
     """The recipe that the options ask for; --ignore, --calib, --effort, --steps and --kv add to a recipe file."""
-    from quantlab.scheme import EFFORTS, Calibration, Recipe, Rule, did_you_mean
+    from quantlab.scheme import EFFORTS, STEPS, Calibration, Recipe, Rule, did_you_mean
 
     if scheme is not None and file is not None:
         raise UsageError("--scheme and --recipe were both given; a recipe names its schemes, give one of the two")
     if effort is not None and effort not in EFFORTS:
         raise UsageError(f"unknown effort {effort!r}; {did_you_mean(effort, EFFORTS)}")
-    recipe = Recipe.from_toml(file) if file is not None else Recipe.advised(scheme or "fp8-block", kv or "none")
-    recipe = replace(recipe, kv=kv or recipe.kv, rules=(*(Rule(pattern, "none") for pattern in ignore), *recipe.rules))
+    if file is not None:
+        recipe = Recipe.from_toml(file)
+    else:
+        recipe = Recipe.advised("fp8-block" if scheme is None else scheme, "none" if kv is None else kv)
+    rules = (*(Rule(pattern, "none") for pattern in ignore), *recipe.rules)
+    recipe = replace(recipe, kv=recipe.kv if kv is None else kv, rules=rules)
+    if steps is not None and not steps.strip(" ,"):
+        raise UsageError(f"--steps {steps!r} names none; known: {', '.join(STEPS)}, or rtn")
     if steps == "rtn":
-        if calib or effort:
+        if calib is not None or effort is not None:
             raise UsageError("--steps rtn rounds without data; leave out --calib and --effort")
         steps, recipe = None, replace(recipe, calibration=None)
     elif file is None and calib is None and steps is None and recipe.calibration is not None:
         effort = effort or recipe.calibration.effort
-    data = calib or ("bundled" if steps is not None or effort is not None else None)
+    data = "bundled" if calib is None and (steps is not None or effort is not None) else calib
     if data is not None:
         calibration = Calibration(data, samples, length, seed, activations, effort or "default")  # type: ignore[arg-type]
         recipe = replace(recipe, calibration=calibration if steps is None else calibration.only(steps.split(",")))
@@ -260,7 +266,7 @@ def _mixture(
             max_kl=max_kl,
             schemes=[name.strip() for name in schemes.split(",") if name.strip()],
             ignore=ignore,
-            calibration=calib or "bundled",
+            calibration="bundled" if calib is None else calib,
             device=device,
             trust_remote_code=trust_remote_code,
             progress=callback,

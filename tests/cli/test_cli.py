@@ -19,6 +19,7 @@ from quantlab.cli import app, main
 from quantlab.errors import UsageError
 from quantlab.scheme import SCHEMES, Calibration, Recipe
 
+MODEL = Path(__file__).parents[2] / "examples" / "tiny-llama"
 RUN = [sys.executable, "-m", "quantlab.cli"]
 
 
@@ -125,6 +126,31 @@ def test_static_activations_need_data(capsys, monkeypatch):
     code, text = fails(capsys, monkeypatch, "quantize", "m", "--activations", "static")
     assert code == 2
     assert "--calib" in text
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--scheme", ""), "unknown scheme ''"),
+        (("--kv", ""), "unknown KV format ''"),
+        (("--calib", ""), "data is ''"),
+        (("--scheme", "int4", "--steps", ","), "--steps ',' names none; known: rotate,"),
+        (("--target-bits", "nan"), "target_bits = nan: must be more than 0"),
+    ],
+    ids=" ".join,
+)
+def test_nothing_is_not_the_default(options: tuple[str, ...], message: str, capsys, monkeypatch, tmp_path: Path):
+    code, text = fails(capsys, monkeypatch, "quantize", str(MODEL), "-o", str(tmp_path / "out"), *options)
+    assert code == 2
+    assert message in text
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("arguments", [("-h",), ("quantize", "-h")], ids=" ".join)
+def test_help_by_its_short_name(arguments: tuple[str, ...]):
+    found = CliRunner().invoke(app, arguments)
+    assert found.exit_code == 0
+    assert "Usage:" in found.output
 
 
 @pytest.mark.parametrize("command", ["quantize", "plan", "eval"])

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,10 +19,13 @@ from typer.testing import CliRunner
 import quantlab
 from quantlab.checkpoint import Source
 from quantlab.cli import app
-from quantlab.errors import PreflightError, UsageError
+from quantlab.convert import convert
+from quantlab.errors import PreflightError, UsageError, VerificationError
+from quantlab.output import write_file
 from quantlab.scheme import Calibration
+from quantlab.sensitivity import sensitivity
 from quantlab.summary import sizes
-from quantlab_calib.data import DataError, load_tokenizer
+from quantlab_calib.data import DataError, documents, load_tokenizer
 
 MODEL = Path(__file__).parents[2] / "examples" / "tiny-llama"
 
@@ -27,6 +33,11 @@ MODEL = Path(__file__).parents[2] / "examples" / "tiny-llama"
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
     return Path(shutil.copytree(MODEL, tmp_path / "model"))
+
+
+def edit_config(model: Path, **changes: Any) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | changes))
 
 
 def hub_cache(root: Path) -> Path:
@@ -114,6 +125,9 @@ def test_sizes_say_which_way():
     [
         ({"length": 5000}, "windows of 5000 tokens: .* has a context of 1024; give --length 1024"),
         ({"device_map": "gpu"}, "device map 'gpu'; known: auto, .*cuda:N"),
+        ({"device_map": "cuda:99"}, "device 'cuda:99': there is no such GPU"),
+        ({"baseline": "not opened", "kv": "fp9"}, "unknown KV format 'fp9'"),
+        ({"baseline": "not opened", "attention": "int9"}, "unknown attention 'int9'; .*did you mean 'int8'"),
     ],
     ids=str,
 )
@@ -155,3 +169,77 @@ def test_the_head_of_a_speech_model_stays(tmp_path: Path):
     Wav2Vec2ForCTC(config).to(torch.bfloat16).save_pretrained(tmp_path / "model")
     summary = quantlab.quantize(tmp_path / "model", "fp8-dynamic", tmp_path / "out", device="cpu")
     assert any(reason.startswith("output head") for reason in summary.groups)
+
+
+def test_a_model_is_never_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    quantlab.quantize(MODEL, "fp8-block", "made", device="cpu")
+    before = (tmp_path / "made" / "config.json").read_bytes()
+    Path("link").symlink_to("made")
+    for output in ("made", "link", "../" + tmp_path.name + "/made"):
+        with pytest.raises(UsageError, match="the model itself lies there; choose another place with -o"):
+            convert("made", "bf16", output, overwrite=True)
+    assert (tmp_path / "made" / "config.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["", " ", None, 3])
+def test_no_name_is_no_model(name: Any):
+    calls = quantlab.quantize, quantlab.plan, quantlab.evaluate, quantlab.verify, quantlab.load
+    for call in calls:
+        with pytest.raises(UsageError, match=r"model is .*; give "):
+            call(name)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        ({"hidden_size": "big"}, "transformers cannot build it .*hidden_size.*; check its config.json"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "transformers cannot load it .ImportError"),
+    ],
+    ids=["a field of another type", "a format whose reader is missing"],
+)
+def test_what_transformers_does_not_load_is_told_in_a_line(edit: dict[str, Any], message: str, model: Path):
+    edit_config(model, **edit)
+    with pytest.raises(UsageError, match=message) as error:
+        quantlab.evaluate(model, windows=1, length=16, device_map="cpu")
+    assert "\n" not in str(error.value)
+
+
+def test_other_formats_are_told_with_the_folder(model: Path, tmp_path: Path):
+    edit_config(model, quantization_config={"quant_method": "gptq", "bits": 4})
+    for call in (quantlab.verify, lambda folder: convert(folder, "bf16", tmp_path / "out")):
+        with pytest.raises(PreflightError, match=f"{model}: .*does not read; start from the original model"):
+            call(model)
+
+
+def test_nan_in_a_model_is_told_by_sensitivity(model: Path, tmp_path: Path):
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = torch.nan
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(VerificationError, match=r"not finite, first in model\.layers\.1\.mlp\.up_proj"):
+        sensitivity(model, output=tmp_path / "r.json", fast=True, samples=1, length=16, device="cpu")
+    assert not (tmp_path / "r.json").exists()
+
+
+def test_a_result_that_cannot_be_written_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    write_file(tmp_path / "a" / "r.json", "first")
+
+    def full(path: Path, content: bytes) -> None:
+        path.touch()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(UsageError, match=r"r.json: cannot be written: No space left on device; give another place"):
+        write_file(tmp_path / "a" / "r.json", "second")
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["r.json"]
+    assert (tmp_path / "a" / "r.json").read_text() == "first"
+
+
+def test_a_folder_of_no_text_is_no_data(tmp_path: Path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "a.txt").write_bytes(b"\xff\xfe" * 100)
+    (tmp_path / "rows.json").write_text('[{"text": "one"}]')
+    for data, message in ((folder, "cannot be loaded"), (tmp_path / "rows.json", "line 1: list, needs an object")):
+        with pytest.raises(DataError, match=message):
+            list(documents(str(data), "calibration"))
