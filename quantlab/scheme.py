@@ -19,7 +19,7 @@ import fnmatch
 import re
 import tomllib
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -288,7 +288,13 @@ class Recipe:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Recipe:
         data = dict(data)
-        rules = tuple(_build(Rule, entry, "layers") for entry in data.pop("layers", []))
+        layers = data.pop("layers", [])
+        if not isinstance(layers, list):
+            raise UsageError(f"layers: got {layers!r}, needs tables, each begins with [[layers]]")
+        for key in data.keys() - {"scheme", "kv", "calibration"}:
+            known = ("scheme", "kv", "layers", "calibration")
+            raise UsageError(f"[recipe]: unknown key {key!r}; {did_you_mean(key, known)}")
+        rules = tuple(_build(Rule, entry, "layers") for entry in layers)
         calibration = data.pop("calibration", None)
         if calibration is not None:
             data["calibration"] = _build(Calibration, calibration, "calibration")
@@ -326,10 +332,10 @@ def _build(kind: type, data: Any, where: str) -> Any:
         wanted = {"str": str, "int": int, "bool": bool}.get(known[key].removesuffix(" | None"))
         if wanted is not None and type(value) is not wanted:
             raise UsageError(f"[{where}]: {key} = {value!r}, needs {wanted.__name__}")
-    try:
-        return kind(**data)
-    except TypeError as error:
-        raise UsageError(f"[{where}]: {error}") from None
+    missing = [f.name for f in fields(kind) if f.name not in data and f.default is f.default_factory is MISSING]
+    if missing:
+        raise UsageError(f"[{where}]: needs {' and '.join(missing)} too")
+    return kind(**data)
 
 
 def _toml(value: Any) -> str:
