@@ -51,7 +51,7 @@ def test_a_name_is_what_is_advised_and_a_recipe_what_it_says():
         ("schemes = 'fp8-block'", "unknown key 'schemes'"),
         ("scheme = 3", "scheme = 3, needs str"),
         ("[[layers]]\nmatch = 're:('\nscheme = 'none'", "is not a regular expression"),
-        ("[[rules]]\nmatch = '*'", "unknown key 'rules'; known: calibration, kv, layers, scheme."),
+        ("[[rules]]\nmatch = '*'", "unknown key 'rules'; known: calibration, kv, layers, scheme"),
         ("[[layers]]\nmatch = '*'", "[layers]: needs scheme too"),
         ("[layers]\nmatch = '*'", "layers: got {'match': '*'}, needs tables, each begins with [[layers]]"),
         ("layers = [3]", "got 3, needs a table"),
