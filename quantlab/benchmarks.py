@@ -61,13 +61,14 @@ def _room(room: str, only: str, unchecked: bool) -> Iterator[tuple[Any, ...]]:
     if not any(only in case.name for case in bench.cases(room)):
         return
     try:
-        for row in bench.run(room, only=only, unchecked=unchecked):
-            share = "" if row.roofline is None else f"{row.roofline:.0%}"
-            ratios = ", ".join(f"{name} {ratio:.2f}x" for name, ratio in row.ratios().items())
-            figures = (f"{row.us:.1f}", f"{row.tflops:.0f}", f"{row.gb_per_s:.0f}", share)
-            yield row.case, row.backend, *figures, ratios
+        rows = list(bench.run(room, only=only, unchecked=unchecked))
     except RuntimeError as error:
         raise UsageError(str(error)) from None
+    for row in rows:
+        share = "" if row.roofline is None else f"{row.roofline:.0%}"
+        figures = (f"{row.us:.1f}", f"{row.tflops:.0f}", f"{row.gb_per_s:.0f}", share)
+        yield row.case, row.backend, *figures, bench.times_ours(row.ratios())
+    yield f"geometric mean of {len(rows)}", "", *4 * [""], bench.times_ours(bench.means(rows))
 
 
 def tune(room: str, shapes: list[tuple[int, int]]) -> Path:

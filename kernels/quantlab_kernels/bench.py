@@ -12,9 +12,10 @@ import datetime
 import importlib
 import json
 import os
+import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -147,9 +148,22 @@ def environment() -> dict[str, Any]:
     }  # fmt: skip
 
 
+def means(rows: Sequence[Row]) -> dict[str, float]:
+    """How many times our time each other variant takes, as the geometric mean over the cases that it can run."""
+    ratios: dict[str, list[float]] = {}
+    for row in rows:
+        for name, ratio in row.ratios().items():
+            ratios.setdefault(name, []).append(ratio)
+    return {name: statistics.geometric_mean(found) for name, found in ratios.items()}
+
+
+def times_ours(ratios: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {ratio:.2f}x" for name, ratio in ratios.items())
+
+
 def line(row: Row) -> str:
     """One case as text: time, rates, share of the roofline, and the time of every other variant as a multiple."""
-    ratios = "  ".join(f"{name} {ratio:.2f}x" for name, ratio in row.ratios().items())
+    ratios = times_ours(row.ratios())
     share = "" if row.roofline is None else f"{row.roofline:5.0%} of roof"
     rates = f"{row.tflops:7.0f} TFLOP/s {row.gb_per_s:6.0f} GB/s"
     return f"{row.case:32} {row.backend:10} {row.us:9.1f} us {rates} {share}  {ratios}"
@@ -167,8 +181,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("\n".join(dry_run(options.room)))
         return 0
     try:
+        rows = []
         for row in run(options.room, only=options.case, unchecked=options.unchecked):
             print(line(row), flush=True)
+            rows.append(row)
+        print(f"geometric mean of {len(rows)} cases: {times_ours(means(rows))}")
     except (RuntimeError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1

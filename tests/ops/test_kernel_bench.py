@@ -56,6 +56,12 @@ def test_a_row_as_text():
     assert "cuBLAS 1.50x" in bench.line(row)
 
 
+def test_rows_together_have_a_geometric_mean_over_the_cases_of_each_variant():
+    times = ({"quantlab": 10.0, "cuBLAS": 20.0}, {"quantlab": 10.0, "cuBLAS": 5.0, "DeepGEMM": 30.0})
+    rows = [bench.Row("a", "triton", 10.0, 9.0, 11.0, 800.0, 100.0, None, each) for each in times]
+    assert bench.means(rows) == pytest.approx({"cuBLAS": 1.0, "DeepGEMM": 3.0})
+
+
 def test_rotation_covers_more_than_the_l2():
     assert rotations(10, 50 * 2**20) == 64
     assert rotations(2**40, 50 * 2**20) == 2

@@ -13,6 +13,9 @@ import torch
 import quantlab
 from quantlab import benchmarks, generation_benchmark, latent_benchmark, moe_benchmark, random_models
 from quantlab.errors import UsageError
+from quantlab_kernels import bench
+
+PICKED = {"only": "qwen3", "unchecked": True}
 
 
 @pytest.fixture(scope="module")
@@ -170,6 +173,17 @@ def test_experts_of_a_layer_are_timed(monkeypatch):
     rows = list(moe_benchmark.run())
     assert [row[0] for row in rows] == [f"tiny experts {name} M=2" for name in moe_benchmark.FORMATS]
     assert all(float(row[2]) > 0 and "grouped_mm" in row[-1] for row in rows)
+
+
+def test_a_room_ends_with_its_mean(monkeypatch):
+    row = bench.Row("1 qwen3-30b", "triton", 10.0, 9.0, 11.0, 800.0, 100.0, 0.5, {"quantlab": 10.0, "steps": 20.0})
+    monkeypatch.setattr(bench, "run", lambda room, **options: iter([row] if options == PICKED else []))
+    _, header, rows = benchmarks.kernel_room("moe_route", dry_run=False, only="qwen3", unchecked=True)
+    assert rows[0] == ("1 qwen3-30b", "triton", "10.0", "800", "100", "50%", "steps 2.00x")
+    assert rows[1] == ("geometric mean of 1", *[""] * 5, "steps 2.00x")
+    assert len(header) == len(rows[1])
+    with pytest.raises(UsageError, match="moe_route: no case contains 'qwen9'; --dry-run lists them"):
+        benchmarks.kernel_room("moe_route", dry_run=False, only="qwen9")
 
 
 def test_attention_lists_both_rooms_and_the_error_report():
