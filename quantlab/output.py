@@ -101,7 +101,7 @@ def write_file(path: Path, content: str | bytes) -> None:
     temporary = path.with_name(f"{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(content if isinstance(content, bytes) else content.encode())
+        temporary.write_bytes(content if isinstance(content, bytes) else content.encode(errors="backslashreplace"))
         temporary.replace(path)
     except OSError as error:
         with suppress(OSError):
@@ -208,7 +208,7 @@ class Output:
     def write_text(self, name: str, text: str) -> FileRecord:
         path = self.partial / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w", encoding="utf-8") as file:
+        with path.open("w", encoding="utf-8", errors="backslashreplace") as file:  # names may be any bytes
             file.write(text)
             _sync(file.fileno())
         return self._record(path)

@@ -32,7 +32,8 @@ class Format(StrEnum):
 def print_json(data: Any) -> None:
     """One JSON document on stdout; README.md beside this file says what is in it."""
     data = {"schema": SCHEMA, **data} if isinstance(data, dict) else data
-    print(json.dumps(data, indent=2, ensure_ascii=False, default=str))
+    plain = not (sys.stdout.encoding or "").lower().startswith("utf")
+    print(json.dumps(data, indent=2, ensure_ascii=plain, default=str))
 
 
 def print_tables(result: Shown) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import json
 import statistics
 import subprocess
@@ -144,6 +145,22 @@ def test_nothing_is_not_the_default(options: tuple[str, ...], message: str, caps
     assert code == 2
     assert message in text
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("format", ["human", "json"])
+def test_a_terminal_without_the_letters_of_a_name(format: str, monkeypatch, tmp_path: Path):
+    (tmp_path / "größe 模型").symlink_to(MODEL)
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "argv", ["quantlab", "plan", str(tmp_path / "größe 模型"), "--format", format])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    out.flush()
+    text = out.buffer.getvalue().decode()
+    assert not stop.value.code
+    assert "\\u6a21\\u578b" in text
+    if format == "json":
+        assert json.loads(text)["model"] == str(tmp_path / "größe 模型")
 
 
 @pytest.mark.parametrize("arguments", [("-h",), ("quantize", "-h")], ids=" ".join)

@@ -75,8 +75,10 @@ def test_forcing_by_name(room, monkeypatch):
     with pytest.raises(RuntimeError, match="QUANTLAB_STUB_ROOM_BACKEND=never cannot run p: needs sm_90"):
         backends.select("p")
     monkeypatch.setenv("QUANTLAB_STUB_ROOM_BACKEND", "nonsense")
-    with pytest.raises(ValueError, match="no backend 'nonsense', it has best, slower"):
+    with pytest.raises(RuntimeError, match="BACKEND=nonsense cannot run p: no backend is called so, there are best, "):
         backends.select("p")
+    assert not any(v.chosen for v in backends.explain("p"))
+    assert backends.explain("p")[-1].reason == "no backend is called so, there are best, slower, never, slow"
 
 
 def test_when_none_can_every_reason_is_given(room):

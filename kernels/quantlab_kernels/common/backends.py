@@ -58,13 +58,13 @@ class Backends:
         self._warned: set[str] = set()
 
     def module(self, name: str) -> ModuleType:
-        """The backend called `name`. Raises ValueError for a name the room does not have."""
-        if name not in self.names:
-            raise ValueError(f"{self.room}: no backend {name!r}, it has {', '.join(self.names)}")
+        """The backend called `name`, one of `names`."""
         return importlib.import_module(f"quantlab_kernels.{self.room}.{name}")
 
     def reason(self, name: str, problem: Hashable, *, question: str = "supports") -> str | None:
         """Why the backend does not take the problem, or None; for one that does not import, the module it lacks."""
+        if name not in self.names:
+            return f"no backend is called so, there are {', '.join(self.names)}"
         try:
             module = self.module(name)
             return getattr(module, question, module.supports)(problem)
