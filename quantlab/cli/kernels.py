@@ -89,6 +89,8 @@ def bench(
     """Time kernels beside the roofline and the peers, or a whole job on a random checkpoint of a real shape."""
     from quantlab import benchmarks
 
+    if room in benchmarks.JOBS and (dry_run or unchecked):
+        raise UsageError(f"--dry-run and --unchecked are for rooms of kernels, {room} is a whole job; leave them out")
     if room in benchmarks.JOBS:
         with progress(format is Format.human) as callback:
             title, header, rows = benchmarks.JOBS[room](

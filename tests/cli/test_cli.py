@@ -205,3 +205,10 @@ def test_what_int4_is_calibrated_on(options: tuple[str, ...], calibration: Calib
     monkeypatch.setattr(quantlab, "quantize", quantize)
     CliRunner().invoke(app, ["quantize", "m", "--scheme", "int4-fp8", *options])
     assert recipes == [Recipe("int4-fp8", calibration=calibration)]
+
+
+@pytest.mark.parametrize("option", ["--dry-run", "--unchecked"])
+def test_whole_jobs_take_no_options_of_rooms(option: str, capsys, monkeypatch):
+    code, text = fails(capsys, monkeypatch, "bench", "generation", option)
+    assert code == 2
+    assert "are for rooms of kernels, generation is a whole job; leave them out" in text
