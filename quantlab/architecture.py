@@ -33,6 +33,10 @@ class Architecture:
     unstacked       paths of experts that are one tensor here, and one by one in compressed-tensors checkpoints
     foreign         paths of experts that our layers cannot replace -> why
     stacks          checkpoint tensor -> shape [E, N, K] of the parameter of experts that it is all of
+    ours            checkpoint tensors of single experts that our loader takes and transformers does not: it knows the
+                    experts in one tensor only
+    expert_modules  paths of modules called `experts`, each of which transformers replaces in an `fp8` checkpoint that
+                    does not skip it
     """
 
     kinds: dict[str, str]
@@ -43,6 +47,8 @@ class Architecture:
     unstacked: frozenset[str] = frozenset()
     foreign: dict[str, str] = field(default_factory=dict)
     stacks: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    ours: frozenset[str] = frozenset()
+    expert_modules: frozenset[str] = frozenset()
 
 
 def architecture(
@@ -56,11 +62,15 @@ def architecture(
     from transformers.quantizers.quantizers_utils import should_convert_module
 
     from quantlab.experts import unsupported
+    from quantlab.scaled_inputs import stand_in
 
     model = meta_model(Path(folder), trust_remote_code)
     if model is None:
         return None
-    targets = load_targets(model, tensor_names)
+    names = list(tensor_names)
+    targets = load_targets(model, names)
+    apart = load_targets(model, [name for name in names if name not in targets], one_by_one())
+    targets |= apart
     modules = dict(model.named_modules(remove_duplicate=False))
     heads = _heads(model, modules)
     float32 = [*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())]
@@ -76,14 +86,17 @@ def architecture(
     state = model.state_dict()
     shapes = {name: tuple(state[target.parameter].shape) for name, target in targets.items() if not target.patterns}
     experts = {paths[name] for name, kind in kinds.items() if kind == "expert"}
-    foreign = {path: why for path in sorted(experts) if (why := unsupported(modules[path])) is not None}
+    foreign = {path: why for path in sorted(experts) if (why := unsupported(stand_in(modules[path]))) is not None}
     stacks = {
         name: tuple(state[target.parameter].shape)
         for name, target in targets.items()
         if kinds[name] == "expert" and name.rpartition(".")[2] == target.parameter.rpartition(".")[2]
     }
     linear, name = _linear_modules(modules), type(model).__name__
-    return Architecture(kinds, paths, linear, name, shapes, _unstacked(modules), foreign, stacks)
+    called = frozenset(path for path in modules if path.endswith(".experts"))
+    return Architecture(
+        kinds, paths, linear, name, shapes, _unstacked(modules), foreign, stacks, frozenset(apart), called
+    )
 
 
 def meta_model(folder: Path, trust_remote_code: bool = False) -> Any:
@@ -130,12 +143,24 @@ class LoadTarget:
     patterns: tuple[str, ...] = ()
 
 
-def load_targets(model: Any, names: Iterable[str]) -> dict[str, LoadTarget]:
-    """Checkpoint tensor -> where `model` takes it. Tensors that the model does not take are left out."""
+def one_by_one() -> list[Any]:
+    """Conversions of a checkpoint's single experts, for architectures of which transformers has none."""
+    from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
+
+    gate_up = [".experts.*.gate_proj.weight", ".experts.*.up_proj.weight"]
+    return [
+        WeightConverter(gate_up, ".experts.gate_up_proj", operations=[MergeModulelist(dim=0), Concatenate(dim=1)]),
+        WeightConverter(".experts.*.down_proj.weight", ".experts.down_proj", operations=[MergeModulelist(dim=0)]),
+    ]
+
+
+def load_targets(model: Any, names: Iterable[str], more: Iterable[Any] = ()) -> dict[str, LoadTarget]:
+    """Checkpoint tensor -> where `model` takes it, with `more` conversions than it has. Tensors that the model does not
+    take are left out."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-    mapping = get_model_conversion_mapping(model)
+    mapping = [*get_model_conversion_mapping(model), *more]
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}

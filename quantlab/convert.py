@@ -172,6 +172,12 @@ def _target(view: View, to: str) -> Stored | None:
         return _flipped(source, stored, to)
     layout = LAYOUTS[to]
     if layout is None:
+        apart = view.architecture.ours if view.architecture else frozenset()
+        if apart & {name.removesuffix("_packed") for name in source.tensors}:
+            raise UsageError(
+                f"{source.model}: holds experts one by one, which transformers does not read in 16 bits; "
+                "take the original model"
+            )
         return None
     if "pack-quantized" in {kind.layout for kind in stored.kinds}:
         raise UsageError(f"{source.model}: holds INT4 weights; they go to {', '.join(FLIPS)} or bf16")

@@ -240,14 +240,14 @@ def unsupported(module: nn.Module) -> str | None:
     up, down = getattr(module, first, None), getattr(module, "down_proj", None)
     if not isinstance(up, Tensor) or not isinstance(down, Tensor) or up.ndim != 3 or down.ndim != 3:
         return "its experts have no fused gate and up projection"
+    if any(name not in (first, "down_proj") for name, _ in module.named_parameters()):
+        return "its experts have biases or norms"
+    if not getattr(module, "is_concatenated", True):
+        return "its experts interleave gate and up"
     if getattr(module, "is_transposed", False) or up.shape[1:] != (parts * down.shape[2], down.shape[1]):
         return "its experts are stored transposed"
     if len(up) != len(down):
         return "some of its experts compute nothing"
-    if not getattr(module, "is_concatenated", True):
-        return "its experts interleave gate and up"
-    if any(name not in (first, "down_proj") for name, _ in module.named_parameters()):
-        return "its experts have biases or norms"
     if not hasattr(type(module), "_apply_gate"):
         return "its experts compute in a way of their own"
     return None

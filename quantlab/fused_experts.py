@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from quantlab.checkpoint import WEIGHT
-from quantlab.shards import TensorInfo
+from quantlab.shards import TensorInfo, TurnedInfo
 
 GATE_UP, DOWN = "gate_up_proj", "down_proj"
 
@@ -56,24 +56,26 @@ def flat(info: TensorInfo) -> TensorInfo:
 
 
 def matrices(info: TensorInfo, tensors: Mapping[str, TensorInfo]) -> tuple[tuple[str, TensorInfo], ...]:
-    """(module, weight [N, K]) of each expert, from `gate_up_proj` [E, 2I, H] (gate first) or `down_proj` [E, H, I].
+    """(module, weight [N, K]) of each expert, from `gate_up_proj` [E, 2I, H] (gate first) or `down_proj` [E, H, I], or
+    from both turned: [E, H, 2I], [E, I, H]. The shapes of both together tell which it is.
 
-    Empty where the tensor is neither, or where it is stored transposed (Llama-4, GPT-OSS), which only the shapes of
-    both tensors together tell.
+    Empty where the tensor is neither.
     """
     experts, _, leaf = info.name.removesuffix(WEIGHT).rpartition(".")
     suffix = WEIGHT if info.name.endswith(WEIGHT) else ""
     gate_up, down = (tensors.get(f"{experts}.{name}{suffix}") for name in (GATE_UP, DOWN))
     if info not in (gate_up, down) or gate_up is None or down is None or len(info.shape) != 3:
         return ()
-    count, double, hidden = gate_up.shape
-    if down.shape != (count, hidden, double // 2) or double % 2:
+    count, rows, columns = gate_up.shape
+    turned = down.shape == (count, columns // 2, rows)
+    double, hidden = (columns, rows) if turned else (rows, columns)
+    if double % 2 or not (turned or down.shape == (count, hidden, double // 2)):
         return ()
     parts = (
         [(0, double // 2, "gate_proj"), (double // 2, double, "up_proj")] if leaf == GATE_UP else [(0, hidden, DOWN)]
     )
     return tuple(
-        (f"{experts}.{expert}.{name}", _rows(info, expert, begin, end))
+        (f"{experts}.{expert}.{name}", (_columns if turned else _rows)(info, expert, begin, end))
         for expert in range(count)
         for begin, end, name in parts
     )
@@ -84,6 +86,14 @@ def _rows(info: TensorInfo, expert: int, begin: int, end: int) -> TensorInfo:
     row_bytes = info.nbytes // (info.shape[0] * info.shape[1])
     first = info.begin + (expert * info.shape[1] + begin) * row_bytes
     return replace(info, shape=(end - begin, info.shape[2]), begin=first, end=first + (end - begin) * row_bytes)
+
+
+def _columns(info: TensorInfo, expert: int, begin: int, end: int) -> TurnedInfo:
+    """Columns [begin, end) of one expert, as the rows of a matrix."""
+    _, rows, width = info.shape
+    nbytes = info.nbytes // info.shape[0]
+    first = info.begin + expert * nbytes
+    return TurnedInfo(info.name, info.dtype, (end - begin, rows), info.shard, first, first + nbytes, begin, width)
 
 
 def probes(tensors: Mapping[str, TensorInfo]) -> list[str]:

@@ -21,7 +21,7 @@ from torch import Tensor
 from quantlab.checkpoint import STACK_SCALE, WEIGHT, Stored, encode, slots, stack_slots
 from quantlab.errors import PreflightError
 from quantlab.fused_experts import Stack, flat
-from quantlab.shards import TAGS, TORCH_DTYPES, ShardReader, TensorInfo, TensorSlot, as_dtype
+from quantlab.shards import TAGS, TORCH_DTYPES, ShardReader, TensorInfo, TensorSlot, TurnedInfo, as_dtype
 from quantlab_calib.rounding import round_int4
 from quantlab_kernels.formats import INT4
 from quantlab_kernels.packing import unpack_int4
@@ -63,6 +63,9 @@ class Lane:
 
     def read_rows(self, info: TensorInfo, begin: int, end: int) -> Tensor:
         """Rows [begin, end) of a tensor, on the lane's device."""
+        if isinstance(info, TurnedInfo):
+            with self.clock("read"):
+                return self.reader.read(info, (begin, end)).to(self.device)
         row_bytes = info.nbytes // info.shape[0]
         buffer = self.read(info, begin * row_bytes, end * row_bytes)
         moved = buffer.to(self.device, non_blocking=True)
@@ -297,7 +300,8 @@ def bands(
     """Cut a weight into bands of whole blocks of rows, of about so many elements."""
     rows, columns = info.shape
     block = max(spec.block[0], 1)
-    step = rows if spec.block[0] == -1 else max(elements // max(columns, 1) // block, 1) * block
+    whole = spec.block[0] == -1 or isinstance(info, TurnedInfo)  # to be turned, all of a matrix is read at once
+    step = rows if whole else max(elements // max(columns, 1) // block, 1) * block
     for begin in range(0, rows, step):
         end = min(begin + step, rows)
         yield (end - begin) * (info.nbytes // rows), partial(run, begin, end)
@@ -321,6 +325,9 @@ def refuse_nonfinite(piece: Tensor, info: TensorInfo, reader: ShardReader) -> No
 
 
 def _count_nonfinite(info: TensorInfo, reader: ShardReader) -> tuple[int, int]:
+    if isinstance(info, TurnedInfo):
+        whole = reader.read(info)
+        return int(whole.isnan().sum()), int(whole.isinf().sum())
     flat = replace(info, shape=(info.elements,))
     nans = infs = 0
     for begin in range(0, info.elements, COPY_BYTES):

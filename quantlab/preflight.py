@@ -29,7 +29,7 @@ from quantlab.checkpoint import (
     slots,
     stack_slots,
 )
-from quantlab.errors import PreflightError, UsageError
+from quantlab.errors import PreflightError, UsageError, one_line
 from quantlab.loaders import STACKED, SkipList, View, broken_rules
 from quantlab.parallel import largest_tensor_parallel
 from quantlab.scheme import Recipe, Rule, Scheme, scheme_named
@@ -215,8 +215,7 @@ def known_architecture(
     try:
         found = architecture(source.folder, names, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever a model's constructor makes of a config that it does not like
-        why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        return None, (f"transformers cannot build this model ({why}); layers are told by names and shapes",)
+        return None, (f"transformers cannot build this model ({one_line(error)}); layers are told by names and shapes",)
     if found is None:
         return None, ()
     covered = sum(i.nbytes for name, i in source.tensors.items() if name.removesuffix("_packed") in found.kinds)
@@ -257,21 +256,28 @@ def _decide(
     scheme = scheme_named(rule.scheme if rule else recipe.scheme)
     if scheme is None:
         return decision.left(f"recipe: {rule.match if rule else 'scheme none'}")
-    parts = ((module, info),) if len(info.shape) == 2 else _one_by_one(info, source, architecture)
-    stack = None if parts else _stack(info, scheme, model, architecture)
-    parts = stack.parts if stack else parts
+    named = rule is not None and "experts" in rule.match
+    stack = _stack(info, scheme, model, architecture)
+    parts = ((module, info),) if len(info.shape) == 2 else stack.parts if stack else ()
+    parts = parts or _one_by_one(info, source, scheme, architecture, named)
     misfit = _misfit(decision, parts, scheme, architecture)
     return decision.left(misfit) if misfit else replace(decision, scheme=scheme, parts=parts, stack=stack)
 
 
 def _one_by_one(
-    info: TensorInfo, source: Source, architecture: Architecture | None
+    info: TensorInfo, source: Source, scheme: Scheme, architecture: Architecture | None, named: bool
 ) -> tuple[tuple[str, TensorInfo], ...]:
-    """The matrices of fused experts, if transformers takes them where it takes the tensor; else none."""
-    known = architecture.modules if architecture else {}
+    """The matrices of fused experts, if transformers takes them where it takes the tensor, or in compressed-tensors
+    checkpoints. If not, engines and our loader do, which is enough where a recipe names experts. Else none."""
+    home = architecture.modules.get(info.name) if architecture else None
     parts = fused_experts.matrices(info, source.tensors)
-    home = known.get(info.name)
-    return parts if home is not None and all(known.get(module + WEIGHT) == home for module, _ in parts) else ()
+    if home is None or architecture is None or not parts:
+        return ()
+    if home in architecture.unstacked:
+        return parts if scheme.layout != "fp8" else ()
+    taken = all(architecture.modules.get(module + WEIGHT) == home for module, _ in parts)
+    ours = parts[0][0] + WEIGHT in architecture.ours
+    return parts if taken and (not ours or (named and home not in architecture.foreign)) else ()
 
 
 def _stack(
@@ -308,11 +314,24 @@ def _misfit(
 ) -> str | None:
     """Why this weight cannot have this scheme."""
     if not parts:
-        return "experts fused in one 3-D tensor: the format has one matrix per expert, the model's loader does not"
+        return _why_whole(decision, scheme, architecture)
     wanted = [max(kinds.ENGINE_ALIGNMENT, step) for step in scheme.alignment]
     if any(size % step for _, part in parts for size, step in zip(part.shape, wanted, strict=True)):
         return f"shape: N and K are not multiples of {wanted[0]} and {wanted[1]}"
     return None
+
+
+def _why_whole(decision: Decision, scheme: Scheme, architecture: Architecture | None) -> str:
+    """Why experts that are fused in one tensor are neither taken apart nor quantized as one."""
+    home = architecture.modules.get(decision.tensor) if architecture else None
+    if architecture is not None and home in architecture.unstacked and scheme.layout == "fp8":
+        return "experts fused in one 3-D tensor: fp8-dynamic and int4 store them one by one, for fp8 no reader has them"
+    if architecture is not None and home in architecture.foreign:
+        return f"experts fused in one 3-D tensor: {architecture.foreign[home]}"
+    why = "experts fused in one 3-D tensor: transformers takes them in no other, engines "
+    if kinds.leaf_of(decision.tensor) not in (fused_experts.GATE_UP, fused_experts.DOWN):
+        return why + "look for no scales of theirs"
+    return why + "one by one; a recipe that names *.experts stores them so"
 
 
 def _check_patterns(rules: Iterable[Rule], decisions: list[Decision], architecture: Architecture | None) -> None:
@@ -410,7 +429,8 @@ def _skip_modules(decisions: list[Decision], model: kinds.Model, architecture: A
     of_tensor = architecture.modules
     quantized = {of_tensor[d.tensor] for d in decisions if d.scheme and d.tensor in of_tensor}
     skip |= {of_tensor[d.tensor] for d in decisions if d.module in skip and d.tensor in of_tensor}
-    return tuple(sorted((skip | architecture.linear_modules) - quantized - {""}))
+    whole = {path for path in architecture.expert_modules if not any(f"{q}.".startswith(f"{path}.") for q in quantized)}
+    return tuple(sorted((skip | architecture.linear_modules | whole) - quantized - {""}))
 
 
 def _may_be_linear(decision: Decision) -> bool:

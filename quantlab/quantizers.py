@@ -26,8 +26,8 @@ from transformers.utils import is_compressed_tensors_available, logging
 from transformers.utils import quantization_config as stock
 from transformers.utils.quantization_config import QuantizationMethod
 
-from quantlab import decoding
-from quantlab.architecture import counterpart, load_targets
+from quantlab import decoding, scaled_inputs
+from quantlab.architecture import counterpart, load_targets, one_by_one
 from quantlab.checkpoint import ACTIVATION_SCALES, KV_SCALES, STACK_SCALE, has_kv_scales, module_of
 from quantlab.experts import Fp8BlockExperts, Fp8RowExperts, unsupported
 from quantlab.fusion import fuse
@@ -35,6 +35,7 @@ from quantlab.int4_experts import Int4Experts, Int4Fp8Experts
 from quantlab.int4_linear import Int4Fp8Linear, Int4Linear
 from quantlab.linear import Fp8BlockLinear, Fp8RowLinear, MovesWithoutCasting
 from quantlab.routing import fuse_routers
+from quantlab.scaled_inputs import stand_in
 from quantlab.shared_experts import fuse_shared
 
 logger = logging.get_logger(__name__)
@@ -125,7 +126,13 @@ class KeepsQuantized(HfQuantizer):
                 return model
             self._hand_over(reason)
             self._begin_stock()
+            self._convert_model_for_quantization(model)
         return super()._process_model_before_weight_loading(model, **kwargs)
+
+    def _convert_model_for_quantization(self, model: Any) -> None:
+        """transformers' own takes experts of some models apart."""
+        if self.reason is not None:
+            super()._convert_model_for_quantization(model)
 
     def _begin_stock(self) -> None:
         """What the class we extend would have done by now."""
@@ -140,6 +147,8 @@ class KeepsQuantized(HfQuantizer):
         weights = [name.removesuffix("_packed") for name in names if name.endswith(WEIGHTS)]
         stacks = [name for name in names if not name.endswith(WEIGHTS) and self._scale_of(name) in names]
         found = load_targets(model, [*weights, *stacks])
+        apart = load_targets(model, [name for name in weights if name not in found], one_by_one())
+        found |= apart
         targets = {name: target for name, target in found.items() if self._scale_of(name) in names}
         parts = Counter(target.parameter for target in targets.values())
         modules = dict(model.named_modules(remove_duplicate=False))
@@ -149,18 +158,21 @@ class KeepsQuantized(HfQuantizer):
                 return f"{name}: has no scale, others of the same parameter do"
         for name, target in targets.items():
             module = modules[target.parameter.rpartition(".")[0]]
+            whole = stand_in(module)
             scale_dtype = SCALE_DTYPES.get(names[self._scale_of(name)])
-            reason = self._refusal(module, target.rearranged, scale_dtype)
+            reason = self._refusal(whole, target.rearranged, scale_dtype)
             if reason is not None:
                 return f"{name}: {reason}"
             if module not in swaps:
                 layers = self.layers(name.removesuffix(".weight"))
-                swaps[module] = self._replacement(module, layers, parts[target.parameter], scale_dtype, dtype)
+                swaps[module] = self._replacement(whole, layers, parts[target.parameter], scale_dtype, dtype)
         for path, module in modules.items():
             if module in swaps:
                 model.set_submodule(path, swaps[module])
+                scaled_inputs.bind(model.get_submodule(path.rpartition(".")[0]))
         self._hold_kv_scales(model, names, found)
         self.dtypes = {name: t.dtype for name, t in chain(model.named_parameters(), model.named_buffers())}
+        self.added = one_by_one() if apart.keys() & targets else []
         self.converted = {p for name, target in targets.items() if name not in stacks for p in target.patterns}
         self.turned = {
             pattern: shape_of(files, name) != tuple(model.get_parameter(targets[name].parameter).shape)
@@ -210,7 +222,7 @@ class KeepsQuantized(HfQuantizer):
         if self.reason is not None:
             return super().update_weight_conversions(weight_conversions, *model)
         updated: list[Any] = []
-        for conversion in weight_conversions:
+        for conversion in (*weight_conversions, *self.added):
             patterns = set(conversion.source_patterns) if isinstance(conversion, WeightConverter) else set()
             if self.converted & patterns:
                 updated += with_scales(conversion, self.tensors)

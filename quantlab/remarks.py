@@ -66,6 +66,9 @@ def _who_loads_it(decisions: list[Decision], architecture: Architecture) -> Iter
     why = next((why for path, why in architecture.foreign.items() if path in quantized), None)
     if why is not None:
         yield f"quantlab leaves the result to transformers and engines: {why}; leave the experts with --ignore"
+    apart = (d.parts[0][0] for d in decisions if d.stack is None and d.parts and len(d.info.shape) == 3)
+    if not architecture.unstacked and any(name + WEIGHT in architecture.ours for name in apart):
+        yield "transformers loads these experts after `import quantlab` alone; without, it would run random ones"
     stacks = [d.stack for d in decisions if d.stack is not None]
     if stacks:
         lie = "; as they lie 5.17 loads them, 5.23 refuses to" if any(stack.transposed for stack in stacks) else ""

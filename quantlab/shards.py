@@ -59,6 +59,18 @@ class TensorInfo:
 
 
 @dataclass(frozen=True)
+class TurnedInfo(TensorInfo):
+    """A matrix [N, K] that lies as columns `first` to `first + N` of the rows [K, width] between `begin` and `end`."""
+
+    first: int = 0
+    width: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        return (self.end - self.begin) // self.width * self.shape[0]
+
+
+@dataclass(frozen=True)
 class TensorSlot:
     """A tensor to be written: what a header says of it."""
 
@@ -182,6 +194,10 @@ class ShardReader:
 
     def read(self, info: TensorInfo, rows: tuple[int, int] | None = None) -> Tensor:
         """The tensor, or its rows [rows[0], rows[1]), as torch holds it: on the CPU, in the dtype of the file."""
+        if isinstance(info, TurnedInfo):
+            lies = TensorInfo(info.name, info.dtype, (info.shape[1], info.width), info.shard, info.begin, info.end)
+            begin, end = rows or (0, info.shape[0])
+            return self.read(lies)[:, info.first + begin : info.first + end].T.contiguous()
         shape, begin, end = info.shape, info.begin, info.end
         if rows is not None:
             row_bytes = info.nbytes // shape[0]

@@ -78,6 +78,10 @@ IMAGE = {
     "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32,
     "patch_size": 8,
 }  # fmt: skip
+QWEN_IMAGE = {
+    "depth": 1, "hidden_size": 64, "intermediate_size": 64, "num_heads": 2, "patch_size": 8, "out_hidden_size": 384,
+    "num_position_embeddings": 16, "deepstack_visual_indexes": [0],
+}  # fmt: skip
 RESNET = {
     "embedding_size": 32, "hidden_sizes": [32, 64, 128, 256], "depths": [1, 1, 1, 1], "layer_type": "basic",
     "out_features": ["stage2", "stage3", "stage4"],
@@ -112,6 +116,33 @@ def tiny_models() -> dict[str, Callable[[], tuple[Any, Any]]]:
         ),
         "mixtral": lambda: (
             t.MixtralForCausalLM, t.MixtralConfig(**text_config(num_local_experts=4, num_experts_per_tok=2))
+        ),
+        "qwen3_vl_moe": lambda: (
+            t.Qwen3VLMoeForConditionalGeneration,
+            t.Qwen3VLMoeConfig(
+                text_config=text_config(
+                    hidden_size=384, moe_intermediate_size=128, pad_token_id=None,
+                    rope_parameters={"rope_type": "default", "mrope_section": [8, 12, 12], "rope_theta": 10000.0},
+                    **experts,
+                ),
+                vision_config=QWEN_IMAGE, image_token_id=100, video_token_id=101, vision_start_token_id=102,
+                vision_end_token_id=103,
+            ),
+        ),
+        "llama4": lambda: (
+            t.Llama4ForCausalLM,
+            t.Llama4TextConfig(**text_config(
+                intermediate_size=128, intermediate_size_mlp=256, num_local_experts=4, num_experts_per_tok=1,
+                interleave_moe_layer_step=1,
+            )),
+        ),
+        "gemma4_moe": lambda: (
+            t.Gemma4ForCausalLM,
+            t.Gemma4TextConfig(**text_config(
+                num_experts=4, top_k_experts=2, moe_intermediate_size=128, enable_moe_block=True, global_head_dim=64,
+                hidden_size_per_layer_input=0, layer_types=["sliding_attention", "full_attention"], sliding_window=32,
+                num_kv_shared_layers=0,
+            )),
         ),
         "gemma3": lambda: (t.Gemma3ForCausalLM, t.Gemma3TextConfig(**gemma)),
         "gemma3_vision": lambda: (

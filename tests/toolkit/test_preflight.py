@@ -332,7 +332,8 @@ def test_experts_that_are_not_for_our_layers(tmp_path: Path) -> None:
 
 
 def test_experts_that_a_loader_would_ignore_are_refused(tmp_path: Path) -> None:
-    """transformers takes the experts of Llama 4 one by one from compressed-tensors checkpoints, and nowhere else."""
+    """transformers takes the experts of Llama 4 one by one from compressed-tensors checkpoints, and nowhere else; so
+    they cannot stay in 16 bits there."""
     from transformers import Llama4ForCausalLM, Llama4TextConfig
 
     config = Llama4TextConfig(
@@ -343,8 +344,9 @@ def test_experts_that_a_loader_would_ignore_are_refused(tmp_path: Path) -> None:
     assert any(d.scheme is None and d.kind == "expert" for d in plan(tmp_path, "fp8-block").decisions)
     refused = r"feed_forward\.experts\.\w+: holds all experts, and would be ignored .*; use --scheme fp8-block"
     for scheme in ("fp8-dynamic", "int4-fp8"):
+        assert all(d.scheme is not None for d in plan(tmp_path, scheme).decisions if d.kind == "expert")
         with pytest.raises(PreflightError, match=refused):
-            plan(tmp_path, scheme)
+            plan(tmp_path, Recipe(scheme, rules=(Rule("*.experts", "none"),)))
 
 
 def test_what_engines_do_not_load_stays_even_if_asked_for(raw_checkpoint: Make) -> None:
