@@ -377,3 +377,22 @@ def test_damaged_experts_are_found_however_they_lie(source, tmp_path):
     with pytest.raises(PreflightError, match="1 NaN and 0 Inf"):
         quantize(folder, Recipe("fp8-dynamic"), tmp_path / "out", device="cpu", workers=1)
     assert json.loads((folder / "config.json").read_text())["model_type"] == "llama4_text"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("name", "scheme", "turned", "named"),
+    [("qwen3_vl_moe", "fp8-block", True, False), ("llama4", "fp8-dynamic", False, False), ("llama4", "int4", False, False),
+     ("gemma4_moe", "fp8-block", False, True)],
+)  # fmt: skip
+def test_on_a_gpu_too(name: str, scheme: str, turned: bool, named: bool, made, source, tiny, tmp_path):
+    folder, rules = made(name, scheme, turned, named), (Rule("*.experts", scheme),) if named else ()
+    quantize(source(name, turned), Recipe(scheme, rules=rules), tmp_path / "out", device="cuda")
+    cpu, gpu = (load_file(place / "model.safetensors") for place in (folder, tmp_path / "out"))
+    assert all(torch.equal(cpu[key].view(torch.uint8), gpu[key].view(torch.uint8)) for key in cpu)
+    ids = torch.randint(3, 90, (2, 8), generator=torch.Generator().manual_seed(1)).cuda()
+    model = quantlab.load(folder, dtype=torch.bfloat16, device_map="cuda")
+    with torch.no_grad():
+        found = model(input_ids=ids).logits.float().cpu()
+    exact = logits(quantlab.load(folder, dtype=torch.float32))
+    assert relative(found, exact) < 0.1  # 16-bit sums move a code now and then
