@@ -157,7 +157,7 @@ def test_layers_are_timed(monkeypatch):
     rows = list(latent_benchmark.run())
     assert [row[0] for row in rows] == latent_benchmark.cases()
     assert all(float(row[2]) > 0 and "transformers bf16" in row[-1] for row in rows)
-    assert all(float(row[-1].rpartition(" ")[2].rstrip("%")) < 10 for row in rows)
+    assert all(float(row[-1].rpartition(" ")[2].rstrip("%")) < 20 for row in rows)
 
 
 def test_experts_are_two_rooms_and_whole_layers():
