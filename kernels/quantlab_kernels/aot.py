@@ -32,7 +32,7 @@ def warmup(
     Returns how many kernels were wanted; those in the cache cost nothing. A kernel takes about half a second to
     compile and a model needs a dozen or two. Does nothing on a GPU that has no such kernels.
     """
-    from quantlab_kernels.gemm_fp8_block import sm90
+    from quantlab_kernels.gemm_fp8_block import sm90, sm90_few
     from quantlab_kernels.gemm_int4_fp8 import sm90 as sm90_int4
 
     sm, fp8 = present_sm(), int4 == torch.float8_e4m3fn
@@ -53,4 +53,6 @@ def warmup(
             Int4Problem(m, n, k, int4, out_dtype, bias, grouped=fp8 and scales_by_group(m), sm=sm)
             for n, k in set(shapes) for m in tokens
         )  # fmt: skip
-    return sm90.warmup(GemmProblem(m, n, k, out_dtype, bias, sm) for n, k in set(shapes) for m in tokens)
+    problems = [GemmProblem(m, n, k, out_dtype, bias, sm) for n, k in set(shapes) for m in tokens]
+    few = [problem for problem in problems if sm90_few.supports(problem) is None]
+    return sm90_few.warmup(few) + sm90.warmup(problem for problem in problems if problem not in few)

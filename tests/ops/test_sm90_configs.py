@@ -13,7 +13,7 @@ from quantlab_kernels.common import nvrtc, tuning
 from quantlab_kernels.common.backends import Mendable
 from quantlab_kernels.common.gemm import GemmProblem
 from quantlab_kernels.common.launches import settled
-from quantlab_kernels.gemm_fp8_block import sm90, sm90_configs
+from quantlab_kernels.gemm_fp8_block import sm90, sm90_configs, sm90_few
 from quantlab_kernels.gemm_fp8_block.sm90_configs import SHARED_LIMIT, Config
 
 TOKENS = (1, 3, 16, 17, 64, 65, 128, 200, 256, 1000, 4096, 8192)
@@ -60,6 +60,18 @@ def test_candidates_come_in_the_order_of_their_estimate():
     problem = GemmProblem(512, 4096, 7168)
     costs = [sm90_configs.estimate_us(config, problem) for config in sm90_configs.candidates(problem)]
     assert costs == sorted(costs)
+
+
+def test_rings_of_few_tokens_leave_half_a_multiprocessor_to_the_next_launch():
+    """Where all tiles are made at once and a CTA's blocks of K are few; what was tuned is cut like what is chosen."""
+    deep = Config(by=16, math_groups=1, split=2, stages=20, swap=1, output_tma=0)
+    short = sm90_configs.shallow(deep, GemmProblem(16, 2048, 2048))
+    assert short == dataclasses.replace(deep, stages=8)
+    assert sm90_configs.default(GemmProblem(16, 2048, 2048)) == short
+    for n, k in ((4096, 4096), (4096, 7168)):
+        assert sm90_configs.shallow(deep, GemmProblem(16, n, k)).shared_bytes() <= sm90_configs.SHARED_HALF
+    for problem in (GemmProblem(16, 8192, 2048), GemmProblem(16, 2048, 11008), GemmProblem(17, 2048, 2048)):
+        assert sm90_configs.shallow(deep, problem) == deep
 
 
 def test_a_few_tokens_take_the_short_side_of_the_mma_and_many_do_not():
@@ -139,6 +151,38 @@ def test_a_missing_compiler_is_something_the_user_can_mend(monkeypatch):
     reason = sm90.supports(GemmProblem(64, 256, 256))
     assert isinstance(reason, Mendable)
     assert "NVRTC not found (nothing there)" in reason
+
+
+@pytest.mark.parametrize(
+    ("problem", "reason"),
+    [
+        (GemmProblem(1, 2048, 2048), None),
+        (GemmProblem(16, 896, 896), None),
+        (GemmProblem(17, 896, 896), "up to 16 tokens, this is M = 17"),
+        (GemmProblem(8, 4096, 7168), None),
+        (GemmProblem(1, 17920, 1536), None),
+        (GemmProblem(9, 2048, 2048), "`sm90` is as fast for M = 9 and a weight of 2048 x 2048"),
+        (GemmProblem(2, 17920, 1536), "`sm90` is as fast for M = 2"),
+        (GemmProblem(1, 6144, 4096), "`sm90` is as fast for M = 1"),
+        (GemmProblem(1, 896, 900), "as `sm90`: needs K in multiples of 128"),
+    ],
+)
+def test_few_tokens_of_small_weights_have_a_kernel_of_their_own(monkeypatch, problem, reason):
+    monkeypatch.setattr(nvrtc, "missing", lambda: None)
+    found = sm90_few.supports(problem)
+    assert found is None if reason is None else reason in found
+
+
+@pytest.mark.parametrize(("n", "k"), [*WEIGHTS, (2048, 2048), (896, 4864), (1536, 8960), (17920, 1536)])
+def test_configurations_for_few_tokens_fit(n, k):
+    """48 KB of shared memory without asking, 64 K registers, and channels that share scales."""
+    for m in (1, 8, 9, 16):
+        for config in sm90_few.candidates(GemmProblem(m, n, k)):
+            stride = 16 * config.tiles + 4
+            assert 4 * config.tokens * stride * (config.warps + config.cluster) <= 48 << 10
+            assert config.at_once * 32 * config.warps <= 512
+            assert 128 % (16 * config.tiles) == 0
+            assert m <= config.tokens
 
 
 def test_a_weight_is_settled_once_it_was_read_as_it_is():

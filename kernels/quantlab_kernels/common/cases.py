@@ -58,6 +58,8 @@ WEIGHTS = {
     "deepseek-v3.q_b": (24576, 1536),
     "deepseek-v3.gate_up": (4096, 7168),
     "deepseek-v3.o": (7168, 16384),
+    "deepseek-v3.kv_a": (576, 7168),
+    "llama3.2-1b.o": (2048, 2048),
 }
 TOKENS = (1, 16, 64, 256, 4096)
 

@@ -55,7 +55,7 @@ def _has_gpu() -> bool:
 def _config(problem: GemmProblem, device: int) -> Config:
     tuned = tuning.lookup("gemm_fp8_block", "sm90", n=problem.n, k=problem.k, m=problem.m)
     if tuned is not None:
-        chosen = Config(**tuned)
+        chosen = sm90_configs.shallow(Config(**tuned), problem)
         if sm90_configs.reject(chosen, problem) is None:
             return chosen
     return sm90_configs.default(problem)

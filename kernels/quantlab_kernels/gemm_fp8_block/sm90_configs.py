@@ -14,6 +14,7 @@ from quantlab_kernels.common.gemm import GemmProblem, round_up
 
 MAX_EXPERTS = 512  # whose rows the kernel finds
 SHARED_LIMIT = 232448  # bytes of shared memory that a CTA may have on compute capability 9.0
+SHARED_HALF = 115712  # with which two CTAs, of this launch and the next, find room on a multiprocessor
 
 # Of the cost model; fitted to the 4680 times of a sweep over 360 problems on one H200 (2026-11). They order candidates
 # and are no measurements of what they are named after.
@@ -143,7 +144,7 @@ def candidates(problem: GemmProblem) -> list[Config]:
 
 def _family(problem: GemmProblem) -> Iterator[Config]:
     if problem.m <= 128:
-        yield from _swapped(problem.m)
+        yield from _swapped(problem)
     if problem.out_dtype.itemsize != 2 or problem.n % 8:
         yield Config(temps=2, stages=4, output_tma=0)
         yield Config(temps=2, stages=3, output_tma=0, split=2)
@@ -178,15 +179,16 @@ def _single() -> Iterator[Config]:
     yield deepest(replace(_ONE, temps=1))
 
 
-def _swapped(m: int) -> Iterator[Config]:
+def _swapped(problem: GemmProblem) -> Iterator[Config]:
     """Weights on the M side of the MMA, tokens on its N side."""
-    by = next(b for b in (16, 32, 64, 128) if m <= b)
+    by = next(b for b in (16, 32, 64, 128) if problem.m <= b)
     for split in (1, 2, 4, 8):
         width = max(by, 8 * split)
         for waves, groups in ((1, 1), (1, 2), (2, 2)):
             shape = Config(by=width, waves=waves, math_groups=groups, split=split, swap=1, output_tma=0)
             if _fits(shape):
                 yield deepest(shape)
+                yield shallow(deepest(shape), problem)
     if by >= 64:
         yield deepest(Config(by=by, swap=1, output_tma=0, stream=1))
         if _fits(shape := Config(by=by, swap=1, output_tma=0, cluster_x=2)):
@@ -209,6 +211,17 @@ def deepest(config: Config, most: int = 20) -> Config:
     return next(c for s in range(most, 2, -1) if (c := replace(config, stages=s)).shared_bytes() <= SHARED_LIMIT)
 
 
+def shallow(config: Config, problem: GemmProblem) -> Config:
+    """With a ring that leaves half of a multiprocessor to the next launch, which fills its own meanwhile. A product of
+    few tokens gains by it more than it loses, unless a CTA has many blocks of K."""
+    tiles, at_once = config.grid(problem.m, problem.n, 132)
+    blocks = -(-problem.k // 128 // config.split)
+    if problem.m > 16 or not config.swap or config.math_groups > 1 or tiles > at_once or blocks > 32:
+        return config
+    fitting = (replace(config, stages=s) for s in range(min(config.stages, max(3, blocks)), 2, -1))
+    return next((c for c in fitting if c.shared_bytes() <= SHARED_HALF), config)
+
+
 def estimate_us(config: Config, problem: GemmProblem, sms: int = 132) -> float:
     """Rough time of the configuration; good enough to order candidates."""
     m, n, blocks = problem.m, problem.n, problem.k // 128
@@ -219,14 +232,17 @@ def estimate_us(config: Config, problem: GemmProblem, sms: int = 132) -> float:
     depth = tiles / at_once if config.stream else waves + (1 / parts if rest else 0)
 
     mma = 2 * config.bx * config.by / 64  # cycles of the tensor cores for one block of K
-    compute = depth * blocks / config.split * (mma / _efficiency(config) + (110 if config.swap else 53)) / _CLOCK
+    hidden = config.swap and config.math_groups == 1 and config.shared_bytes() <= SHARED_HALF and tiles <= at_once
+    pause = (170 if hidden else 110) if config.swap else 53  # cycles between blocks
+    compute = depth * blocks / config.split * (mma / _efficiency(config) + pause) / _CLOCK
     in_flight = min(tiles, at_once) * config.split * config.stages * 128 * (config.bx if config.swap else config.by)
     compulsory = n * problem.k + m * problem.k + m * n * problem.out_dtype.itemsize
     memory = compulsory / min(_HBM, in_flight / _LATENCY)
     loaded = tiles * blocks * 128 * (config.bx + config.by / config.cluster_x)
 
     output = 0.1 * depth + 0.9 * config.bx * config.by / config.split / 2**14
-    exchange = (1 + 0.2 * config.split if config.split > 1 else 0) + (6.5 * parts**0.5 if parts > 1 else 0)
+    sums = (0.06 * config.split**2 if hidden else 1 + 0.2 * config.split) if config.split > 1 else 0
+    exchange = sums + (6.5 * parts**0.5 if parts > 1 else 0)
     exchange += 3.5 * config.stream
     sharing = 1.0 if config.cluster_x == 1 else 1.3  # CTAs that wait for each other; wins are rare and hard to foresee
     return max(compute, memory, loaded / _L2) * sharing + _LAUNCH + output + exchange

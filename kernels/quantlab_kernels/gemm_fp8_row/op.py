@@ -11,7 +11,7 @@ from quantlab_kernels.common.hardware import gpu_of
 from quantlab_kernels.gemm_fp8_row import reference
 
 # Order: see the README's table. `scaled_mm` takes what it wins, `triton` the rest.
-BACKENDS = Backends("gemm_fp8_row", ("sm90", "scaled_mm", "triton", "eager"), last_resort="eager")
+BACKENDS = Backends("gemm_fp8_row", ("sm90_few", "sm90", "scaled_mm", "triton", "eager"), last_resort="eager")
 
 
 def gemm_fp8_row(

@@ -1,0 +1,139 @@
+"""Hopper backend for few tokens and small weights: `few.cu`, compiled by NVRTC, one kernel per configuration."""
+
+from __future__ import annotations
+
+import functools
+import struct
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from quantlab_kernels.common import driver, nvrtc
+from quantlab_kernels.common.gemm import GemmProblem
+from quantlab_kernels.common.launches import address, aligned, settled
+from quantlab_kernels.gemm_fp8_block import sm90
+
+_FOLDER = Path(__file__).parent
+_OUTPUT = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_MOST_TOKENS = 16
+_ONE_WAVE = 132 * 32  # channels: as many CTAs of two tiles as an H200 has multiprocessors
+
+
+@dataclass(frozen=True)
+class Config:
+    """How the kernel is built; the macros of `few.cu` in lower case."""
+
+    tiles: int = 1
+    warps: int = 8
+    depth: int = 1
+    cluster: int = 1
+    tokens: int = 8
+    row: int = 0
+
+    @property
+    def at_once(self) -> int:
+        """CTAs that a multiprocessor shall have room for."""
+        return min(16 // self.warps, 3)
+
+
+def able(problem: GemmProblem) -> str | None:
+    """Why it cannot run the problem at all, or None; `supports` also leaves aside what `sm90` does as fast."""
+    if problem.m > _MOST_TOKENS:
+        return f"takes up to {_MOST_TOKENS} tokens, this is M = {problem.m}"
+    reason = sm90.supports(problem)
+    return None if reason is None else f"as `sm90`: {reason}"
+
+
+def supports(problem: GemmProblem) -> str | None:
+    reason = able(problem)
+    if reason is None and not _faster(problem.m, problem.n, problem.k):
+        return f"`sm90` is as fast for M = {problem.m} and a weight of {problem.n} x {problem.k}"
+    return reason
+
+
+def _faster(m: int, n: int, k: int) -> bool:
+    """Where a sweep found it faster than `sm90`, alone and behind the quantization of its tokens; see the README."""
+    if m > 8:
+        return n * k <= 1_250_000
+    if n <= _ONE_WAVE:
+        return n * k <= 32_000_000
+    return m == 1 and n * k <= (32_000_000 if 1024 <= k < 2048 else 16_000_000)
+
+
+@functools.cache
+def config(problem: GemmProblem) -> Config:
+    """The fastest of the same sweep, or nearly."""
+    return replace(_shape(problem.n, problem.k // 128), tokens=8 if problem.m <= 8 else 16)
+
+
+def _shape(n: int, blocks: int) -> Config:
+    """A warp has one block of K or two, as far as there are blocks enough, and a GPU about one CTA of 16 warps, or
+    two of 8, for each multiprocessor. Each further round of loads costs their latency anew."""
+    if n > _ONE_WAVE and blocks >= 16:
+        return Config(tiles=2)
+    if n > 12_000:
+        return Config(tiles=4, warps=4)
+    if blocks <= 4 or (blocks <= 8 and n > 2112) or n > _ONE_WAVE:
+        return Config(tiles=2, warps=4, depth=1 if blocks <= 4 else 2)
+    if blocks < 16:
+        return Config(tiles=1 if n <= 2112 else 2, depth=1 if blocks <= 8 else 2)
+    if n > 2112:
+        return Config(tiles=2, warps=16)
+    if blocks < 25:
+        return Config(warps=16)
+    if n > 1600:
+        return Config(tiles=2, warps=16, cluster=2)
+    return Config(tiles=2, cluster=4) if n > 1000 else Config(depth=2, cluster=4)
+
+
+def candidates(problem: GemmProblem) -> list[Config]:
+    """The chosen configuration and one of every other kind; all are legal for every problem."""
+    kinds = [(1, 8, 1, 1), (1, 16, 1, 2), (1, 8, 2, 4), (2, 4, 2, 1), (2, 8, 1, 8), (2, 16, 1, 2), (4, 4, 1, 1)]
+    chosen = config(problem)
+    return list(dict.fromkeys([chosen, *(Config(*kind, tokens=chosen.tokens) for kind in kinds)]))
+
+
+def source(config: Config, out_dtype: torch.dtype, bias: torch.dtype | None) -> nvrtc.Source:
+    """What is compiled for a configuration."""
+    macros = {key.upper(): value for key, value in asdict(config).items()}
+    macros |= {"OUTPUT": _OUTPUT[out_dtype], "BIAS": 0 if bias is None else 1 + _OUTPUT[bias]}
+    macros |= {"AT_ONCE": config.at_once}
+    headers = {"sm90.cuh": (_FOLDER.parent / "common/sm90.cuh").read_text()}
+    return nvrtc.Source("gemm_fp8_few", (_FOLDER / "few.cu").read_text(), headers, macros)
+
+
+@functools.cache
+def _kernel(config: Config, out_dtype: torch.dtype, bias: torch.dtype | None) -> driver.Kernel:
+    return driver.Kernel(nvrtc.cubin(source(config, out_dtype, bias)), "gemm_fp8_few")
+
+
+def warmup(problems: Iterable[GemmProblem], *, workers: int = 8) -> int:
+    """Compile what the problems need into the disk cache; returns how many kernels that are. Needs no GPU."""
+    wanted = (source(config(p), p.out_dtype, p.bias) for p in problems if supports(p) is None)
+    return nvrtc.compile_all(wanted, workers=workers)
+
+
+@functools.cache
+def _launch(config: Config, n: int, early: bool) -> driver.Launch:
+    ctas = -(-n // (16 * config.tiles)) * config.cluster
+    return driver.Launch(ctas, 32 * config.warps, config.cluster, 0, early)
+
+
+def launch(
+    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, bias: Tensor | None, out: Tensor, config: Config
+) -> None:
+    """out [M, N] = a @ b^T + bias; see `op.gemm_fp8_block` for the layouts, and `gemm_fp8_row` where config.row.
+
+    Rows of a and b may be strided, by multiples of 16 bytes, rows of out by any number.
+    """
+    a, b = aligned(a), aligned(b)
+    (m, k), n, prefetch = a.shape, b.shape[0], settled(b) & settled(b_scale)
+    params = struct.pack(
+        "<QQqqQQqQQqiiii", a.data_ptr(), b.data_ptr(), a.stride(0), b.stride(0), a_scale.data_ptr(), b_scale.data_ptr(),
+        a_scale.stride(1), address(bias), out.data_ptr(), out.stride(0), m, n, k // 128, int(prefetch),
+    )  # fmt: skip
+    kernel = _kernel(config, out.dtype, None if bias is None else bias.dtype)
+    kernel.launch(_launch(config, n, prefetch), params, a.get_device())
