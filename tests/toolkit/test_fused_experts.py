@@ -97,6 +97,13 @@ def experts_of(model) -> torch.nn.Module:
     return next(module for path, module in model.named_modules() if path.endswith(".experts"))
 
 
+def routing(hidden: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Six large tokens, each with two of four experts."""
+    generator = torch.Generator().manual_seed(0)
+    x, index = 20 * torch.randn(6, hidden, generator=generator), torch.tensor([[0, 3], [1, 2], [3, 1]] * 2)
+    return x, index, torch.rand(6, 2, generator=generator)
+
+
 def routed(model, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         return experts_of(model)(x, index, weights)
@@ -122,9 +129,7 @@ def test_a_stack_is_verified_loaded_and_saved_as_it_was(turned: bool, made, sour
     assert sum(isinstance(module, Fp8BlockExperts) for module in model.modules()) == 2
     before = original(tiny, source, "qwen3_vl_moe", turned)
     assert relative(logits(model), logits(before)) < 0.12
-    generator = torch.Generator().manual_seed(0)
-    x, index = 20 * torch.randn(6, 384, generator=generator), torch.tensor([[0, 3], [1, 2], [3, 1]] * 2)
-    call = x, index, torch.rand(6, 2, generator=generator)
+    call = routing(384)
     exact = routed(before, *call)
     assert relative(routed(model, *call), exact) < 0.08
     experts_of(before).gate_up_proj.data = experts_of(before).gate_up_proj.data.roll(128, 1)  # up before gate
@@ -322,18 +327,15 @@ def test_experts_without_a_common_format_stay_unless_named(made, source, tiny):
     }
     asked = Recipe(rules=(Rule("*.experts", "fp8-block"),))
     assert any("after `import quantlab` alone; without, it would run" in line for line in plan(folder, asked).warnings)
-    before = logits(original(tiny, source, "gemma4_moe"))
-    unnamed = relative(logits(quantlab.load(made("gemma4_moe", "fp8-block"), dtype=torch.float32)), before)
-    for scheme, kind in (("fp8-block", Fp8BlockExperts), ("int4", Int4Experts)):
+    exact = routed(original(tiny, source, "gemma4_moe"), *routing(128))
+    for scheme, kind, off in (("fp8-block", Fp8BlockExperts, 0.08), ("int4", Int4Experts, 0.25)):
         out = made("gemma4_moe", scheme, False, True)
         assert verify(out).problems == ()
-        assert any(
-            name.endswith("experts.3.up_proj.weight_scale_inv") for name in load_file(out / "model.safetensors")
-        ) == (scheme == "fp8-block")
+        apart = [name for name in load_file(out / "model.safetensors") if ".experts.3.up_proj.weight" in name]
+        assert len(apart) == 2 * (2 if scheme == "fp8-block" else 3)
         model = quantlab.load(out, dtype=torch.float32)
         assert sum(type(module) is kind for module in model.modules()) == 2
-    found = relative(logits(quantlab.load(made("gemma4_moe", "fp8-block", False, True), dtype=torch.float32)), before)
-    assert found < 1.5 * unnamed + 0.02
+        assert relative(routed(model, *routing(128)), exact) < off
 
 
 def tiny_text(**changes):
@@ -382,8 +384,10 @@ def test_damaged_experts_are_found_however_they_lie(source, tmp_path):
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     ("name", "scheme", "turned", "named"),
-    [("qwen3_vl_moe", "fp8-block", True, False), ("llama4", "fp8-dynamic", False, False), ("llama4", "int4", False, False),
-     ("gemma4_moe", "fp8-block", False, True)],
+    [
+        ("qwen3_vl_moe", "fp8-block", True, False), ("llama4", "fp8-dynamic", False, False),
+        ("llama4", "int4", False, False), ("gemma4_moe", "fp8-block", False, True),
+    ],
 )  # fmt: skip
 def test_on_a_gpu_too(name: str, scheme: str, turned: bool, named: bool, made, source, tiny, tmp_path):
     folder, rules = made(name, scheme, turned, named), (Rule("*.experts", scheme),) if named else ()
@@ -395,4 +399,5 @@ def test_on_a_gpu_too(name: str, scheme: str, turned: bool, named: bool, made, s
     with torch.no_grad():
         found = model(input_ids=ids).logits.float().cpu()
     exact = logits(quantlab.load(folder, dtype=torch.float32))
-    assert relative(found, exact) < 0.1  # 16-bit sums move a code now and then
+    # 16-bit sums move a code now and then; this Gemma makes 0.3 of the difference of bf16 and float32 itself
+    assert relative(found, exact) < (0.6 if name == "gemma4_moe" else 0.1)
