@@ -29,6 +29,7 @@ from transformers.utils.quantization_config import QuantizationMethod
 from quantlab import decoding, scaled_inputs
 from quantlab.architecture import counterpart, load_targets, one_by_one
 from quantlab.checkpoint import ACTIVATION_SCALES, KV_SCALES, STACK_SCALE, has_kv_scales, module_of
+from quantlab.errors import UsageError
 from quantlab.experts import Fp8BlockExperts, Fp8RowExperts, unsupported
 from quantlab.fusion import fuse
 from quantlab.int4_experts import Int4Experts, Int4Fp8Experts
@@ -127,6 +128,8 @@ class KeepsQuantized(HfQuantizer):
             self._hand_over(reason)
             self._begin_stock()
             self._convert_model_for_quantization(model)
+        if getattr(self.quantization_config, "dequantize", False):
+            refuse_stacks(kwargs.get("checkpoint_files") or [])
         return super()._process_model_before_weight_loading(model, **kwargs)
 
     def _convert_model_for_quantization(self, model: Any) -> None:
@@ -399,6 +402,18 @@ def tensor_dtypes(files: Iterable[str], of: str) -> dict[str, str]:
             for name in file.keys():  # noqa: SIM118 - not a mapping
                 found[name] = file.get_slice(name).get_dtype() if name.endswith(of) else ""
     return found
+
+
+def refuse_stacks(files: Iterable[str]) -> None:
+    """Raise UsageError for experts in one quantized tensor: transformers multiplies out what is called `weight`, and
+    would take their codes for weights."""
+    names = tensor_dtypes(files, STACK_SCALE)
+    for name in names:
+        if not name.endswith(WEIGHTS) and name + STACK_SCALE in names:
+            raise UsageError(
+                f"{name}: holds all experts, which transformers does not multiply out; "
+                "write the checkpoint back with `quantlab convert --to bf16`"
+            )
 
 
 def shape_of(files: Iterable[str], name: str) -> tuple[int, ...]:

@@ -178,6 +178,12 @@ def test_a_stack_goes_back_to_bf16(made, source, tmp_path):
         convert(folder, "compressed-tensors", tmp_path / "other")
 
 
+def test_a_stack_is_not_taken_for_weights(made, tiny):
+    options = {"quantization_config": transformers.FineGrainedFP8Config(dequantize=True)}
+    with pytest.raises(UsageError, match="holds all experts, which transformers does not multiply out; write the chec"):
+        tiny("qwen3_vl_moe").model_class.from_pretrained(made("qwen3_vl_moe", "fp8-block"), **options)
+
+
 def test_errors_of_a_stack(made, source):
     pair = Pair(Source.open(made("qwen3_vl_moe", "fp8-block", True)), Source.open(source("qwen3_vl_moe", True)))
     errors = weight_errors(pair)
