@@ -37,6 +37,7 @@ class Architecture:
                     experts in one tensor only
     expert_modules  paths of modules called `experts`, each of which transformers replaces in an `fp8` checkpoint that
                     does not skip it
+    missing         parameters that no tensor of the checkpoint goes to: loading would make them up
     """
 
     kinds: dict[str, str]
@@ -49,6 +50,7 @@ class Architecture:
     stacks: dict[str, tuple[int, ...]] = field(default_factory=dict)
     ours: frozenset[str] = frozenset()
     expert_modules: frozenset[str] = frozenset()
+    missing: tuple[str, ...] = ()
 
 
 def architecture(
@@ -94,9 +96,25 @@ def architecture(
     }
     linear, name = _linear_modules(modules), type(model).__name__
     called = frozenset(path for path in modules if path.endswith(".experts"))
+    missing = _missing(model, {target.parameter for target in targets.values()})
     return Architecture(
-        kinds, paths, linear, name, shapes, _unstacked(modules), foreign, stacks, frozenset(apart), called
+        kinds, paths, linear, name, shapes, _unstacked(modules), foreign, stacks, frozenset(apart), called, missing
     )
+
+
+def _missing(model: Any, found: set[str]) -> tuple[str, ...]:
+    """Parameters that are not found, nor tied to one that is, nor said by the model to come from elsewhere."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter
+
+    converters = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightConverter)]
+    if any(len(converter.target_patterns) > 1 for converter in converters):
+        return ()  # one tensor becomes several parameters, of which only the first is known here
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    found = found.union(*(pair for pair in tied.items() if not found.isdisjoint(pair)))
+    elsewhere = model._keys_to_ignore_on_load_missing or ()
+    names = (name for name, _ in model.named_parameters())
+    return tuple(name for name in names if name not in found and not any(re.search(e, name) for e in elsewhere))
 
 
 def meta_model(folder: Path, trust_remote_code: bool = False) -> Any:

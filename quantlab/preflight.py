@@ -14,6 +14,7 @@ from __future__ import annotations
 import difflib
 from collections import Counter, defaultdict
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -192,9 +193,10 @@ def stored_as(decisions: Iterable[Decision], skip: Iterable[str], paths: dict[st
 
 
 def _refuse_quantized(source: Source) -> None:
-    advice = "start from the original model, or write it back to bf16 with `quantlab convert --to bf16`"
-    found = config_of_quantization(source.config)
+    advice, found = "start from the original model", config_of_quantization(source.config)
     if found is not None:
+        with suppress(PreflightError):  # of formats that are not read
+            advice += ", or write it back to bf16 with `quantlab convert --to bf16`" if source.stored else ""
         raise PreflightError(f"{source.model}: is already quantized ({describe_quantization(found)}); {advice}")
     for info in source.tensors.values():
         low_precision = info.dtype.startswith(("F8", "F4", "F6_")) or (

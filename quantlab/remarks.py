@@ -61,7 +61,11 @@ def about_shapes(decisions: list[Decision]) -> Iterator[str]:
 
 
 def _who_loads_it(decisions: list[Decision], architecture: Architecture) -> Iterator[str]:
-    """What transformers loads with us alone, and what without us alone."""
+    """What nothing loads as it should be, what transformers loads with us alone, and what without us alone."""
+    missing = architecture.missing
+    if missing:
+        first = f"{missing[0]}{', ...' if missing[1:] else ''}"
+        yield f"{len(missing)} parameters of the model are not in the checkpoint ({first}); is it whole?"
     quantized = {architecture.modules.get(d.tensor, "") for d in decisions if d.scheme and d.kind == "expert"}
     why = next((why for path, why in architecture.foreign.items() if path in quantized), None)
     if why is not None:

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
+import quantlab
 from quantlab.architecture import architecture, keeps_rows_together
 
 
@@ -140,6 +143,20 @@ def test_scales_follow_weights_that_are_joined_but_not_those_that_are_shared_out
 
 def test_convolutions(tiny):
     assert kinds_of(tiny("whisper"))["model.encoder.conv1.weight"] == "conv"
+
+
+def test_a_checkpoint_that_is_not_whole(tiny, tmp_path: Path):
+    shutil.copytree(tiny("qwen2").folder, tmp_path / "part")
+    file = tmp_path / "part" / "model.safetensors"
+    tensors = {name: x for name, x in load_file(file).items() if "layers.1.mlp" not in name}
+    save_file(tensors, file, {"format": "pt"})
+    assert [name.rpartition(".mlp.")[2] for name in architecture(tmp_path / "part", tensors).missing] == [
+        "gate_proj.weight", "up_proj.weight", "down_proj.weight"
+    ]  # fmt: skip
+    told = (
+        "3 parameters of the model are not in the checkpoint (model.layers.1.mlp.gate_proj.weight, ...); is it whole?"
+    )
+    assert any(w.startswith(told) for w in quantlab.plan(tmp_path / "part").warnings)
 
 
 def test_tensors_that_the_model_ignores_are_left_out(tiny):

@@ -13,7 +13,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from quantlab import hf
+from quantlab import hf, plan
 from quantlab.experts import Fp8Experts
 from quantlab.int4_experts import Int4Experts
 from quantlab.linear import QuantizedLinear
@@ -139,6 +139,11 @@ def load(source: Any, folder: Path, **options: Any) -> Any:
     assert not info["unexpected_keys"]
     assert not info["mismatched_keys"]
     return model
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_nothing_is_missing_where_all_is_there(name: str, tiny):
+    assert not any("not in the checkpoint" in warning for warning in plan(tiny(name).folder).warnings)
 
 
 @pytest.mark.parametrize(("name", "scheme"), MATRIX)
