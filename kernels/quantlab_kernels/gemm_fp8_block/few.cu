@@ -1,14 +1,16 @@
-// out[M, N] = (a * a_scale) @ (b * b_scale)^T for at most 16 tokens: E4M3 operands, 1x128 scales of a, 128x128 of b.
+// out[M, N] = (a * a_scale) @ (b * b_scale)^T for at most 16 tokens: E4M3 operands, 1x128 scales of a, 128x128 of b; or
+// b is INT4 with a scale for each row and 128 of K.
 //
-// Such a product is over in a few microseconds, most of which a pipeline takes to be set up, filled and drained. So there
-// is none here. A warp has 16 TILES channels and every so many blocks of 128 along K; it asks for all its weights at once,
-// into registers, while the kernel before this one still runs, then for its part of the tokens, and multiplies with
-// mma.sync. The warps of a CTA and the CTAs of a cluster split K; their sums are added in a fixed order. CTAs are small,
-// so that those of the next launch find room beside them and do the same meanwhile.
+// Such a product is over in a few microseconds, most of which a pipeline takes to be set up, filled and drained. So
+// there is none here. A warp has 16 TILES channels and every so many blocks of 128 along K; it asks for all its weights
+// at once, into registers, while the kernel before this one still runs, then for its part of the tokens, and multiplies
+// with mma.sync. The warps of a CTA and the CTAs of a cluster split K; their sums are added in a fixed order. CTAs are
+// small, so that those of the next launch find room beside them and do the same meanwhile.
 //
 // Macros: TOKENS 8 or 16; TILES, WARPS, DEPTH (blocks of K that a warp asks for at once), CLUSTER (CTAs along K);
-// AT_ONCE: CTAs for which a multiprocessor must have registers; OUTPUT 0 float32, 1 bfloat16, 2 float16; BIAS 0 none, else
-// 1 + the same; ROW 0, or 1: a scale per row of a and one per row of b instead, which multiply the finished sums.
+// AT_ONCE: CTAs for which a multiprocessor must have registers; OUTPUT 0 float32, 1 bfloat16, 2 float16; BIAS 0 none,
+// else 1 + the same; ROW 0, or 1: a scale per row of a (and, of E4M3, one per row of b) instead, which multiply the
+// finished sums; INT4 0, or 1: b is tiles for 8-bit activations (`common/int4.py`), SCALE its scales' kind as OUTPUT.
 #include "sm90.cuh"
 
 constexpr int BK = 128;              // elements of K that share a scale: a block
@@ -16,11 +18,11 @@ constexpr int ROWS = 16 * TILES;     // channels of a CTA
 constexpr int COLUMNS = TOKENS / 8;  // of tiles: the MMA has 16 channels by 8 tokens
 constexpr int THREADS = 32 * WARPS;
 constexpr int STRIDE = ROWS + 4;     // of a token's sums in shared memory: a fragment's fall into 32 banks
-static_assert(128 % ROWS == 0, "the channels of a CTA share the scales of b");
+static_assert(64 % ROWS == 0, "the channels of a CTA share the scales of b, and a tile of INT4");
 
 struct Params {
   const unsigned char *a, *b;  // codes
-  long long a_stride, b_stride;
+  long long a_stride, b_stride;  // INT4: b_scale is [K / 128, b_stride]
   const float *a_scale, *b_scale;  // [K / 128, scale_stride] and [N / 128, K / 128]; ROW: [M] and [N]
   long long scale_stride;
   const void* bias;  // [N]
@@ -30,9 +32,9 @@ struct Params {
   int prefetch;                  // 1: weights may be loaded while the kernel before this one still runs
 };
 
-// Where a lane stands in the MMA's fragments: row of the weights, token of its operand, 16 bytes of every 64 along K.
-// Of a block of 128 it has bytes 16 quad .. + 15 of both halves: which of K a column of the MMA is does not matter, as
-// long as it is the same for weights and tokens.
+// Where a lane stands in the MMA's fragments: row of the weights, token of its operand, and along K. Of a block of 128
+// it has bytes 16 quad .. + 15 of both halves, in one load each: which of K a column of the MMA is does not matter, as
+// long as it is the same for weights and tokens. (Tiles of INT4 have the MMA's own order: 4 quad .. + 3 of every 16.)
 struct Position {
   int group, quad, channel;
   DEVICE Position() : group(threadIdx.x % 32 / 4), quad(threadIdx.x % 4), channel(blockIdx.x / CLUSTER * ROWS) {}
@@ -59,6 +61,14 @@ DEVICE uint4 load_tokens(const unsigned char* address, bool taken) {
   return v;
 }
 
+DEVICE u32 load_word(const unsigned char* address, bool taken) {
+  u32 v = 0;
+  asm volatile("{\n.reg .pred taken;\nsetp.ne.u32 taken, %2, 0;\n@taken ld.global.cg.u32 %0, [%1];\n}"
+               : "+r"(v)
+               : "l"(address), "r"(static_cast<u32>(taken)));
+  return v;
+}
+
 DEVICE float load_scale(const float* address, bool taken) {
   float v = 0.f;
   asm volatile("{\n.reg .pred taken;\nsetp.ne.u32 taken, %2, 0;\n@taken ld.global.cg.f32 %0, [%1];\n}"
@@ -69,7 +79,8 @@ DEVICE float load_scale(const float* address, bool taken) {
 
 // sums[16 channels, 8 tokens] += weights[16, 32] tokens[8, 32]^T; which 32 of K these are is up to the caller.
 DEVICE void multiply(float (&sums)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-  asm("mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+  asm("mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
@@ -80,6 +91,52 @@ struct Range {
   DEVICE Range(const Params& p, int rank) : first(p.blocks * rank / CLUSTER), last(p.blocks * (rank + 1) / CLUSTER) {}
 };
 
+#if INT4
+// Codes as register operands of the MMA, but for a mask: a sign and a magnitude are E4M3 in units of 2^-9.
+constexpr float UNIT = 512.f;
+struct Weights {
+  uint4 codes[TILES][2];  // by halves of the block
+  u32 scale[TILES][2];    // bits, of rows g and g + 8
+
+  DEVICE void load(const Params& p, const Position& at, const Range& range, int block) {
+    if (block >= range.last) return;
+    const long long tile = static_cast<long long>(at.channel / 64) * p.blocks + block;
+    const unsigned char* from = p.b + tile * 4096 + at.channel % 64 * 32 + threadIdx.x % 32 * 16;
+#pragma unroll
+    for (int i = 0; i < TILES; ++i) {
+      codes[i][0] = load_weight(from + 512 * i, true);
+      codes[i][1] = load_weight(from + 512 * i + 2048, true);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = at.channel + 16 * i + 8 * half + at.group;
+        scale[i][half] = load_bits(p.b_scale, block * p.b_stride + row, row < p.channels);
+      }
+    }
+  }
+
+  // Of rows g and g + 8, in a number of the sums.
+  DEVICE float scale_of(int i, int half) const {
+    if (SCALE == 0) return __uint_as_float(scale[i][half]);
+    const u16 bits = static_cast<u16>(scale[i][half]);
+    return SCALE == 2 ? Float16::unpack(bits) : BFloat16::unpack(bits);
+  }
+
+  static DEVICE u32 load_bits(const void* base, long long index, bool taken) {
+    u32 v = 0;
+    if constexpr (SCALE == 0) {
+      asm volatile("{\n.reg .pred taken;\nsetp.ne.u32 taken, %2, 0;\n@taken ld.global.u32 %0, [%1];\n}"
+                   : "+r"(v)
+                   : "l"(static_cast<const u32*>(base) + index), "r"(static_cast<u32>(taken)));
+    } else {
+      asm volatile("{\n.reg .pred taken;\nsetp.ne.u32 taken, %2, 0;\n@taken ld.global.u16 %0, [%1];\n}"
+                   : "+r"(v)
+                   : "l"(static_cast<const u16*>(base) + index), "r"(static_cast<u32>(taken)));
+    }
+    return v;
+  }
+};
+#else
+constexpr float UNIT = 1.f;
 struct Weights {
   uint4 codes[TILES][2][2];  // by rows g and g + 8, and halves of the block
   float scale;
@@ -95,21 +152,33 @@ struct Weights {
     }
     if (!ROW) scale = load_scale(p.b_scale + at.channel / 128 * p.blocks + block, true);
   }
+
+  DEVICE float scale_of(int, int) const { return ROW ? 1.f : scale; }
 };
+#endif
 
 struct Tokens {
+#if INT4
+  u32 codes[COLUMNS][8];  // in the order of K that the MMA's operands have
+#else
   uint4 codes[COLUMNS][2];
+#endif
   float scale[COLUMNS][2];  // of the two tokens whose sums the lane has
 
   DEVICE void load(const Params& p, const Position& at, const Range& range, int block) {
     if (block >= range.last) return;
-    const unsigned char* from = p.a + at.group * p.a_stride + block * BK + 16 * at.quad;
+    const unsigned char* from = p.a + at.group * p.a_stride + block * BK + (INT4 ? 4 : 16) * at.quad;
     const float* scales = p.a_scale + block * p.scale_stride + 2 * at.quad;
 #pragma unroll
     for (int j = 0; j < COLUMNS; ++j) {
       const bool inside = 8 * j + at.group < p.tokens;
+#if INT4
+#pragma unroll
+      for (int i = 0; i < 8; ++i) codes[j][i] = load_word(from + 8 * j * p.a_stride + 16 * i, inside);
+#else
       codes[j][0] = load_tokens(from + 8 * j * p.a_stride, inside);
       codes[j][1] = load_tokens(from + 8 * j * p.a_stride + 64, inside);
+#endif
 #pragma unroll
       for (int i = 0; i < 2 && !ROW; ++i) {
         scale[j][i] = load_scale(scales + 8 * j + i, 8 * j + 2 * at.quad + i < p.tokens);
@@ -120,21 +189,40 @@ struct Tokens {
 
 using Sums = float[TILES][COLUMNS][4];
 
-// Adds one block of K: a sum of its own, then its scales.
+#if INT4
+DEVICE void multiply_codes(float (&part)[4], u32 low, u32 high, u32 b0, u32 b1) {
+  constexpr u32 mask = 0x87878787;
+  const u32 low_rest = __funnelshift_l(low, low, 4), high_rest = __funnelshift_l(high, high, 4);
+  multiply(part, low & mask, low_rest & mask, high & mask, high_rest & mask, b0, b1);
+}
+#endif
+
+// One block of K: the sums of its products.
+DEVICE void multiply_block(float (&part)[4], const Weights& w, const Tokens& t, int i, int j) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+#if INT4
+    const uint4& words = w.codes[i][half];
+    const u32* x = t.codes[j] + 4 * half;
+    multiply_codes(part, words.x, words.y, x[0], x[1]);
+    multiply_codes(part, words.z, words.w, x[2], x[3]);
+#else
+    const uint4 &low = w.codes[i][0][half], &high = w.codes[i][1][half], &x = t.codes[j][half];
+    multiply(part, low.x, high.x, low.y, high.y, x.x, x.y);
+    multiply(part, low.z, high.z, low.w, high.w, x.z, x.w);
+#endif
+  }
+}
+
 DEVICE void add_block(Sums& sums, const Weights& w, const Tokens& t) {
 #pragma unroll
   for (int i = 0; i < TILES; ++i) {
 #pragma unroll
     for (int j = 0; j < COLUMNS; ++j) {
       float part[4] = {0.f, 0.f, 0.f, 0.f};
+      multiply_block(part, w, t, i, j);
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const uint4 &low = w.codes[i][0][half], &high = w.codes[i][1][half], &x = t.codes[j][half];
-        multiply(part, low.x, high.x, low.y, high.y, x.x, x.y);
-        multiply(part, low.z, high.z, low.w, high.w, x.z, x.w);
-      }
-#pragma unroll
-      for (int e = 0; e < 4; ++e) sums[i][j][e] += ROW ? part[e] : w.scale * t.scale[j][e % 2] * part[e];
+      for (int e = 0; e < 4; ++e) sums[i][j][e] += w.scale_of(i, e / 2) * (ROW ? 1.f : t.scale[j][e % 2]) * part[e];
     }
   }
 }
@@ -176,7 +264,8 @@ DEVICE float bias_of(const Params& p, int channel) {
 }
 
 DEVICE void store(const Params& p, int token, int channel, float value) {
-  if (ROW) value *= load_scale(p.a_scale + token, true) * p.b_scale[channel];
+  if (ROW) value *= load_scale(p.a_scale + token, true) * (INT4 ? UNIT : p.b_scale[channel]);
+  if (INT4 && !ROW) value *= UNIT;
   value += bias_of(p, channel);
   const long long index = token * p.out_stride + channel;
 #if OUTPUT == 0

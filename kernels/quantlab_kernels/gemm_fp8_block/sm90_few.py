@@ -17,7 +17,7 @@ from quantlab_kernels.common.launches import address, aligned, settled
 from quantlab_kernels.gemm_fp8_block import sm90
 
 _FOLDER = Path(__file__).parent
-_OUTPUT = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _MOST_TOKENS = 16
 _ONE_WAVE = 132 * 32  # channels: as many CTAs of two tiles as an H200 has multiprocessors
 
@@ -76,7 +76,7 @@ def _shape(n: int, blocks: int) -> Config:
         return Config(tiles=2)
     if n > 12_000:
         return Config(tiles=4, warps=4)
-    if blocks <= 4 or (blocks <= 8 and n > 2112) or n > _ONE_WAVE:
+    if blocks <= 4 or n > _ONE_WAVE:
         return Config(tiles=2, warps=4, depth=1 if blocks <= 4 else 2)
     if blocks < 16:
         return Config(tiles=1 if n <= 2112 else 2, depth=1 if blocks <= 8 else 2)
@@ -96,18 +96,22 @@ def candidates(problem: GemmProblem) -> list[Config]:
     return list(dict.fromkeys([chosen, *(Config(*kind, tokens=chosen.tokens) for kind in kinds)]))
 
 
-def source(config: Config, out_dtype: torch.dtype, bias: torch.dtype | None) -> nvrtc.Source:
-    """What is compiled for a configuration."""
-    macros = {key.upper(): value for key, value in asdict(config).items()}
-    macros |= {"OUTPUT": _OUTPUT[out_dtype], "BIAS": 0 if bias is None else 1 + _OUTPUT[bias]}
-    macros |= {"AT_ONCE": config.at_once}
+def source(
+    config: Config, out_dtype: torch.dtype, bias: torch.dtype | None, int4: torch.dtype | None = None
+) -> nvrtc.Source:
+    """What is compiled for a configuration; int4: dtype of the scales of a weight in INT4."""
+    macros = {key.upper(): value for key, value in asdict(config).items()} | {"AT_ONCE": config.at_once}
+    macros |= {"OUTPUT": _FLOATS[out_dtype], "BIAS": 0 if bias is None else 1 + _FLOATS[bias]}
+    macros |= {"INT4": int(int4 is not None), "SCALE": 0 if int4 is None else _FLOATS[int4]}
     headers = {"sm90.cuh": (_FOLDER.parent / "common/sm90.cuh").read_text()}
     return nvrtc.Source("gemm_fp8_few", (_FOLDER / "few.cu").read_text(), headers, macros)
 
 
 @functools.cache
-def _kernel(config: Config, out_dtype: torch.dtype, bias: torch.dtype | None) -> driver.Kernel:
-    return driver.Kernel(nvrtc.cubin(source(config, out_dtype, bias)), "gemm_fp8_few")
+def _kernel(
+    config: Config, out_dtype: torch.dtype, bias: torch.dtype | None, int4: torch.dtype | None
+) -> driver.Kernel:
+    return driver.Kernel(nvrtc.cubin(source(config, out_dtype, bias, int4)), "gemm_fp8_few")
 
 
 def warmup(problems: Iterable[GemmProblem], *, workers: int = 8) -> int:
@@ -123,17 +127,20 @@ def _launch(config: Config, n: int, early: bool) -> driver.Launch:
 
 
 def launch(
-    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, bias: Tensor | None, out: Tensor, config: Config
-) -> None:
-    """out [M, N] = a @ b^T + bias; see `op.gemm_fp8_block` for the layouts, and `gemm_fp8_row` where config.row.
+    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, bias: Tensor | None, out: Tensor, config: Config,
+    int4: bool = False,
+) -> None:  # fmt: skip
+    """out [M, N] = a @ b^T + bias; see `op.gemm_fp8_block` for the layouts, `gemm_fp8_row` where config.row, and
+    `gemm_int4_fp8` where int4, with config.row where each token has one scale.
 
     Rows of a and b may be strided, by multiples of 16 bytes, rows of out by any number.
     """
     a, b = aligned(a), aligned(b)
-    (m, k), n, prefetch = a.shape, b.shape[0], settled(b) & settled(b_scale)
+    (m, k), prefetch = a.shape, settled(b) & settled(b_scale)
+    n, b_stride = (b_scale.shape[0], b_scale.stride(1)) if int4 else (b.shape[0], b.stride(0))
     params = struct.pack(
-        "<QQqqQQqQQqiiii", a.data_ptr(), b.data_ptr(), a.stride(0), b.stride(0), a_scale.data_ptr(), b_scale.data_ptr(),
+        "<QQqqQQqQQqiiii", a.data_ptr(), b.data_ptr(), a.stride(0), b_stride, a_scale.data_ptr(), b_scale.data_ptr(),
         a_scale.stride(1), address(bias), out.data_ptr(), out.stride(0), m, n, k // 128, int(prefetch),
     )  # fmt: skip
-    kernel = _kernel(config, out.dtype, None if bias is None else bias.dtype)
+    kernel = _kernel(config, out.dtype, None if bias is None else bias.dtype, b_scale.dtype if int4 else None)
     kernel.launch(_launch(config, n, prefetch), params, a.get_device())
