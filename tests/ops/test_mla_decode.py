@@ -356,6 +356,10 @@ MANY_ROWS = [
     # tiles of 64: none to three in a part, of which the first is hidden in part, or all of it from some queries
     *(Case(name, (64, 128, 192, 3, 65), heads=64, **V3) for name in ("16bit", "fp8", "int4")),
     *(Case(name, (2500, 2400, 700), heads=64, sq=3, start=(100, 0, 650), **V3) for name in ("16bit", "fp8", "int4")),
+    # an even number of tiles of rows: CTAs in pairs
+    *(Case("16bit", (64, 128, 192, 3, 0, 65), heads=heads, sq=sq, **V3) for heads, sq in ((100, 1), (64, 4))),
+    Case("16bit", (2500, 2400, 700), heads=128, page=16, start=(100, 0, 650), **V3),
+    Case("16bit", (300, 17, 700), heads=80, page=64, rank=256, rope=64),
 ]
 ON_HOPPER = [
     *ON_A_GPU[:-3],
@@ -427,10 +431,11 @@ def test_queries_of_another_layout():
 
 @pytest.mark.gpu(sm=80)
 @pytest.mark.parametrize("name", FORMATS)
-def test_thousands_of_launches_agree(name: str):
+@pytest.mark.parametrize(("heads", "batch"), [(16, 128), (64, 32), (128, 32)])
+def test_thousands_of_launches_agree(name: str, heads: int, batch: int):
     """Copies overtake no reading of what they replace, and end in any order: who takes one round of a ring for another
     fails once in hundreds or thousands of launches."""
-    q_latent, q_rope, cache, length = bench.build(name, 16, 128, 4096, torch.device("cuda"), 0)
+    q_latent, q_rope, cache, length = bench.build(name, heads, batch, 4096, torch.device("cuda"), 0)
     first = mla_decode(q_latent, q_rope, cache, length, scale=SCALE)[0].clone()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

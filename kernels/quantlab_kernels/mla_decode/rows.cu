@@ -1,30 +1,30 @@
-// Absorbed attention over packed latents for 64 rows (heads times queries) a tile.
+// Absorbed attention over latents in codes for 64 rows (heads times queries) a tile.
 //
 // One or two warpgroups, the scorers, compute scores with tokens on the M of the MMA and hand weights through shared
 // memory to two warpgroups that add the products with half of the channels each. Two scorers take tiles in turns. One
 // alone, which is what registers leave beside outputs of codes, may multiply the next tile while it makes the weights
 // of this one (AHEAD): INT4 gains by it. Whoever is the last to read a part of a tile has the copy engine bring the
-// next one to its place. How 16-bit latents are multiplied says rows_floats.cuh, how codes are, rows_codes.cuh, and
-// rows_softmax.cuh, how scores become weights.
+// next one to its place. How codes are multiplied says rows_codes.cuh, and rows_softmax.cuh, how scores become weights.
 //
-// Macros: L, FORMAT (0 16 bits, 1 E4M3, 3 INT4), KEPT, QUERY, PAGED, BOX, SHARED as in sm90.cu;   SCORERS;
+// Macros: L, FORMAT (1 E4M3, 3 INT4), KEPT, QUERY, PAGED, BOX, SHARED as in sm90.cu;   SCORERS, CLUSTER (1) as in
+// tiles.cuh;
 //   HALVES  of tiles, by channels, in the ring;   ROPES  position parts
 #include "sm90.cuh"
 #include "attention.cuh"
 #include "wgmma.cuh"
 #include "work.cuh"
 
-constexpr int THREADS = 128 * (SCORERS + 2);
 constexpr bool AHEAD = FORMAT == 3;
 // Together no more than there are at launch, 168 or, of 512 threads, 128 each: who asks for more waits for ever.
 constexpr int SCORE_REGISTERS = SCORERS == 2 ? 96 : AHEAD ? 136 : 104;
 constexpr int OUTPUT_REGISTERS = SCORERS == 2 ? 160 : AHEAD ? 184 : 200;
 static_assert(SCORERS * SCORE_REGISTERS + 2 * OUTPUT_REGISTERS <= (SCORERS == 2 ? 4 * 128 : 3 * 168), "see above");
-constexpr int BYTES = FORMAT == 0 ? 2 * L : FORMAT == 1 ? L : L / 2;  // of a token's latent
+constexpr int BYTES = FORMAT == 1 ? L : L / 2;                        // of a token's latent
 constexpr int HALF_CHUNKS = BYTES / 256, HALF = HALF_CHUNKS * CHUNK;  // of channels of a tile
 constexpr int CHUNKS = 2 * HALF_CHUNKS;
-constexpr int SLOTS = FORMAT == 0 ? 1 : 2;                        // of weights, side by side if they have 8 bits
-constexpr int QUERY_CHUNKS = (FORMAT == 0 ? 1 : 2) * CHUNKS + 1;  // of INT4, chunks of bytes; the last is the position
+#include "tiles.cuh"
+constexpr int SLOTS = 2;                                              // of weights, side by side
+constexpr int QUERY_CHUNKS = 2 * CHUNKS + 1;                          // the last is the position
 
 constexpr int OFFSET_ROPE = HALVES * HALF;
 constexpr int OFFSET_P = OFFSET_ROPE + ROPES * CHUNK;
@@ -39,13 +39,6 @@ constexpr int OFFSET_RAISED = OFFSET_RESCALE + 1024;                    // [4]
 constexpr int OFFSET_BARRIERS = OFFSET_RAISED + 16;
 static_assert(OFFSET_BARRIERS + 8 * (HALVES + ROPES + 2 * SLOTS + 1) <= SHARED,
               "the host allocates what is laid out here");
-
-// Where the `number`th of something lies among `count` places, and the parity of its barriers.
-struct Turn {
-  int slot;
-  u32 parity;
-  DEVICE Turn(int number, int count) : slot(number % count), parity(number / count & 1) {}
-};
 
 struct Shared {
   u32 base;
@@ -77,29 +70,6 @@ DEVICE void initialize_barriers(const Shared& s) {
 
 // ---- fetching: one thread ----
 
-// Boxes of a tile's tokens that somebody sees, and where they lie in the cache.
-struct Boxes {
-  int y[TILE / BOX], bytes;  // of 128 bytes of each token
-  bool needed[TILE / BOX];
-  DEVICE Boxes(const Params& p, const Work& work, int tile, int row) : bytes(0) {
-#pragma unroll
-    for (int i = 0; i < TILE / BOX; i++) {
-      const int first = work.begin + tile * TILE + i * BOX;
-      needed[i] = first < work.end && first + BOX > work.low;
-      bytes += needed[i] ? BOX * 128 : 0;
-      y[i] = work.batch * row + first;
-      if (PAGED && needed[i])
-        y[i] = p.table[static_cast<i64>(work.batch) * p.table_row + first / p.capacity] * row + first % p.capacity;
-    }
-  }
-  DEVICE void load(const Params& p, const TensorMap* map, int x, u32 to, u32 full) const {
-    const u64 policy = p.tiles == 1 ? kEvictFirst : kEvictNormal;
-#pragma unroll
-    for (int i = 0; i < TILE / BOX; i++)
-      if (needed[i]) tma_load(to + i * BOX * 128, map, full, x, y[i], policy);
-  }
-};
-
 DEVICE void fetch_half(const Params& p, const Work& work, const Shared& s, int number) {
   const Boxes boxes(p, work, number / 2, p.latent_row);
   const Turn at(number, HALVES);
@@ -107,8 +77,7 @@ DEVICE void fetch_half(const Params& p, const Work& work, const Shared& s, int n
   barrier_arrive_expect(full, HALF_CHUNKS * boxes.bytes);
 #pragma unroll
   for (int c = 0; c < HALF_CHUNKS; c++)
-    boxes.load(p, &p.latent, (number % 2 * HALF_CHUNKS + c) * (FORMAT == 0 ? 64 : 128), s.half(at.slot) + c * CHUNK,
-               full);
+    boxes.load<false>(p, &p.latent, (number % 2 * HALF_CHUNKS + c) * 128, s.half(at.slot) + c * CHUNK, full);
 }
 
 DEVICE void fetch_rope(const Params& p, const Work& work, const Shared& s, int tile) {
@@ -116,7 +85,7 @@ DEVICE void fetch_rope(const Params& p, const Work& work, const Shared& s, int t
   const Boxes boxes(p, work, tile, p.rope_row);
   const u32 full = s.rope_full(at.slot);
   barrier_arrive_expect(full, boxes.bytes);
-  boxes.load(p, &p.rope, 0, s.rope(at.slot), full);
+  boxes.load<false>(p, &p.rope, 0, s.rope(at.slot), full);
 }
 
 // Halves from `first` to before `last`, of those that there are.
@@ -128,27 +97,10 @@ DEVICE void fetch_halves(const Params& p, const Work& work, const Shared& s, int
 
 // ---- consumers ----
 
-// Byte `column` of row n where rows of 128 bytes are swizzled.
-DEVICE u32 swizzled(int n, int column) { return n * 128 + ((column / 16 ^ n % 8) * 16) + column % 16; }
-
 DEVICE uint4 load_piece(const char* from) { return *reinterpret_cast<const uint4*>(from); }
 DEVICE void write(u32 to, uint4 x) {
   asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
 }
-
-struct Thread {
-  int group, index, warp, lane, g, t;  // group: first those that score;  index, warp: of the warpgroup
-  DEVICE Thread() {
-    group = uniform(threadIdx.x / 128);
-    index = threadIdx.x % 128;
-    warp = uniform(threadIdx.x / 32) % 4;
-    lane = threadIdx.x % 32;
-    g = lane / 4, t = lane % 4;
-  }
-  DEVICE int half() const { return group - SCORERS; }  // of the channels, which an output's warpgroup adds
-};
-
-DEVICE void group_sync(const Thread& me) { named_barrier_sync(1 + me.group, 128); }
 
 // Whether it holds for any thread of the warpgroup; all of them meet.
 DEVICE bool group_any(const Thread& me, bool holds) {
@@ -164,22 +116,6 @@ DEVICE void announce(const Thread& me, u32 barrier) {
   if (me.lane == 0) barrier_arrive(barrier);
 }
 
-// Where a row of queries lies, and the last token that it sees. All warps but the first take rows in turns, with little
-// code: what runs once waits for its instructions.
-struct Row {
-  bool there;
-  const char *latent, *rope;
-  int last;
-  DEVICE Row(const Params& p, const Work& work, int n) {
-    const int row = work.first_row + n, query = row / p.heads, head = row - query * p.heads;
-    there = row < p.rows;
-    latent = p.q_latent + 2 * (work.batch * p.ql_batch + query * p.ql_token + head * p.ql_head);
-    rope = p.q_rope + 2 * (work.batch * p.qr_batch + query * p.qr_token + head * p.qr_head);
-    last = work.length - p.sq + min(query, p.sq - 1);
-  }
-};
-constexpr int STAGERS = THREADS / 32 - 1;
-
 DEVICE void write_row(u32 base, int n, int last, float factor) {
   write(base + OFFSET_ROWS + 8 * n, 0.0f);
   write(base + OFFSET_ROWS + 8 * n + 4, factor);
@@ -187,11 +123,7 @@ DEVICE void write_row(u32 base, int n, int last, float factor) {
 }
 
 #include "rows_softmax.cuh"
-#if FORMAT == 0
-#include "rows_floats.cuh"
-#else
 #include "rows_codes.cuh"
-#endif
 
 // A warpgroup waits where it issues more than the matrix units have room for, so products of the next tile are issued a
 // few steps at a time.
@@ -231,16 +163,6 @@ DEVICE void score(const Params& p, const Work& work, const Shared& s, const Thre
 }
 
 // ---- outputs ----
-
-// Rows of this half of a tile that hold nothing become zeros: NaN times a weight of 0 would be NaN.
-DEVICE void clear_hidden(const Work& work, const Thread& me, u32 half, int position) {
-  const int row = me.index / 2, token = position + row;
-  if (token < work.low || token >= work.length)
-    for (int c = 0; c < HALF_CHUNKS; c++)
-      for (int i = 0; i < 4; i++) write_zeros(half + c * CHUNK + row * 128 + me.index % 2 * 64 + i * 16);
-  async_proxy_fence();
-  group_sync(me);
-}
 
 DEVICE void output(const Params& p, const Work& work, const Shared& s, const Thread& me) {
   Outputs outputs;

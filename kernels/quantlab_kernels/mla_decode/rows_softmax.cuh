@@ -5,24 +5,24 @@
 // Zeros lie in shared memory. Where two warpgroups take tiles in turns they vote in order of tiles, and each brings its
 // sums up to date with what the other has raised.
 
-constexpr float LOG2_WEIGHT = FORMAT == 0 ? 8.0f : 7.0f, LAZY = FORMAT == 0 ? 6.0f : 1.75f;
-constexpr float WEIGHT = FORMAT == 0 ? 256.0f : 128.0f;  // of a token at the reference
+constexpr float LOG2_WEIGHT = 7.0f, LAZY = 1.75f;
+constexpr float WEIGHT = 128.0f;  // of a token at the reference
 constexpr float HIGHEST = LOG2_WEIGHT + LAZY;
 
 // A thread's tokens of a tile: 16 warp + g and 8 below.
 struct Tokens {
-  float scale[2] = {1.0f, 1.0f}, next[2];
+  float scale[2], next[2];
   DEVICE Tokens(const Params& p, const Work& work, const Thread& me) { prefetch(p, work, me, me.group); }
   // Scales of another tile, on their way.
   DEVICE void prefetch(const Params& p, const Work& work, const Thread& me, int tile) {
 #pragma unroll
-    for (int r = 0; FORMAT != 0 && r < 2; r++) {
+    for (int r = 0; r < 2; r++) {
       const int token = work.begin + tile * TILE + 16 * me.warp + me.g + 8 * r;
       next[r] = token < work.low || token >= work.end ? 1.0f : load(p, work, token);
     }
   }
   DEVICE void advance() {
-    if (FORMAT != 0) scale[0] = next[0], scale[1] = next[1];
+    scale[0] = next[0], scale[1] = next[1];
   }
 
  private:
@@ -44,8 +44,8 @@ struct Softmax {
   DEVICE void raise(float (&x)[32], const Tokens& tokens, const Work& work, const Shared& s, const Thread& me, int sq,
                     int tile) {
     if (SCORERS == 2 && tile > 0) named_barrier_sync(8 + tile % 2, 256);
-    float added[2] = {0.0f, 0.0f}, top = -INFINITE;
-    if (FORMAT != 0) added[0] = log2_(tokens.scale[0]), added[1] = log2_(tokens.scale[1]);
+    const float added[2] = {log2_(tokens.scale[0]), log2_(tokens.scale[1])};
+    float top = -INFINITE;
 #pragma unroll
     for (int j = 0; j < 8; j++) {
       const float4 row = read<float4>(s.base + OFFSET_ROWS + (8 * j + 2 * me.t) * 8);

@@ -152,11 +152,13 @@ def parts(pairs: int, tokens: int, processors: int) -> int:
 
 @dataclass(frozen=True)
 class Grid:
-    """rows of a CTA's tile, and its threads; channels of queries that are read at a time: `pieces`."""
+    """rows of a CTA's tile, and its threads; channels of queries that are read at a time: `pieces`; CTAs of
+    neighbouring tiles that work together: `cluster`."""
 
     rows: int
     threads: int
     pieces: int = 8
+    cluster: int = 1
 
 
 def run(
@@ -189,7 +191,7 @@ def run(
     ))  # fmt: skip
     params += bytes(-len(params) % 64)
     device = q_latent.get_device()
-    shape = driver.Launch(p.batch * tiles * count, grid.threads, 1, SHARED, early=True)
+    shape = driver.Launch(p.batch * tiles * count, grid.threads, grid.cluster, SHARED, early=True)
     attend.launch(shape, params, device)
     if count > 1:
         lanes = p.rank // 4 if count < MANY_PARTS else 32

@@ -1,4 +1,4 @@
-"""Hopper backend for many rows (heads times queries): `rows.cu`, compiled at run time by NVRTC."""
+"""Hopper backend for many rows (heads times queries): `floats.cu` for latents in 16 bits, `rows.cu` for codes."""
 
 from __future__ import annotations
 
@@ -27,11 +27,13 @@ _FORMATS = {"float": 0, "e4m3": 1, "int4": 3}
 
 @dataclass(frozen=True)
 class Config:
-    """halves of tiles of latents in the ring, and position parts: `ropes`; warpgroups that score: `scorers`."""
+    """halves of tiles of latents in the ring, and position parts: `ropes`; warpgroups that score: `scorers`; CTAs that
+    bring tiles to each other: `cluster`."""
 
     halves: int
     ropes: int = 2
     scorers: int = 1
+    cluster: int = 1
 
     @property
     def threads(self) -> int:
@@ -55,8 +57,11 @@ def able(problem: Problem) -> str | None:
 
 @functools.cache
 def config(problem: Problem) -> Config:
-    """As much in the ring as shared memory holds."""
-    return {"float": Config(4, scorers=2), "e4m3": Config(8), "int4": Config(12, ropes=6)}[problem.code]
+    """As much in the ring as shared memory holds; CTAs in pairs where a sequence has an even number of row tiles."""
+    tiles = -(-problem.heads * problem.sq // ROWS)
+    return {
+        "float": Config(6, cluster=1 if tiles % 2 else 2), "e4m3": Config(8), "int4": Config(12, ropes=6),
+    }[problem.code]  # fmt: skip
 
 
 def source(config: Config, problem: Problem) -> nvrtc.Source:
@@ -65,13 +70,14 @@ def source(config: Config, problem: Problem) -> nvrtc.Source:
     macros = {
         "L": p.rank, "FORMAT": _FORMATS[p.code], "KEPT": sm90.FLOATS[p.kept], "QUERY": sm90.FLOATS[p.dtype], "N": ROWS,
         "PAGED": int(p.page > 0), "BOX": math.gcd(p.page, sm90.TILE), "SHARED": sm90.SHARED, "HALVES": c.halves,
-        "ROPES": c.ropes, "SCORERS": c.scorers,
+        "ROPES": c.ropes, "SCORERS": c.scorers, "CLUSTER": c.cluster,
     }  # fmt: skip
     kept = "bf16" if p.kept == torch.bfloat16 else "f16"
     if p.code == "float":
         wgmma = [
-            wgmma_variant("wgmma_scores", ROWS, "f32", kept, kept, registers=False),
-            wgmma_variant("wgmma_outputs", p.rank // 4, "f32", kept, kept, registers=False, turned_b=True),
+            wgmma_variant("wgmma_scores", ROWS, "f32", kept, kept, registers=True),
+            wgmma_variant("wgmma_rest", ROWS, "f32", kept, kept, registers=False),
+            wgmma_variant("wgmma_outputs", p.rank // 2, "f32", kept, kept, registers=False, turned_b=True),
         ]
     else:
         scores = ("s32", "s8", "s8") if p.code == "int4" else ("f32", "e4m3", "e4m3")
@@ -82,11 +88,11 @@ def source(config: Config, problem: Problem) -> nvrtc.Source:
             wgmma_variant("wgmma_outputs", ROWS, "f32", "e4m3", "e4m3", registers=True),
         ]
     headers = {name: (_FOLDER.parent / "common" / name).read_text() for name in ("sm90.cuh", "attention.cuh")}
-    rows = ("softmax", "floats", "codes", "e4m3", "int4")
-    own = ("work.cuh", *(f"rows_{name}.cuh" for name in rows), "merge.cuh")
+    own = ("work.cuh", "tiles.cuh", "rows_softmax.cuh", "rows_codes.cuh", "rows_e4m3.cuh", "rows_int4.cuh", "merge.cuh")
     headers |= {name: (_FOLDER / name).read_text() for name in own}
     headers["wgmma.cuh"] = "".join(wgmma)
-    return nvrtc.Source("mla_decode_rows", (_FOLDER / "rows.cu").read_text(), headers, macros)
+    name = "floats" if p.code == "float" else "rows"
+    return nvrtc.Source(f"mla_decode_{name}", (_FOLDER / f"{name}.cu").read_text(), headers, macros)
 
 
 @functools.cache
@@ -102,5 +108,5 @@ def launch(
 ) -> None:  # fmt: skip
     """As `sm90.launch`."""
     c = chosen or config(problem)
-    pair, grid = kernels(c, sm90.compiled_for(problem)), sm90.Grid(ROWS, c.threads)
+    pair, grid = kernels(c, sm90.compiled_for(problem)), sm90.Grid(ROWS, c.threads, cluster=c.cluster)
     sm90.run(pair, grid, problem, q_latent, q_rope, cache, length, start, table, scale, out, lse)
