@@ -131,7 +131,7 @@ class Fp8Experts(Experts):
         more = gate.out_features // self.intermediate_dim
         for name in ("gate_up_proj", "down_proj"):
             for parameter in (getattr(self, name), getattr(self, name + self.suffix)):
-                parameter.data = _lengthened(parameter.data, more)
+                parameter.data = lengthened(parameter.data, more)
         self.num_experts, self.shared = self.own + more, (gate, up, down)
         self.finish_loading()
         return more
@@ -176,11 +176,11 @@ class Fp8Experts(Experts):
         for name, parameter in self._parameters.items() if self.shared else ():
             given = state_dict.get(prefix + name)
             if parameter is not None and given is not None and len(given) == self.own:
-                state_dict[prefix + name] = _lengthened(given, self.num_experts - self.own)
+                state_dict[prefix + name] = lengthened(given, self.num_experts - self.own)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
-def _lengthened(x: Tensor, more: int) -> Tensor:
+def lengthened(x: Tensor, more: int) -> Tensor:
     """A copy with so many further rows."""
     longer = x.new_empty((len(x) + more, *x.shape[1:]))
     _copy(longer[: len(x)], x)

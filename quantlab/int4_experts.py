@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantlab.experts import Experts
+from quantlab.experts import Experts, lengthened
 from quantlab.int4_linear import Int4Fp8Linear, Int4Linear
 from quantlab_kernels import gemm_int4_grouped, moe_dispatch
 from quantlab_kernels.common.gemm import as_group_scale
@@ -28,9 +28,13 @@ class Int4Experts(Experts):
     """
 
     linear: type[Int4Linear] = Int4Linear
+    suffix = "_scale"
+    own: int  # experts that the checkpoint has here
+    shared: tuple[Int4Linear, ...]  # gate, up and down of a layer that follows them as further experts
 
     def __init__(self, original: Any, *, scale_name: str, scale_dtype: torch.dtype = torch.bfloat16) -> None:
         super().__init__(original)
+        self.own, self.shared = self.num_experts, ()
         hidden, inner = self.hidden_dim, self.intermediate_dim
         self.rows = {self.first: self.first_rows, "down_proj": hidden}
         for name, columns in ((self.first, hidden), ("down_proj", inner)):
@@ -42,9 +46,33 @@ class Int4Experts(Experts):
             self.register_parameter(name + "_scale", nn.Parameter(scale, requires_grad=False))
             self.register_buffer(name + "_shape", shape)
 
+    def append(self, gate: Int4Linear, up: Int4Linear, down: Int4Linear) -> int:
+        """As `Fp8Experts.append`."""
+        more = gate.out_features // self.intermediate_dim
+        for name in self.rows:
+            packed, scale = getattr(self, name + "_packed"), getattr(self, name + "_scale")
+            packed.data, scale.data = lengthened(self.words(name), more), lengthened(scale.data, more)
+        self.num_experts, self.shared = self.own + more, (gate, up, down)
+        self.finish_loading()
+        return more
+
+    def _copy_shared(self) -> None:
+        """Words of `packing.pack_int4`, and scales, of the shared layers behind those of the experts."""
+        for name in self.rows:
+            getattr(self, name + "_packed").data = self.words(name)
+        gate, up, down = self.shared
+        more, inner = self.num_experts - self.own, self.intermediate_dim
+        for kind, stored in (("_packed", _words), ("_scale", _scale)):
+            both, last = (getattr(self, name + kind).data[self.own :] for name in self.rows)
+            for first, layer in ((0, gate), (inner, up)):
+                both[:, first : first + inner] = stored(layer).unflatten(0, (more, inner))
+            last.copy_(stored(down).unflatten(1, (more, -1)).transpose(0, 1))
+
     def finish_loading(self) -> None:
         """Bring words and scales into the layout of the device's kernels, all experts as one tall weight; words only
         where each expert fills whole tiles."""
+        if self.shared:
+            self._copy_shared()
         for name, rows in self.rows.items():
             words, scale = getattr(self, name + "_packed"), getattr(self, name + "_scale")
             if words.is_meta:
@@ -89,13 +117,25 @@ class Int4Experts(Experts):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name in self.rows:
-            destination[f"{prefix}{name}_packed"] = self.words(name)
-            destination[f"{prefix}{name}_scale"] = getattr(self, name + "_scale").detach().contiguous()
+            destination[f"{prefix}{name}_packed"] = self.words(name)[: self.own]
+            destination[f"{prefix}{name}_scale"] = getattr(self, name + "_scale").detach()[: self.own].contiguous()
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
         for name in self.rows:
             getattr(self, name + "_packed").data = self.words(name)
-        super()._load_from_state_dict(*args, **kwargs)
+            for key in (f"{prefix}{name}_packed", f"{prefix}{name}_scale") if self.shared else ():
+                if key in state_dict and len(state_dict[key]) == self.own:
+                    state_dict[key] = lengthened(state_dict[key], self.num_experts - self.own)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def _words(layer: Int4Linear) -> Tensor:
+    words = layer.weight_packed.data
+    return words if words.dim() == 2 else unrepack_int4(words, layer.out_features)
+
+
+def _scale(layer: Int4Linear) -> Tensor:
+    return layer.get_parameter(layer.scale_name).data
 
 
 class Int4Fp8Experts(Int4Experts):

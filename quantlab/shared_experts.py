@@ -2,8 +2,8 @@
 
 A block computes ``experts(x, ...) + shared_experts(x)``, the second by two products of its own that a few tokens wait
 for. Where both are of one format, and the shared layer is as wide as one or several experts, the grouped product does
-it too: its codes are copied behind the experts' (`Fp8Experts.append`), the router (`routing`) adds the choice. The
-block's forward is held against the module's own on random tokens.
+it too: its codes are copied behind the experts' (`Fp8Experts.append`, of INT4 words too where activations are E4M3),
+the router (`routing`) adds the choice. The block's forward is held against the module's own on random tokens.
 """
 
 from __future__ import annotations
@@ -16,8 +16,11 @@ from torch import Tensor, nn
 from quantlab.experts import Fp8Experts
 from quantlab.formulas import alike
 from quantlab.fusion import FusedMlp
-from quantlab.linear import Fp8Linear
+from quantlab.int4_experts import Int4Fp8Experts
+from quantlab.linear import QuantizedLinear
 from quantlab.routing import Route
+
+Layers = tuple[QuantizedLinear, QuantizedLinear, QuantizedLinear]
 
 _TOKENS = 32  # that a block is tried on
 _ALIKE = 0.02  # how far it may be from its own: sums in another order round activations otherwise now and then
@@ -30,12 +33,12 @@ def fuse_shared(model: nn.Module) -> int:
 
 def _fuse(block: Any) -> bool:
     layers = _layers(block)
-    if layers is None or not layers[0].weight.is_cuda:
+    if layers is None or not layers[0].key.is_cuda:
         return False
     return append(block, layers)
 
 
-def append(block: Any, layers: tuple[Fp8Linear, Fp8Linear, Fp8Linear]) -> bool:
+def append(block: Any, layers: Layers) -> bool:
     """Bind the fused forward to a block, if it computes the same."""
     experts, router = block.experts, block.gate
     generator = torch.Generator().manual_seed(0)
@@ -50,12 +53,16 @@ def append(block: Any, layers: tuple[Fp8Linear, Fp8Linear, Fp8Linear]) -> bool:
     return True
 
 
-def _layers(block: Any) -> tuple[Fp8Linear, Fp8Linear, Fp8Linear] | None:
+def _layers(block: Any) -> Layers | None:
     """Gate, up and down of a block's shared experts, where they can be further experts."""
     router: Any = getattr(block, "gate", None)
     experts, shared = (getattr(block, name, None) for name in ("experts", "shared_experts"))
     mlp, route = (None if m is None else vars(m).get("forward") for m in (shared, router))
-    if not isinstance(experts, Fp8Experts) or not isinstance(mlp, FusedMlp) or not isinstance(route, Route):
+    if (
+        not isinstance(experts, (Fp8Experts, Int4Fp8Experts))
+        or not isinstance(mlp, FusedMlp)
+        or not isinstance(route, Route)
+    ):
         return None
     layers: list[Any] = [*mlp.join.layers, mlp.down]
     if "forward" in vars(block) or experts.shared or not experts.swiglu:

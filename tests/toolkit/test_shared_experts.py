@@ -10,6 +10,7 @@ import transformers
 
 import quantlab
 from quantlab import shared_experts
+from quantlab.scheme import Recipe
 from quantlab.shared_experts import FusedBlock
 
 CONFIG = {
@@ -27,7 +28,7 @@ def model_of(tmp_path, scheme: str, shared: int):
     source = transformers.DeepseekV3ForCausalLM(config).to(torch.bfloat16)
     torch.nn.init.normal_(source.model.layers[1].mlp.gate.weight, 0, 0.1)
     source.save_pretrained(tmp_path / "source")
-    quantlab.quantize(tmp_path / "source", scheme, tmp_path / scheme)
+    quantlab.quantize(tmp_path / "source", Recipe(scheme), tmp_path / scheme)
     return quantlab.load(tmp_path / scheme, dtype=torch.bfloat16)
 
 
@@ -35,7 +36,7 @@ def relative(x, y):
     return float((x - y).float().norm() / y.float().norm())
 
 
-@pytest.mark.parametrize("scheme", ["fp8-block", "fp8-dynamic"])
+@pytest.mark.parametrize("scheme", ["fp8-block", "fp8-dynamic", "int4-fp8"])
 @pytest.mark.parametrize("shared", [1, 2])
 @torch.no_grad()
 def test_shared_experts_are_further_experts(tmp_path, scheme: str, shared: int):
@@ -60,9 +61,10 @@ def test_shared_experts_are_further_experts(tmp_path, scheme: str, shared: int):
     assert relative(twin(x.half()), own(x)) < 0.03
 
 
+@pytest.mark.parametrize("scheme", ["fp8-block", "int4-fp8"])
 @torch.no_grad()
-def test_copies_follow_what_is_loaded_and_are_not_saved(tmp_path):
-    model = model_of(tmp_path, "fp8-block", 2)
+def test_copies_follow_what_is_loaded_and_are_not_saved(scheme: str, tmp_path):
+    model = model_of(tmp_path, scheme, 2)
     block = model.model.layers[1].mlp
     assert shared_experts.append(block, shared_experts._layers(block))
     x = torch.randn(1, 5, 128, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
@@ -70,10 +72,7 @@ def test_copies_follow_what_is_loaded_and_are_not_saved(tmp_path):
     model.save_pretrained(tmp_path / "saved")
     again = quantlab.load(tmp_path / "saved", dtype=torch.bfloat16)
     assert relative(again.model.layers[1].mlp(x), expected) < 0.01
-    state = {
-        n: t * 2 if n.endswith("shared_experts.down_proj.weight_scale_inv") else t
-        for n, t in model.state_dict().items()
-    }
+    state = {n: t * 2 if "shared_experts.down_proj.weight_scale" in n else t for n, t in model.state_dict().items()}
     model.load_state_dict(state)
     block.experts.finish_loading()
     again.load_state_dict(state)
@@ -101,7 +100,7 @@ def test_a_block_that_does_more_is_left_alone(tmp_path):
 
 
 @pytest.mark.gpu(sm=80)
-@pytest.mark.parametrize("scheme", ["fp8-block", "fp8-dynamic"])
+@pytest.mark.parametrize("scheme", ["fp8-block", "fp8-dynamic", "int4-fp8"])
 @torch.no_grad()
 def test_on_the_gpu(tmp_path, scheme: str, monkeypatch: pytest.MonkeyPatch):
     model_of(tmp_path, scheme, 2)
