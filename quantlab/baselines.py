@@ -21,10 +21,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from quantlab.checkpoint import Source
 from quantlab.lazy import LazyModel
 from quantlab.output import hash_file
 from quantlab.scoring import Logits, base_of, head_of
+from quantlab.source import Source
 from quantlab_calib.capture import load_when_called
 from quantlab_kernels.common.cache import cache_folder
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from quantlab import sequential
 from quantlab.architecture import load_targets
-from quantlab.checkpoint import ACTIVATION_SCALES, Source, Stored
+from quantlab.checkpoint import ACTIVATION_SCALES, Stored
 from quantlab.errors import PreflightError, UsageError
 from quantlab.kinds import context_length
 from quantlab.lazy import LazyModel
@@ -33,6 +33,7 @@ from quantlab.preflight import Plan
 from quantlab.scheme import STEPS, Calibration
 from quantlab.sequential import Rounded
 from quantlab.shards import TensorSlot, layout
+from quantlab.source import Source
 from quantlab_calib import data
 from quantlab_calib.blockwise import Steps
 from quantlab_calib.capture import Captured, CaptureError, capture, find_blocks

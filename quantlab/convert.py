@@ -22,16 +22,16 @@ from quantlab.checkpoint import (
     SHAPE,
     STACK_SCALE,
     SUMMARY,
-    Source,
     Stored,
     module_of,
 )
 from quantlab.errors import UsageError, VerificationError
 from quantlab.jobs import Copy, Dequantize, Job, Replace, Widen
 from quantlab.loaders import View, broken_rules, not_written_yet
-from quantlab.output import Output, check_outside, check_space, check_writable, fingerprint, output_folder
+from quantlab.output import Output, check_outside, check_space, check_writable, fingerprint, output_folder, to_json
 from quantlab.preflight import known_architecture
 from quantlab.scheme import SCHEMES, Recipe, did_you_mean
+from quantlab.source import Source
 from quantlab.summary import Summary
 from quantlab.verify import verify_weights
 from quantlab_kernels.formats import INT4
@@ -86,7 +86,7 @@ def convert(
     with Output.open(destination, fingerprint(source, [to, len(scales)]), overwrite=overwrite) as out:
         resumed = out.finished_shards
         stages = stream.run(jobs, source.reader, out, device=where, workers=workers, progress=progress)
-        checkpoint.write_side_files(out, source, target)
+        out.write_side_files(source, target)
         if target and (source.folder / ACTIVATION_SCALES).is_file():
             out.copy_file(source.folder / ACTIVATION_SCALES, ACTIVATION_SCALES)
         if recipe is not None:
@@ -109,7 +109,7 @@ def convert(
             resumed=resumed,
             warnings=tuple(_left_behind(stored, target, known, fits)),
         )
-        out.write_text(SUMMARY, checkpoint.to_json(summary.to_dict()))
+        out.write_text(SUMMARY, to_json(summary.to_dict()))
         out.publish()
     return summary
 

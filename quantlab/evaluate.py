@@ -25,7 +25,7 @@ from torch import Tensor
 
 from quantlab import baselines, generation, hf, lm_tasks
 from quantlab.baselines import Baseline
-from quantlab.checkpoint import OURS, Source, config_of_quantization
+from quantlab.checkpoint import OURS, config_of_quantization
 from quantlab.errors import UsageError, VerificationError
 from quantlab.kinds import context_length
 from quantlab.output import check_file, write_file
@@ -42,6 +42,7 @@ from quantlab.scoring import (
     open_predictor,
     score_window,
 )
+from quantlab.source import Source
 from quantlab.stream import pick_device
 from quantlab.summary import Shown, Table, peak_bytes
 from quantlab_calib import data

@@ -24,11 +24,12 @@ from torch import Tensor
 
 from quantlab import kinds
 from quantlab.architecture import counterpart, meta_model
-from quantlab.checkpoint import KEY_STATISTICS, KV_SCALES, Source, module_of
+from quantlab.checkpoint import KEY_STATISTICS, KV_SCALES, module_of
 from quantlab.errors import PreflightError, UsageError
 from quantlab.jobs import Replace
 from quantlab.output import Output
 from quantlab.shards import TensorInfo, TensorSlot, layout
+from quantlab.source import Source
 from quantlab_calib import data, rope
 from quantlab_calib.capture import CaptureError
 from quantlab_kernels.formats import E4M3

@@ -17,13 +17,14 @@ from torch import Tensor, nn
 
 from quantlab import fused_experts
 from quantlab.architecture import load_targets
-from quantlab.checkpoint import WEIGHT, Source, Stored
+from quantlab.checkpoint import WEIGHT, Stored
 from quantlab.errors import PreflightError, UsageError
 from quantlab.kinds import common_name, context_length, position
 from quantlab.kv_errors import CacheErrors
 from quantlab.lazy import LazyModel
 from quantlab.loaders import View
 from quantlab.shards import TensorInfo
+from quantlab.source import Source
 from quantlab_calib import data
 from quantlab_calib.capture import Captured, CaptureError, capture, find_blocks
 from quantlab_calib.observers import ChannelStatistics, InputObserver, Ratio

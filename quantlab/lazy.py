@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from quantlab.architecture import load_targets, meta_model
-from quantlab.checkpoint import Source
 from quantlab.errors import PreflightError
+from quantlab.source import Source
 
 READERS = 8  # threads: one alone does not keep a disk busy
 

@@ -20,13 +20,13 @@ from quantlab.checkpoint import (
     SHAPE,
     STACK_SCALE,
     WEIGHT,
-    Source,
     Stored,
     config_of_quantization,
     module_of,
 )
 from quantlab.fused_experts import flat
 from quantlab.shards import TAGS, TensorInfo, TensorSlot
+from quantlab.source import Source
 
 if TYPE_CHECKING:
     from quantlab.architecture import Architecture

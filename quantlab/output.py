@@ -23,10 +23,11 @@ from typing import Any
 
 from torch import Tensor
 
-from quantlab.checkpoint import MANIFEST, OURS, Source
+from quantlab.checkpoint import CONFIG, MANIFEST, OURS, QUANTIZATION_KEYS, Stored, quantization_config
 from quantlab.errors import PreflightError, QuantlabError, UsageError
 from quantlab.locate import require_name
 from quantlab.shards import ShardLayout
+from quantlab.source import Source
 
 JOURNAL = f"{OURS}/journal.jsonl"
 HASH_CHUNK = 1 << 22
@@ -87,6 +88,10 @@ def check_space(folder: Path, needed: int) -> None:
             f"{folder}: needs {(needed + SPARE_BYTES) / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free; "
             "free space or choose another place with -o"
         )
+
+
+def to_json(data: Any) -> str:
+    return json.dumps(data, indent=2, ensure_ascii=False) + "\n"
 
 
 def check_file(path: Path) -> None:
@@ -221,6 +226,15 @@ class Output:
         with path.open("rb+") as file:
             _sync(file.fileno())
         return self._record(path)
+
+    def write_side_files(self, source: Source, stored: Stored | None) -> None:
+        """config.json with the new quantization (None: without one), and all other files byte for byte."""
+        for path in source.side_files:
+            self.copy_file(source.folder / path, path.as_posix())
+        config = {key: value for key, value in source.config.items() if key not in QUANTIZATION_KEYS}
+        if stored is not None:
+            config["quantization_config"] = quantization_config(stored)
+        self.write_text(CONFIG, to_json(config))
 
     def _record(self, path: Path) -> FileRecord:
         name = path.relative_to(self.partial).as_posix()

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quantlab import checkpoint, preflight
-from quantlab.checkpoint import Source
 from quantlab.errors import PreflightError, UsageError, VerificationError
-from quantlab.output import Output, check_outside, check_space, check_writable, fingerprint, output_folder
+from quantlab.output import Output, check_outside, check_space, check_writable, fingerprint, output_folder, to_json
 from quantlab.preflight import Plan
 from quantlab.scheme import Recipe
+from quantlab.source import Source
 from quantlab.summary import Summary
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def quantize(
             replacements=found.replacements if found else None,
             added=measured.scales,
         )
-        checkpoint.write_side_files(out, made.source, replace(made.stored, kv=bool(measured.scales)))
+        out.write_side_files(made.source, replace(made.stored, kv=bool(measured.scales)))
         out.write_text(checkpoint.RECIPE, recipe.to_toml())
         if found:
             found.save(out)
@@ -113,7 +113,7 @@ def quantize(
             warnings=(*made.warnings, *unseen, *measured.warnings),
             calibration=(found.summary() if found else {}) | measured.summary(),
         )
-        out.write_text(checkpoint.SUMMARY, checkpoint.to_json(summary.to_dict()))
+        out.write_text(checkpoint.SUMMARY, to_json(summary.to_dict()))
         out.publish()
     return summary
 

@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any
 from quantlab import fused_experts, kinds, remarks
 from quantlab.checkpoint import (
     WEIGHT,
-    Source,
     Stored,
     config_of_quantization,
     describe_quantization,
@@ -35,6 +34,7 @@ from quantlab.loaders import STACKED, SkipList, View, broken_rules
 from quantlab.parallel import largest_tensor_parallel
 from quantlab.scheme import Recipe, Rule, Scheme, scheme_named
 from quantlab.shards import TensorInfo, TensorSlot
+from quantlab.source import Source
 from quantlab.summary import Shown, Table, size, sizes
 
 if TYPE_CHECKING:

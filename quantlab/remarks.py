@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from quantlab import kinds
-from quantlab.checkpoint import WEIGHT, Source
+from quantlab.checkpoint import WEIGHT
 from quantlab.scheme import Recipe
+from quantlab.source import Source
 
 if TYPE_CHECKING:
     from quantlab.architecture import Architecture

@@ -18,16 +18,17 @@ from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
 
-from quantlab import checkpoint, plots
-from quantlab.checkpoint import OURS, RECIPE, SUMMARY, Source
+from quantlab import plots
+from quantlab.checkpoint import OURS, RECIPE, SUMMARY
 from quantlab.errors import PreflightError, UsageError
 from quantlab.generation import agreement, write
 from quantlab.kinds import position
 from quantlab.layer_errors import Observed, Pair, observe, weight_errors
-from quantlab.output import check_file, write_file
+from quantlab.output import check_file, to_json, write_file
 from quantlab.plots import Plot
 from quantlab.scheme import Recipe
 from quantlab.sequential import CHANGED
+from quantlab.source import Source
 
 Progress = Callable[[str, int, int], None]
 EVALUATION = f"{OURS}/eval.json"
@@ -124,7 +125,7 @@ def report(
     images = {target.with_name(f"{target.stem}-{plot.name}.png"): plot for plot in drawn} if png else {}
     beside = target.with_suffix(".json")
     write_file(target, render(made, drawn))
-    write_file(beside, checkpoint.to_json(made.to_dict()))
+    write_file(beside, to_json(made.to_dict()))
     for path, plot in images.items():
         write_file(path, plot.png())
     return Written(target, beside, tuple(images), tuple(made.missing))

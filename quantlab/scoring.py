@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from quantlab.architecture import meta_model
-from quantlab.checkpoint import Source
 from quantlab.errors import UsageError, VerificationError, one_line
+from quantlab.source import Source
 from quantlab_calib.capture import forward_replaced
 
 SLICE_ELEMENTS = 1 << 24  # of logits at a time: 64 MB in float32

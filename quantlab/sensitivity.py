@@ -23,15 +23,16 @@ from torch import Tensor
 
 from quantlab import hf, plots, preflight
 from quantlab.baselines import digest
-from quantlab.checkpoint import Source, config_of_quantization, to_json
+from quantlab.checkpoint import config_of_quantization
 from quantlab.errors import PreflightError, UsageError
 from quantlab.kinds import context_length, position
-from quantlab.output import check_file, fingerprint, write_file
+from quantlab.output import check_file, fingerprint, to_json, write_file
 from quantlab.plots import Plot
 from quantlab.preflight import Plan
 from quantlab.scheme import SCHEMES, Recipe, did_you_mean
 from quantlab.scoring import Estimate, estimate, head_of, hidden_states, open_predictor, score_window
 from quantlab.simulate import Unit, addresses, perturbing, quantizing, units_of
+from quantlab.source import Source
 from quantlab.summary import Shown, Table
 from quantlab_calib import data
 

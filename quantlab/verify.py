@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 
 from quantlab import keys
-from quantlab.checkpoint import KEY_STATISTICS, MANIFEST, Source
+from quantlab.checkpoint import KEY_STATISTICS, MANIFEST
 from quantlab.errors import PreflightError, VerificationError
 from quantlab.kinds import FLOATS
 from quantlab.loaders import RULES, View
 from quantlab.locate import require_name
 from quantlab.output import hash_file
 from quantlab.preflight import known_architecture
+from quantlab.source import Source
 from quantlab.summary import Shown, Table
 
 NAN_CODE = 0x7F  # the one magnitude of E4M3 that is no number

@@ -12,12 +12,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from quantlab import calibrated
-from quantlab.checkpoint import ACTIVATION_SCALES, Source
+from quantlab.checkpoint import ACTIVATION_SCALES
 from quantlab.errors import PreflightError, UsageError
 from quantlab.lazy import LazyModel
 from quantlab.pipeline import quantize
 from quantlab.preflight import plan
 from quantlab.scheme import Calibration, Recipe
+from quantlab.source import Source
 from quantlab_calib.capture import capture
 
 CPU = torch.device("cpu")

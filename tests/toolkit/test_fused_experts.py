@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import quantlab
 from quantlab import hf
-from quantlab.checkpoint import Source, Stored
+from quantlab.checkpoint import Stored
 from quantlab.convert import convert
 from quantlab.errors import PreflightError, UsageError
 from quantlab.experts import Fp8BlockExperts, Fp8RowExperts
@@ -27,6 +27,7 @@ from quantlab.pipeline import plan, quantize
 from quantlab.scaled_inputs import ScaledInputs
 from quantlab.scheme import SCHEMES, Recipe, Rule
 from quantlab.shards import TensorInfo
+from quantlab.source import Source
 from quantlab.verify import verify
 from quantlab_kernels.qtensor import QuantizedTensor
 

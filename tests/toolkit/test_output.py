@@ -255,7 +255,7 @@ def test_an_unexpected_error_keeps_what_was_done(
     raw_checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = raw_checkpoint()
-    monkeypatch.setattr("quantlab.checkpoint.write_side_files", lambda *_: torch.zeros(2) @ torch.zeros(3))
+    monkeypatch.setattr(Output, "write_side_files", lambda *_: torch.zeros(2) @ torch.zeros(3))
     with pytest.raises(RuntimeError):
         run(source, tmp_path / "out")
     monkeypatch.undo()

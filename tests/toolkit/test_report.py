@@ -15,7 +15,6 @@ import pytest
 import torch
 
 from quantlab import layer_errors, plots
-from quantlab.checkpoint import Source
 from quantlab.errors import PreflightError, UsageError
 from quantlab.generation import agreement
 from quantlab.kinds import position
@@ -23,6 +22,7 @@ from quantlab.layer_errors import Pair, observe, weight_errors
 from quantlab.pipeline import quantize
 from quantlab.report import report
 from quantlab.scheme import SCHEMES, Calibration, Recipe
+from quantlab.source import Source
 from quantlab_kernels.qtensor import quantize as quantize_tensor
 
 pytest.importorskip("matplotlib")

@@ -17,13 +17,13 @@ from transformers import Wav2Vec2Config, Wav2Vec2ForCTC
 from typer.testing import CliRunner
 
 import quantlab
-from quantlab.checkpoint import Source
 from quantlab.cli import app
 from quantlab.convert import convert
 from quantlab.errors import PreflightError, UsageError, VerificationError
 from quantlab.output import write_file
 from quantlab.scheme import Calibration
 from quantlab.sensitivity import sensitivity
+from quantlab.source import Source
 from quantlab.summary import sizes
 from quantlab_calib.data import DataError, documents, load_tokenizer
 
