@@ -42,6 +42,7 @@ def test_after_a_forward_and_generation(name, kv, quantized):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("name", "kv"), [("deepseek_v2", "fp8"), ("qwen3_moe", "fp8")])
-def test_on_a_gpu_too(name, kv, quantized):
-    check(quantlab.load(quantized(name, "fp8-block").folder, kv=kv, device_map="cuda"), TOKENS.cuda())
+def test_on_a_gpu_too(quantized):
+    """Where shared experts run among the routed ones, and norms, routers and queries have forwards of their own."""
+    model = quantlab.load(quantized("deepseek_v2", "fp8-block").folder, kv="fp8", device_map="cuda")
+    check(model, TOKENS.cuda())
