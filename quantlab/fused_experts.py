@@ -1,9 +1,9 @@
 """Experts that a checkpoint holds fused in one 3-D tensor, seen as the matrices they are.
 
 Most formats store one quantized matrix per expert, `...experts.7.up_proj`. Rows of one expert lie together in the file,
-so the matrices are views of the source; nothing is copied to take a tensor apart. Where readers know an architecture's
-experts in one tensor only, they stay a `Stack`: codes as the weights lie, and beside them `<name>_scale_inv`, as
-published FP8 checkpoints have it.
+so the matrices are views of the source; where they lie by columns they are turned when they are read. Where readers
+know an architecture's experts in one tensor only, they stay a `Stack`: codes as the weights lie, and beside them
+`<name>_scale_inv`, as published FP8 checkpoints have it.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def matrices(info: TensorInfo, tensors: Mapping[str, TensorInfo]) -> tuple[tuple
     experts, _, leaf = info.name.removesuffix(WEIGHT).rpartition(".")
     suffix = WEIGHT if info.name.endswith(WEIGHT) else ""
     gate_up, down = (tensors.get(f"{experts}.{name}{suffix}") for name in (GATE_UP, DOWN))
-    if info not in (gate_up, down) or gate_up is None or down is None or len(info.shape) != 3:
+    if info not in (gate_up, down) or gate_up is None or down is None or {len(gate_up.shape), len(down.shape)} != {3}:
         return ()
     count, rows, columns = gate_up.shape
     turned = down.shape == (count, columns // 2, rows)

@@ -263,6 +263,7 @@ def test_shapes_tell_how_experts_lie():
     assert parts["m.experts.1.up_proj"].shape == (128, 64)
     assert parts["m.experts.1.down_proj"].shape == (64, 128)
     assert matrices(gate_up, {**tensors, "m.experts.down_proj": info("m.experts.down_proj", 2, 96, 64)}) == ()
+    assert matrices(gate_up, {**tensors, "m.experts.down_proj": info("m.experts.down_proj", 96, 64)}) == ()
     assert stack(gate_up, (2, 256, 64)).transposed
     assert not stack(gate_up, (2, 64, 256)).transposed
     assert stack(gate_up, (2, 64, 512)) is None
