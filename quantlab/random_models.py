@@ -42,6 +42,7 @@ class Mixture:
     config: dict[str, Any]
 
 
+LAYERS_PER_SHARD = 4
 _LATENT = {"qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128, "head_dim": 64, "q_lora_rank": None}
 SHAPES: dict[str, Shape | Mixture] = {
     "llama-3.1-8b": Shape(4096, 14336, 32, 32, 8, 128256),
@@ -124,33 +125,31 @@ def without_data(scheme: str) -> Recipe:
     return Recipe(scheme)
 
 
-def make_checkpoint(shape: Shape | Mixture, folder: Path, *, device: str, seed: int = 0) -> int:
+def make_checkpoint(shape: Shape | Mixture, folder: Path, *, device: str) -> int:
     """Write a bf16 checkpoint of N(0, 0.02) weights; returns its bytes."""
-    return (
-        _make_mixture(shape, folder, device, seed) if isinstance(shape, Mixture) else _make(shape, folder, device, seed)
-    )
+    return _make_mixture(shape, folder, device) if isinstance(shape, Mixture) else _make(shape, folder, device)
 
 
-def _make_mixture(shape: Mixture, folder: Path, device: str, seed: int) -> int:
+def _make_mixture(shape: Mixture, folder: Path, device: str) -> int:
     """As transformers makes and writes it, all of it in the device's memory."""
     import torch
     import transformers
 
     config = getattr(transformers, f"{shape.architecture}Config")(**shape.config)
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     with torch.device(device):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(folder)
     return sum(parameter.nbytes for parameter in model.parameters())
 
 
-def _make(shape: Shape, folder: Path, device: str, seed: int) -> int:
-    """A shard per four layers, one at a time."""
+def _make(shape: Shape, folder: Path, device: str) -> int:
+    """A shard per LAYERS_PER_SHARD layers, one at a time."""
     import torch
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True)
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(0)
     weight_map: dict[str, str] = {}
     total = 0
     for shard, names in enumerate(_shards(shape)):
@@ -179,13 +178,13 @@ def _make(shape: Shape, folder: Path, device: str, seed: int) -> int:
     return total
 
 
-def _shards(shape: Shape, layers_per_shard: int = 4) -> Iterator[list[tuple[str, tuple[int, ...]]]]:
+def _shards(shape: Shape) -> Iterator[list[tuple[str, tuple[int, ...]]]]:
     hidden, mlp = shape.hidden_size, shape.intermediate_size
     kv = hidden // shape.num_attention_heads * shape.num_key_value_heads
     yield [("model.embed_tokens.weight", (shape.vocab_size, hidden))]
-    for first in range(0, shape.num_hidden_layers, layers_per_shard):
+    for first in range(0, shape.num_hidden_layers, LAYERS_PER_SHARD):
         names: list[tuple[str, tuple[int, ...]]] = []
-        for layer in range(first, min(first + layers_per_shard, shape.num_hidden_layers)):
+        for layer in range(first, min(first + LAYERS_PER_SHARD, shape.num_hidden_layers)):
             prefix = f"model.layers.{layer}"
             names += [
                 (f"{prefix}.input_layernorm.weight", (hidden,)),

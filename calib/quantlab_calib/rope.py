@@ -49,15 +49,14 @@ def horizon_of(config: Any) -> int:
 
 
 @torch.no_grad()
-def key_statistics(model: Any, tokens: Tensor, horizon: int | None = None) -> Statistics:
+def key_statistics(model: Any, tokens: Tensor) -> Statistics:
     """Statistics of the layers of a model.
 
-    tokens   [pieces, length] int64, pieces of text; they are spread evenly over the places 0 .. horizon - 1
-    horizon  by default `horizon_of` the model
+    tokens  [pieces, length] int64, pieces of text; they are spread evenly over the places before `horizon_of` it
 
     Layers that cache no keys are not in the result.
     """
-    recorder, given = _recording(model, tokens, horizon)
+    recorder, given = _recording(model, tokens)
     was_training = model.training
     model.eval()
     model(tokens.to(model.device), **given, logits_to_keep=1)
@@ -81,7 +80,7 @@ def key_statistics_by_block(
 
     Raises CaptureError where the model does not run so.
     """
-    recorder, given = _recording(model, tokens, None, device)
+    recorder, given = _recording(model, tokens, device)
     walk = Walk(model, blocks, device, given)
     hooks = load_when_called(model, blocks, weights)
     hidden: Tensor | None = None
@@ -100,12 +99,10 @@ def key_statistics_by_block(
     return _recorded(recorder)
 
 
-def _recording(
-    model: Any, tokens: Tensor, horizon: int | None, device: torch.device | None = None
-) -> tuple[Cache, dict[str, Any]]:
+def _recording(model: Any, tokens: Tensor, device: torch.device | None = None) -> tuple[Cache, dict[str, Any]]:
     """A cache that takes statistics, and the arguments by which a model runs with it at places all over its context."""
     pieces, length = tokens.shape
-    horizon = horizon or horizon_of(model.config.get_text_config(decoder=True))
+    horizon = horizon_of(model.config.get_text_config(decoder=True))
     first = torch.linspace(0, max(horizon - length, 0), pieces).round().long()
     places = (first[:, None] + torch.arange(length)).to(device or model.device)
     recorder = Cache(layer_class_to_replicate=_Recorder)
