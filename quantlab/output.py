@@ -30,6 +30,7 @@ from quantlab.shards import ShardLayout
 from quantlab.source import Source
 
 JOURNAL = f"{OURS}/journal.jsonl"
+PARTIAL = ".partial"  # what an unfinished output is called besides
 HASH_CHUNK = 1 << 22
 FORMAT_VERSION = 2  # raised whenever the same plan gives other bytes than before
 SPARE_BYTES = 32_000_000  # side files, headers, folders
@@ -55,6 +56,12 @@ def check_writable(folder: Path, *, overwrite: bool = False) -> None:
             raise UsageError(f"{folder}: exists and was not made by quantlab, so it is not overwritten")
     elif folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder}: exists and is a file")
+    if folder.name.endswith(PARTIAL):
+        raise UsageError(f"{folder}: names that end in {PARTIAL} are those of unfinished runs; choose another with -o")
+    if not _is_ours_or_nothing(_partial(folder)):
+        raise UsageError(
+            f"{_partial(folder)}: is in the way and no interrupted run's; move it, or choose another with -o"
+        )
     parent = existing_parent(folder)
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise PreflightError(f"{folder}: {parent} is not writable; choose another place with -o")
@@ -73,9 +80,9 @@ def check_outside(folder: Path, model: Path) -> None:
 def output_folder(model: str | Path, what: str, given: str | Path | None) -> Path:
     """The folder to make: as given, or the model's name and `what` in the current folder."""
     require_name(model)
-    if given is not None:
-        return Path(given).expanduser()
-    return Path(f"{Path(model).expanduser().resolve().name if Path(model).exists() else Path(model).name}-{what}")
+    name = Path(model).expanduser().resolve().name if Path(model).exists() else Path(model).name
+    folder = Path(f"{name}-{what}" if given is None else given).expanduser()
+    return folder.resolve() if folder.is_symlink() else folder  # a folder cannot be renamed to where a link is
 
 
 def check_space(folder: Path, needed: int) -> None:
@@ -132,7 +139,15 @@ def fingerprint(source: Source, what: Any) -> str:
 
 def _partial(folder: Path) -> Path:
     folder = folder.absolute()
-    return folder.with_name(folder.name + ".partial")
+    return folder.with_name(folder.name + PARTIAL)
+
+
+def _is_ours_or_nothing(partial: Path) -> bool:
+    """Whether a run may take this folder: it holds an interrupted run, or no file."""
+    if not partial.is_dir():
+        return not partial.exists()
+    ours = any((partial / name).is_file() for name in (JOURNAL, MANIFEST))  # the latter: almost published
+    return ours or not any(path.is_file() for path in partial.rglob("*"))
 
 
 class Output:
@@ -264,7 +279,7 @@ class Output:
 
 
 def _replaced(folder: Path) -> Path:
-    return folder.absolute().with_name(folder.name + ".replaced")
+    return folder.absolute().with_name(f".{folder.absolute().name}.replaced")
 
 
 def _restore(folder: Path) -> None:

@@ -95,7 +95,7 @@ def test_a_kill_between_the_two_renames_of_an_overwrite(raw_checkpoint: Make, tm
     source, out = raw_checkpoint(), tmp_path / "out"
     run(source, out)
     before = contents(out)
-    out.rename(tmp_path / "out.replaced")
+    out.rename(tmp_path / ".out.replaced")
     run(source, out, overwrite=True)
     assert contents(out) == before
     assert names_in(tmp_path) == {"model", "out"}
@@ -233,6 +233,32 @@ def test_side_files_that_went_away_do_not_come_back(
     assert run(source, out).resumed > 3
     assert not (out / "old.txt").exists()
     assert verify(out).problems == ()
+
+
+def test_what_is_in_the_way_is_not_lost(raw_checkpoint: Make, tmp_path: Path) -> None:
+    source, out = raw_checkpoint(), tmp_path / "out"
+    (tmp_path / "out.partial").mkdir()
+    run(source, out)  # an empty folder is nobody's
+    (tmp_path / "other.partial").mkdir()
+    (tmp_path / "other.partial" / "precious.txt").write_text("mine")
+    (tmp_path / "third.partial").write_text("mine too")
+    for name in ("other", "third"):
+        with pytest.raises(UsageError, match=f"{name}.partial: is in the way and no interrupted run's; move it"):
+            run(source, tmp_path / name)
+    with pytest.raises(UsageError, match=r"names that end in \.partial are those of unfinished runs"):
+        run(source, tmp_path / "new.partial")
+    assert (tmp_path / "other.partial" / "precious.txt").read_text() == "mine"
+    assert (tmp_path / "third.partial").read_text() == "mine too"
+
+
+def test_an_output_behind_a_link(raw_checkpoint: Make, tmp_path: Path) -> None:
+    source = raw_checkpoint()
+    (tmp_path / "empty").mkdir()
+    for name, target in (("link", "empty"), ("dangling", "not there yet")):
+        (tmp_path / name).symlink_to(target)
+        run(source, tmp_path / name)
+        assert (tmp_path / name).is_symlink()
+        assert verify(tmp_path / target).problems == ()
 
 
 def test_a_finished_shard_that_was_damaged_is_made_again(raw_checkpoint: Make, tmp_path: Path) -> None:
