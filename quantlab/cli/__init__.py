@@ -76,3 +76,18 @@ def main() -> None:
         raise
     except BrokenPipeError:
         sys.exit(1)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_lack_of_memory(error):
+            raise
+        said = " ".join(str(error).split())[:150]
+        print(
+            f"quantlab: out of memory; take shorter or fewer pieces of data, or another device ({said})",
+            file=sys.stderr,
+        )
+        sys.exit(1)
+
+
+def _is_lack_of_memory(error: BaseException) -> bool:
+    """Told by names and texts: torch may not be imported yet, and on a CPU has no type for it."""
+    known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return known or any(text in str(error) for text in ("can't allocate memory", "not enough memory"))

@@ -10,8 +10,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
+import torch
 import typer
 from typer.testing import CliRunner
 
@@ -212,3 +214,26 @@ def test_whole_jobs_take_no_options_of_rooms(option: str, capsys, monkeypatch):
     code, text = fails(capsys, monkeypatch, "bench", "generation", option)
     assert code == 2
     assert "are for rooms of kernels, generation is a whole job; leave them out" in text
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.\nGPU 0 has"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        MemoryError(),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_lack_of_memory_is_one_line(error: BaseException, capsys, monkeypatch):
+    monkeypatch.setattr("quantlab.cli.app", mock.Mock(side_effect=error))
+    code, text = fails(capsys, monkeypatch, "plan", "m")
+    assert code == 1
+    assert text.count("\n") == 1
+    assert text.startswith("quantlab: out of memory; take shorter or fewer pieces of data, or another device (")
+
+
+def test_other_errors_of_torch_are_not_hidden(monkeypatch):
+    monkeypatch.setattr("quantlab.cli.app", mock.Mock(side_effect=RuntimeError("a bug")))
+    with pytest.raises(RuntimeError, match="a bug"):
+        main()
