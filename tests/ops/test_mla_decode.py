@@ -128,18 +128,22 @@ def paged(cache: PackedLatent, page: int) -> tuple[PackedLatent, Tensor]:
     return pool, torch.cat((order, junk), 1).to(torch.int32)
 
 
-def check(decode: Callable[..., tuple[Tensor, Tensor]], call: Call, narrow: bool = False) -> None:
+def check(
+    decode: Callable[..., tuple[Tensor, Tensor]], call: Call, narrow: bool = False, narrow_weights: bool | None = None
+) -> None:
     """Every element within its bound of the float64 definition on the same codes, and the log-sum-exp close."""
     out, lse = call.run(decode)
     dense = call.cache if call.table is None else reference.gathered(call.cache, call.table)
     given = call.q_latent, call.q_rope, dense, call.length, call.start, SCALE
     exact, exact_lse, weights = reference.attend(*given)
-    bound = decode_bound(exact, weights, *given, narrow=narrow)
+    rounded = narrow if narrow_weights is None else narrow_weights
+    bound = decode_bound(exact, weights, *given, narrow=narrow, narrow_weights=rounded)
     assert bool(torch.isfinite(out).all())
     assert bool(((out.double() - exact).abs() <= bound).all()), f"{((out.double() - exact).abs() / bound).max()}"
     nothing = torch.isinf(exact_lse)
     assert torch.equal(nothing, torch.isinf(lse))
-    assert bool((torch.where(nothing, 0.0, lse.double() - exact_lse).abs() <= (0.06 if narrow else 0.01)).all())
+    most = 0.06 if rounded else 0.02 if narrow else 0.01
+    assert bool((torch.where(nothing, 0.0, lse.double() - exact_lse).abs() <= most).all())
     if narrow:  # no more than what E4M3 latents lose themselves
         assert float((out.double() - exact).norm()) <= 0.025 * float(exact.norm())
 
@@ -389,7 +393,8 @@ def test_every_element(backend: str, case: Case, dtype: torch.dtype, monkeypatch
         pytest.skip("made for Hopper")
     monkeypatch.setenv("QUANTLAB_MLA_DECODE_BACKEND", backend)
     call = build(case, dtype, "cuda")
-    check(mla_decode, call, narrow=backend.startswith("sm90") and case.format in ("fp8", "int4"))
+    narrow = backend.startswith("sm90") and case.format in ("fp8", "int4")
+    check(mla_decode, call, narrow, narrow and (backend, case.format) != ("sm90_rows", "int4"))
     first, second = call.run(mla_decode), call.run(mla_decode)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 

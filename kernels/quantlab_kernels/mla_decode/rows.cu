@@ -1,50 +1,48 @@
 // Absorbed attention over latents in codes for 64 rows (heads times queries) a tile.
 //
-// One or two warpgroups, the scorers, compute scores with tokens on the M of the MMA and hand weights through shared
-// memory to two warpgroups that add the products with half of the channels each. Two scorers take tiles in turns. One
-// alone, which is what registers leave beside outputs of codes, may multiply the next tile while it makes the weights
-// of this one (AHEAD): INT4 gains by it. Whoever is the last to read a part of a tile has the copy engine bring the
-// next one to its place. How codes are multiplied says rows_codes.cuh, and rows_softmax.cuh, how scores become weights.
+// Scorers compute scores, tokens on the M of the MMA, and hand weights through shared memory to two warpgroups that add
+// the products with half of the channels each. E4M3 has one scorer, beside outputs that need sums of a tile of their
+// own; INT4 has two, which take tiles in turns. Whoever is the last to read a part of a tile has the copy engine bring
+// the next one to its place. How codes are multiplied says rows_codes.cuh, and rows_softmax.cuh, how scores become
+// weights.
 //
 // Macros: L, FORMAT (1 E4M3, 3 INT4), KEPT, QUERY, PAGED, BOX, SHARED as in sm90.cu;   SCORERS, CLUSTER (1) as in
-// tiles.cuh;
-//   HALVES  of tiles, by channels, in the ring;   ROPES  position parts
+//   tiles.cuh;   HALVES  of tiles, by channels, in the ring;   ROPES  position parts
 #include "sm90.cuh"
 #include "attention.cuh"
 #include "wgmma.cuh"
 #include "work.cuh"
 
-constexpr bool AHEAD = FORMAT == 3;
 // Together no more than there are at launch, 168 or, of 512 threads, 128 each: who asks for more waits for ever.
-constexpr int SCORE_REGISTERS = SCORERS == 2 ? 96 : AHEAD ? 136 : 104;
-constexpr int OUTPUT_REGISTERS = SCORERS == 2 ? 160 : AHEAD ? 184 : 200;
+constexpr int SCORE_REGISTERS = SCORERS == 2 ? 88 : 104, OUTPUT_REGISTERS = SCORERS == 2 ? 168 : 200;
 static_assert(SCORERS * SCORE_REGISTERS + 2 * OUTPUT_REGISTERS <= (SCORERS == 2 ? 4 * 128 : 3 * 168), "see above");
 constexpr int BYTES = FORMAT == 1 ? L : L / 2;                        // of a token's latent
 constexpr int HALF_CHUNKS = BYTES / 256, HALF = HALF_CHUNKS * CHUNK;  // of channels of a tile
 constexpr int CHUNKS = 2 * HALF_CHUNKS;
 #include "tiles.cuh"
-constexpr int SLOTS = 2;                                              // of weights, side by side
-constexpr int QUERY_CHUNKS = 2 * CHUNKS + 1;                          // the last is the position
+constexpr int SLOTS = 2, SLOT = FORMAT == 1 ? 64 : CHUNK;  // of weights: E4M3 side by side, or float16
+constexpr int QUERY_CHUNKS = 2 * CHUNKS + 1;               // the last is the position
 
 constexpr int OFFSET_ROPE = HALVES * HALF;
 constexpr int OFFSET_P = OFFSET_ROPE + ROPES * CHUNK;
-constexpr int OFFSET_QUERIES = OFFSET_P + CHUNK;
-constexpr int OFFSET_ROWS = OFFSET_QUERIES + QUERY_CHUNKS * CHUNK;      // [64] of (zero, factor), see rows_softmax.cuh
-constexpr int OFFSET_LAST = OFFSET_ROWS + 512;                          // [64] last token that a row sees; in the end,
-constexpr int OFFSET_TOTAL = OFFSET_LAST;                               // [64] what sums are multiplied by
-constexpr int OFFSET_PARTIAL = OFFSET_LAST + 256;                       // [4][64] of warps
-constexpr int OFFSET_UNITS = OFFSET_PARTIAL + 1024;                     // [64] of INT4 scores
-constexpr int OFFSET_RESCALE = OFFSET_UNITS + (FORMAT == 3 ? 256 : 0);  // [4][64]
-constexpr int OFFSET_RAISED = OFFSET_RESCALE + 1024;                    // [4]
+constexpr int OFFSET_QUERIES = OFFSET_P + (FORMAT == 1 ? CHUNK : SLOTS * SLOT);
+constexpr int OFFSET_ROWS = OFFSET_QUERIES + QUERY_CHUNKS * CHUNK;       // [64] of (zero, factor): rows_softmax.cuh
+constexpr int OFFSET_LAST = OFFSET_ROWS + 512;                           // [64] last token that a row sees; at the end,
+constexpr int OFFSET_TOTAL = OFFSET_LAST;                                // [64] what sums are multiplied by
+constexpr int OFFSET_PARTIAL = OFFSET_LAST + 256;                        // [4][64] of warps
+constexpr int OFFSET_UNITS = OFFSET_PARTIAL + 1024;                      // [64] of INT4 scores
+constexpr int OFFSET_WEIGHTS = OFFSET_UNITS + (FORMAT == 3 ? 256 : 0);   // [2][64] sums of INT4's weights
+constexpr int OFFSET_RESCALE = OFFSET_WEIGHTS + (FORMAT == 3 ? 512 : 0); // [4][64]
+constexpr int OFFSET_RAISED = OFFSET_RESCALE + 1024;                     // [4]
 constexpr int OFFSET_BARRIERS = OFFSET_RAISED + 16;
-static_assert(OFFSET_BARRIERS + 8 * (HALVES + ROPES + 2 * SLOTS + 1) <= SHARED,
+static_assert(OFFSET_BARRIERS + 8 * (HALVES + ROPES + 2 * SLOTS + 5) <= SHARED,
               "the host allocates what is laid out here");
 
 struct Shared {
   u32 base;
   DEVICE u32 half(int slot) const { return base + slot * HALF; }
   DEVICE u32 rope(int slot) const { return base + OFFSET_ROPE + slot * CHUNK; }
-  DEVICE u32 weights(int slot) const { return base + OFFSET_P + slot * 64; }
+  DEVICE u32 weights(int slot) const { return base + OFFSET_P + slot * SLOT; }
   DEVICE u32 rescale(int tile) const { return base + OFFSET_RESCALE + tile % 4 * 256; }
   DEVICE u32 raised(int tile) const { return base + OFFSET_RAISED + tile % 4 * 4; }
   DEVICE u32 half_full(int slot) const { return barrier(slot); }
@@ -52,6 +50,9 @@ struct Shared {
   DEVICE u32 weights_full(int slot) const { return barrier(HALVES + ROPES + slot); }
   DEVICE u32 weights_empty(int slot) const { return barrier(HALVES + ROPES + SLOTS + slot); }
   DEVICE u32 totals_full() const { return barrier(HALVES + ROPES + 2 * SLOTS); }
+  DEVICE u32 queries_full() const { return barrier(HALVES + ROPES + 2 * SLOTS + 1); }
+  DEVICE u32 total_full() const { return barrier(HALVES + ROPES + 2 * SLOTS + 2); }  // of the second scorer
+  DEVICE u32 voted(int scorer) const { return barrier(HALVES + ROPES + 2 * SLOTS + 3 + scorer); }
 
  private:
   DEVICE u32 barrier(int i) const { return base + OFFSET_BARRIERS + 8 * i; }
@@ -64,7 +65,10 @@ DEVICE void initialize_barriers(const Shared& s) {
     barrier_init(s.weights_full(i), 4);
     barrier_init(s.weights_empty(i), 8);
   }
-  barrier_init(s.totals_full(), 128);
+  barrier_init(s.totals_full(), FORMAT == 1 ? 128 : 128 + 256);
+  barrier_init(s.queries_full(), 64);
+  barrier_init(s.total_full(), 128);
+  for (int i = 0; i < 2; i++) barrier_init(s.voted(i), 128);
   barrier_init_fence();
 }
 
@@ -97,7 +101,10 @@ DEVICE void fetch_halves(const Params& p, const Work& work, const Shared& s, int
 
 // ---- consumers ----
 
-DEVICE uint4 load_piece(const char* from) { return *reinterpret_cast<const uint4*>(from); }
+DEVICE void write(u32 to, u32 x) { asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(x) : "memory"); }
+DEVICE void write(u32 to, uint2 x) {
+  asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(to), "r"(x.x), "r"(x.y) : "memory");
+}
 DEVICE void write(u32 to, uint4 x) {
   asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
 }
@@ -119,45 +126,33 @@ DEVICE void announce(const Thread& me, u32 barrier) {
 DEVICE void write_row(u32 base, int n, int last, float factor) {
   write(base + OFFSET_ROWS + 8 * n, 0.0f);
   write(base + OFFSET_ROWS + 8 * n + 4, factor);
-  write(base + OFFSET_LAST + 4 * n, __int_as_float(last));
+  write(base + OFFSET_LAST + 4 * n, static_cast<u32>(last));
 }
 
 #include "rows_softmax.cuh"
 #include "rows_codes.cuh"
 
-// A warpgroup waits where it issues more than the matrix units have room for, so products of the next tile are issued a
-// few steps at a time.
 DEVICE void score(const Params& p, const Work& work, const Shared& s, const Thread& me) {
-  constexpr int FIRST = STEPS / 4, SECOND = STEPS / 2, THIRD = 3 * STEPS / 4;
   Softmax softmax;
   Tokens tokens(p, work, me);
   Scores scores;
-  if (AHEAD) scores.multiply<0, STEPS>(s, me, 0, work.count > 0);
 #pragma unroll 1
   for (int tile = me.group; tile < work.count; tile += SCORERS) {
-    const int next = tile + 1;
-    const bool more = next < work.count;
     const Turn at(tile, SLOTS);
     float x[32];
     Weights weights;
-    if (!AHEAD) scores.multiply<0, STEPS>(s, me, tile, true);
+    scores.multiply(s, me, tile);
     tokens.advance();
     tokens.prefetch(p, work, me, tile + SCORERS);
     scores.take(x, tokens, s, me, tile);
-    if (AHEAD) scores.multiply<0, FIRST>(s, me, next, more);
     scores.wait_for_positions(x);
     softmax.raise(x, tokens, work, s, me, p.sq, tile);
-    if (AHEAD) scores.multiply<FIRST, SECOND>(s, me, next, more);
-    weights.make<0, 4>(softmax, x, tokens);
-    if (AHEAD) scores.multiply<SECOND, THIRD>(s, me, next, more);
-    weights.make<4, 8>(softmax, x, tokens);
+    weights.make(softmax, x, tokens);
     barrier_wait(s.weights_empty(at.slot), at.parity ^ 1);
     weights.store(s, at.slot, me);
     async_proxy_fence();
     announce(me, s.weights_full(at.slot));
-    if (AHEAD) scores.multiply<THIRD, STEPS>(s, me, next, more);
   }
-  scores.drop();
   softmax.finish(p, work, s, me);
   if (me.group == 0) barrier_arrive(s.totals_full());
 }
@@ -188,6 +183,7 @@ DEVICE void output(const Params& p, const Work& work, const Shared& s, const Thr
     if (me.index == 0 && next < 2 * work.count) fetch_half(p, work, s, next);
     if (me.index == 32 && me.half() == 0 && tile + ROPES < work.count) fetch_rope(p, work, s, tile + ROPES);
   }
+  outputs.finish(s, me);
   barrier_wait(s.totals_full(), 0);
   const i64 before = (p.splits > 1 ? static_cast<i64>(work.split) * p.batches + work.batch : work.batch) * p.rows;
   outputs.store(p.splits > 1 ? reinterpret_cast<char*>(p.part) : p.out, p, work, s, me, before + work.first_row);
@@ -206,12 +202,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) mla_decode(const __grid
   let_next_kernel_start();
   const Work work(p);
   const Thread me;
-  if (threadIdx.x >= 32) {
-    stage_queries(p, work, s.base);
-  } else if (threadIdx.x == 0) {
+  if (threadIdx.x == 0) {
     fetch_halves(p, work, s, 0, 2);  // the rest behind queries, which would wait for it
     if (work.count > 0) fetch_rope(p, work, s, 0);
   }
+  stage_queries(p, work, s);
   async_proxy_fence();
   __syncthreads();
   if (me.group < SCORERS) {

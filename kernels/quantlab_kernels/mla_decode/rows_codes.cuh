@@ -1,63 +1,7 @@
-// Latents in codes as operands of 8-bit MMA in rows.cu; rows_e4m3.cuh and rows_int4.cuh say what is one format's own.
+// Latents in codes as operands of MMA in rows.cu; rows_e4m3.cuh and rows_int4.cuh say what is one format's own.
 //
-// The second product is transposed, channels on M, because 8-bit operands in shared memory must have tokens side by
-// side and those in registers can be arranged: four words of four channels are turned by permutations of bytes. Weights
-// are E4M3 numbers, in the order in which the scorers have them. Matrix units add 8-bit products with 13 bits or so:
-// the products of a tile are added to float32 sums by themselves.
-
-DEVICE u16 e4m3_pair(float low, float high) {
-  u16 r;
-  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(r) : "f"(high), "f"(low));
-  return r;
-}
-DEVICE float2 e4m3_floats(u16 pair) {
-  const u32 halves = fp8_pair(pair);
-  return {Float16::unpack(halves & 0xFFFF), Float16::unpack(halves >> 16)};
-}
-DEVICE u32 e4m3_four(const float* x) { return e4m3_pair(x[0], x[1]) | static_cast<u32>(e4m3_pair(x[2], x[3])) << 16; }
-
-// Eight channels of each 256 of a query, and two of its position.
-struct Query {
-  uint4 latent[L / 256];
-  u32 rope;
-  int last;
-  DEVICE Query(const Params& p, const Work& work, int n) {
-    const Row row(p, work, n);
-    const int lane = threadIdx.x % 32;
-#pragma unroll
-    for (int i = 0; i < L / 256; i++)
-      latent[i] = row.there ? load_piece(row.latent + 512 * i + 16 * lane) : uint4{0, 0, 0, 0};
-    rope = row.there ? reinterpret_cast<const u32*>(row.rope)[lane] : 0;
-    last = row.last;
-  }
-};
-DEVICE float2 query_floats(u32 x) {
-  const u16 low = static_cast<u16>(x), high = static_cast<u16>(x >> 16);
-  if (QUERY == 1) return {BFloat16::unpack(low), BFloat16::unpack(high)};
-  return {Float16::unpack(low), Float16::unpack(high)};
-}
-
-DEVICE void stage_query(const float (&x)[L / 32], float2 turned, int n, int last, const Params& p, u32 base);
-// A warp takes a row, the next one under way.
-DEVICE void stage_queries(const Params& p, const Work& work, u32 base) {
-  Query next(p, work, threadIdx.x / 32 - 1);
-#pragma unroll 1
-  for (int n = threadIdx.x / 32 - 1; n < 64; n += STAGERS) {
-    const Query now = next;
-    next = Query(p, work, n + STAGERS);
-    float x[L / 32];
-#pragma unroll
-    for (int i = 0; i < L / 256; i++) {
-      const u32 words[4] = {now.latent[i].x, now.latent[i].y, now.latent[i].z, now.latent[i].w};
-#pragma unroll
-      for (int j = 0; j < 4; j++) {
-        const float2 pair = query_floats(words[j]);
-        x[8 * i + 2 * j] = pair.x, x[8 * i + 2 * j + 1] = pair.y;
-      }
-    }
-    stage_query(x, query_floats(now.rope), n, now.last, p, base);
-  }
-}
+// The second product is transposed, channels on M: codes become operands in registers, where those of tokens side by
+// side are brought together by permutations of bytes.
 
 // Positions of the tile, which are added to the scores; a group of its own.
 DEVICE void multiply_positions(float (&x)[32], const Shared& s, int tile) {
@@ -72,41 +16,11 @@ DEVICE void multiply_positions(float (&x)[32], const Shared& s, int tile) {
   wgmma_commit();
 }
 
-#if FORMAT == 1
-#include "rows_e4m3.cuh"
-#else
-#include "rows_int4.cuh"
-#endif
+constexpr int BLOCKS = L / 128;  // of 64 channels, of a warpgroup that adds outputs
+DEVICE void pin(u32 (&x)[4]) { asm volatile("" : "+r"(x[0]), "+r"(x[1]), "+r"(x[2]), "+r"(x[3])::"memory"); }
 
-// Tokens g and g + 8 of a warp lie side by side. Sums are of rounded weights, which are free of the roundings that all
-// tokens share.
-struct Weights {
-  u32 four[8];  // both tokens of two rows
-  template <int first, int last>
-  DEVICE void make(Softmax& softmax, const float (&x)[32], const Tokens& tokens) {
-    const float inverse[2] = {reciprocal(tokens.scale[0]), reciprocal(tokens.scale[1])};
-#pragma unroll
-    for (int j = first; j < last; j++) {
-#pragma unroll
-      for (int i = 0; i < 2; i++) {
-        const u16 pair = e4m3_pair(exp2_(x[4 * j + i]), exp2_(x[4 * j + i + 2]));
-        const float2 rounded = e4m3_floats(pair);
-        softmax.total[2 * j + i] += rounded.x * inverse[0] + rounded.y * inverse[1];
-        four[j] = i == 0 ? pair : four[j] | static_cast<u32>(pair) << 16;
-      }
-    }
-  }
-  DEVICE void store(const Shared& s, int slot, const Thread& me) const {
-#pragma unroll
-    for (int j = 0; j < 8; j += 4)
-      store_matrix_x4_transposed(s.weights(0) + swizzled(8 * j + me.lane, 64 * slot + 16 * me.warp), four[j],
-                                 four[j + 1], four[j + 2], four[j + 3]);
-  }
-};
-
-constexpr int BLOCKS = L / 128;  // of 64 channels
-
-struct Outputs {
+// [64 channels of a block, 64 rows]
+struct Sums {
   float sum[BLOCKS][32];
   DEVICE void clear() {
 #pragma unroll
@@ -120,68 +34,10 @@ struct Outputs {
       for (int i = 0; i < 4 * BLOCKS; i++) sum[i / 4][4 * j + i % 4] *= i % 2 ? by.y : by.x;
     }
   }
-  // Codes of 4 channels of tokens 16 w + 2 t + {0, 8, 1, 9} become words of 4 tokens of each channel.
-  static DEVICE void turn(u32 (&channel)[4][4], u32 chunk, const Thread& me) {
-#pragma unroll
-    for (int w = 0; w < 4; w++) {
-      u32 word[4];
-#pragma unroll
-      for (int i = 0; i < 4; i++)
-        word[i] = read<u32>(chunk + swizzled(16 * w + i % 2 * 8 + 2 * me.t + i / 2, 32 * me.warp + 4 * me.g));
-      const u32 a = __byte_perm(word[0], word[1], 0x5140), b = __byte_perm(word[2], word[3], 0x5140);
-      const u32 c = __byte_perm(word[0], word[1], 0x7362), d = __byte_perm(word[2], word[3], 0x7362);
-      channel[0][w] = __byte_perm(a, b, 0x5410), channel[1][w] = __byte_perm(a, b, 0x7632);
-      channel[2][w] = __byte_perm(c, d, 0x5410), channel[3][w] = __byte_perm(c, d, 0x7632);
-    }
-  }
-  DEVICE void add(u32 weights, u32 half, const Thread& me) {
-#pragma unroll
-    for (int c = 0; c < HALF_CHUNKS; c++) {
-      u32 channel[4][4], a[NIBBLES][2][4];
-      turn(channel, half + c * CHUNK, me);
-#pragma unroll
-      for (int k = 0; k < 2; k++) {
-        make_operands(a, channel, k);
-#pragma unroll
-        for (int i = 0; i < NIBBLES; i++) add_products(sum[2 * (NIBBLES * c + i) + k], a[i], weights);
-      }
-    }
-  }
-  static DEVICE void add_products(float (&sum)[32], u32 (&a)[2][4], u32 weights) {
-    const u32 b = descriptor_low(weights);
-    float x[32];
-    pin(a[0]);
-    pin(a[1]);
-    ::pin(x);
-    wgmma_fence();
-    wgmma_outputs(x, a[0], descriptor(b), 0);
-    wgmma_outputs(x, a[1], descriptor(b + 2), 1);
-    wgmma_commit();
-    wgmma_wait<0>();
-    ::pin(x);
-    pin(a[0]);
-    pin(a[1]);
-#pragma unroll
-    for (int i = 0; i < 32; i++) sum[i] += x[i];
-  }
-  static DEVICE void pin(u32 (&x)[4]) { asm volatile("" : "+r"(x[0]), "+r"(x[1]), "+r"(x[2]), "+r"(x[3])::"memory"); }
-
-  // Averages of rows from the `first`th on.
-  DEVICE void store(char* to, const Params& p, const Work& work, const Shared& s, const Thread& me, i64 first) const {
-    constexpr int APART = FORMAT == 3 ? L / 2 : 128;  // channels of low and high nibbles, or of chunks
-    const int channel = me.half() * (FORMAT == 3 ? 128 : L / 2) + 32 * me.warp + 4 * me.g;
-    const int left = p.rows - work.first_row - 2 * me.t;
-    char* at = to + ((first + 2 * me.t) * L + channel) * 2;
-#pragma unroll
-    for (int j = 0; j < 8; j++) {
-      const float2 both = read<float2>(s.base + OFFSET_TOTAL + (8 * j + 2 * me.t) * 4);
-#pragma unroll
-      for (int i = 0; i < BLOCKS; i++) {
-        const int r = i % 2, c = i / 2;
-        const float by = r ? both.y : both.x, *low = sum[2 * c] + 4 * j + r, *high = sum[2 * c + 1] + 4 * j + r;
-        const float four[4] = {low[0] * by, low[2] * by, high[0] * by, high[2] * by};
-        if (8 * j + r < left) store_four<QUERY>(at, (8 * j + r) * L + c * APART, four);
-      }
-    }
-  }
 };
+
+#if FORMAT == 1
+#include "rows_e4m3.cuh"
+#else
+#include "rows_int4.cuh"
+#endif

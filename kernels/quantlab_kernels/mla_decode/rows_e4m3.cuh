@@ -1,4 +1,37 @@
-// E4M3 latents where they lie as operands of both products, queries as sums of two E4M3 numbers.
+// E4M3 latents as operands of 8-bit MMA: in the scores where they lie, queries being sums of two E4M3 numbers; in the
+// outputs turned on their way to registers, weights being one E4M3 number, in the order in which the scorers have them.
+
+DEVICE u16 e4m3_pair(float low, float high) {
+  u16 r;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(r) : "f"(high), "f"(low));
+  return r;
+}
+DEVICE float2 e4m3_floats(u16 pair) {
+  const u32 halves = fp8_pair(pair);
+  return {Float16::unpack(halves & 0xFFFF), Float16::unpack(halves >> 16)};
+}
+DEVICE u32 e4m3_four(const float* x) { return e4m3_pair(x[0], x[1]) | static_cast<u32>(e4m3_pair(x[2], x[3])) << 16; }
+
+// Eight channels of each 256 of a query, and two of its position.
+struct Query {
+  uint4 latent[L / 256];
+  u32 rope;
+  int last;
+  DEVICE Query(const Params& p, const Work& work, int n) {
+    const Row row(p, work, n);
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int i = 0; i < L / 256; i++)
+      latent[i] = row.there ? *reinterpret_cast<const uint4*>(row.latent + 512 * i + 16 * lane) : uint4{0, 0, 0, 0};
+    rope = row.there ? reinterpret_cast<const u32*>(row.rope)[lane] : 0;
+    last = row.last;
+  }
+};
+DEVICE float2 query_floats(u32 x) {
+  const u16 low = static_cast<u16>(x), high = static_cast<u16>(x >> 16);
+  if (QUERY == 1) return {BFloat16::unpack(low), BFloat16::unpack(high)};
+  return {Float16::unpack(low), Float16::unpack(high)};
+}
 
 // Four channels of a query, raised, as sums of two numbers.
 DEVICE void write_numbers(u32 to, const float* x, float raised) {
@@ -33,21 +66,42 @@ DEVICE void stage_query(const float (&x)[L / 32], float2 turned, int n, int last
   if (lane == 0) write_row(base, n, last, p.factor / raised);
 }
 
+// A warp takes a row, the next one under way. The first fetches latents.
+DEVICE void stage_queries(const Params& p, const Work& work, const Shared& s) {
+  if (threadIdx.x < 32) return;
+  Query next(p, work, threadIdx.x / 32 - 1);
+#pragma unroll 1
+  for (int n = threadIdx.x / 32 - 1; n < 64; n += STAGERS) {
+    const Query now = next;
+    next = Query(p, work, n + STAGERS);
+    float x[L / 32];
+#pragma unroll
+    for (int i = 0; i < L / 256; i++) {
+      const u32 words[4] = {now.latent[i].x, now.latent[i].y, now.latent[i].z, now.latent[i].w};
+#pragma unroll
+      for (int j = 0; j < 4; j++) {
+        const float2 pair = query_floats(words[j]);
+        x[8 * i + 2 * j] = pair.x, x[8 * i + 2 * j + 1] = pair.y;
+      }
+    }
+    stage_query(x, query_floats(now.rope), n, now.last, p, s.base);
+  }
+}
+
 constexpr int STEPS = 4 * CHUNKS;  // of 32 channels
 
 struct Scores {
   float both[64];  // with the first and the second number of the queries
-  // Products of some steps of a tile, which is waited for if it is `there`.
-  template <int first, int last>
-  DEVICE void multiply(const Shared& s, const Thread&, int tile, bool there) {
+  // Products of a tile.
+  DEVICE void multiply(const Shared& s, const Thread&, int tile) {
     constexpr int HALF_STEPS = 4 * HALF_CHUNKS;
     const u32 queries = descriptor_low(s.base + OFFSET_QUERIES);
-    if (first == 0) pin(both);
+    pin(both);
     wgmma_fence();
 #pragma unroll
-    for (int step = first; step < last; step++) {
+    for (int step = 0; step < STEPS; step++) {
       const Turn at(2 * tile + step / HALF_STEPS, HALVES);
-      if (step % HALF_STEPS == 0 && there) barrier_wait(s.half_full(at.slot), at.parity);
+      if (step % HALF_STEPS == 0) barrier_wait(s.half_full(at.slot), at.parity);
       const int i = step % HALF_STEPS;
       const u32 latents = descriptor_low(s.half(at.slot)) + i / 4 * (CHUNK / 16) + 2 * (i % 4);
       const u32 numbers = queries + step / 4 * (2 * CHUNK / 16) + 2 * (step % 4);
@@ -68,14 +122,99 @@ struct Scores {
     multiply_positions(x, s, tile);
   }
   DEVICE void wait_for_positions(float (&x)[32]) {
-    wgmma_wait<AHEAD ? 1 : 0>();
+    wgmma_wait<0>();
     pin(x);
   }
 };
 
-// Operands of both k-steps from words [channel][16 tokens], block k of two channels.
-constexpr int NIBBLES = 1;
-DEVICE void make_operands(u32 (&a)[NIBBLES][2][4], const u32 (&channel)[4][4], int k) {
+// Tokens g and g + 8 of a warp lie side by side. Sums are of rounded weights, which are free of the roundings that all
+// tokens share.
+struct Weights {
+  u32 four[8];  // both tokens of two rows
+  DEVICE void make(Softmax& softmax, const float (&x)[32], const Tokens& tokens) {
+    const float inverse[2] = {reciprocal(tokens.scale[0]), reciprocal(tokens.scale[1])};
 #pragma unroll
-  for (int i = 0; i < 8; i++) a[0][i / 4][i % 4] = channel[2 * k + i % 2][i / 2];
-}
+    for (int j = 0; j < 8; j++) {
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        const u16 pair = e4m3_pair(exp2_(x[4 * j + i]), exp2_(x[4 * j + i + 2]));
+        const float2 rounded = e4m3_floats(pair);
+        softmax.total[2 * j + i] += rounded.x * inverse[0] + rounded.y * inverse[1];
+        four[j] = i == 0 ? pair : four[j] | static_cast<u32>(pair) << 16;
+      }
+    }
+  }
+  DEVICE void store(const Shared& s, int slot, const Thread& me) const {
+#pragma unroll
+    for (int j = 0; j < 8; j += 4)
+      store_matrix_x4_transposed(s.weights(0) + swizzled(8 * j + me.lane, 64 * slot + 16 * me.warp), four[j],
+                                 four[j + 1], four[j + 2], four[j + 3]);
+  }
+};
+
+// Matrix units add 8-bit products with 13 bits or so: the products of a tile are added to float32 sums by themselves.
+struct Outputs : Sums {
+  // Codes of 4 channels of tokens 16 w + 2 t + {0, 8, 1, 9} become words of 4 tokens of each channel.
+  static DEVICE void turn(u32 (&channel)[4][4], u32 chunk, const Thread& me) {
+#pragma unroll
+    for (int w = 0; w < 4; w++) {
+      u32 word[4];
+#pragma unroll
+      for (int i = 0; i < 4; i++)
+        word[i] = read<u32>(chunk + swizzled(16 * w + i % 2 * 8 + 2 * me.t + i / 2, 32 * me.warp + 4 * me.g));
+      const u32 a = __byte_perm(word[0], word[1], 0x5140), b = __byte_perm(word[2], word[3], 0x5140);
+      const u32 c = __byte_perm(word[0], word[1], 0x7362), d = __byte_perm(word[2], word[3], 0x7362);
+      channel[0][w] = __byte_perm(a, b, 0x5410), channel[1][w] = __byte_perm(a, b, 0x7632);
+      channel[2][w] = __byte_perm(c, d, 0x5410), channel[3][w] = __byte_perm(c, d, 0x7632);
+    }
+  }
+  DEVICE void add(u32 weights, u32 half, const Thread& me) {
+#pragma unroll
+    for (int c = 0; c < HALF_CHUNKS; c++) {
+      u32 channel[4][4], a[2][4];
+      turn(channel, half + c * CHUNK, me);
+#pragma unroll
+      for (int k = 0; k < 2; k++) {
+#pragma unroll
+        for (int i = 0; i < 8; i++) a[i / 4][i % 4] = channel[2 * k + i % 2][i / 2];
+        add_products(sum[2 * c + k], a, weights);
+      }
+    }
+  }
+  static DEVICE void add_products(float (&sum)[32], u32 (&a)[2][4], u32 weights) {
+    const u32 b = descriptor_low(weights);
+    float x[32];
+    pin(a[0]);
+    pin(a[1]);
+    pin(x);
+    wgmma_fence();
+    wgmma_outputs(x, a[0], descriptor(b), 0);
+    wgmma_outputs(x, a[1], descriptor(b + 2), 1);
+    wgmma_commit();
+    wgmma_wait<0>();
+    pin(x);
+    pin(a[0]);
+    pin(a[1]);
+#pragma unroll
+    for (int i = 0; i < 32; i++) sum[i] += x[i];
+  }
+  DEVICE void finish(const Shared&, const Thread&) {}
+
+  // Averages of rows from the `first`th on.
+  DEVICE void store(char* to, const Params& p, const Work& work, const Shared& s, const Thread& me, i64 first) const {
+    const int channel = me.half() * (L / 2) + 32 * me.warp + 4 * me.g;
+    const int left = p.rows - work.first_row - 2 * me.t;
+    char* at = to + ((first + 2 * me.t) * L + channel) * 2;
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+      const float2 both = read<float2>(s.base + OFFSET_TOTAL + (8 * j + 2 * me.t) * 4);
+#pragma unroll
+      for (int i = 0; i < BLOCKS; i++) {
+        const int r = i % 2, c = i / 2;
+        const float by = r ? both.y : both.x, *low = sum[2 * c] + 4 * j + r, *high = sum[2 * c + 1] + 4 * j + r;
+        const float four[4] = {low[0] * by, low[2] * by, high[0] * by, high[2] * by};
+        if (8 * j + r < left) store_four<QUERY>(at, (8 * j + r) * L + c * 128, four);
+      }
+    }
+  }
+};

@@ -1,74 +1,144 @@
-// INT4 latents, odd numbers 2 code - 15, of which both products take what they want in registers: 8 times them as INT8,
-// queries being INT8 numbers with a scale, and themselves as E4M3.
+// INT4 latents, odd numbers 2 code - 15, of which both products take what they want in registers: the scores 8 times
+// them as INT8, queries being INT8 numbers with a scale, the outputs codes as float16, as weights are. A nibble in a
+// float16 whose other bits are 0 is 2^-24 or 2^-20 of it: operands are masked, not converted, and 15 times the sum of
+// the weights is subtracted at the end.
 
-// Positions are raised to near 128 by a power of two.
-DEVICE void stage_query(const float (&x)[L / 32], float2 turned, int n, int last, const Params& p, u32 base) {
-  const int lane = threadIdx.x % 32;
-  float most = 1e-30f, all = fmaxf(fabsf(turned.x), fabsf(turned.y));
-#pragma unroll
-  for (int i = 0; i < L / 32; i++) most = fmaxf(most, fabsf(x[i]));
-#pragma unroll
-  for (int i = 1; i < 32; i *= 2) {
-    most = fmaxf(most, __shfl_xor_sync(~0u, most, i));
-    all = fmaxf(all, __shfl_xor_sync(~0u, all, i));
+// Queries come all at once as they are, to where later tiles will lie, and go from there to what the MMA takes.
+constexpr int STAGING_WARPS = THREADS / 32, ROW_BYTES = 2 * L, PIECES = L / 64;  // pieces of 16 bytes that a lane takes
+static_assert(64 * ROW_BYTES <= (HALVES - 2) * HALF && ROPES > 1, "queries lie behind the first tile");
+
+DEVICE void fetch_queries(const Params& p, const Work& work, const Shared& s) {
+  const int n = threadIdx.x / 32 + threadIdx.x % 32 * STAGING_WARPS;
+  if (n >= 64) return;
+  const Row row(p, work, n);
+  if (row.there) {
+    barrier_arrive_expect(s.queries_full(), ROW_BYTES + 128);
+    bulk_load(s.half(2) + n * ROW_BYTES, row.latent, ROW_BYTES, s.queries_full(), kEvictNormal);
+    bulk_load(s.rope(1) + n * 128, row.rope, 128, s.queries_full(), kEvictNormal);
+  } else {
+    barrier_arrive(s.queries_full());
   }
-  const u32 exponent = max(__float_as_uint(fmaxf(most, all)) >> 23, 27u);
-  const float raised = __uint_as_float((260 - exponent) << 23), by = 127.0f / most;
+}
+
+// The larger of absolute values, as bits of two numbers of 16.
+DEVICE u32 larger(u32 most, u32 x) {
+  u32 r;
+  asm("max.u16x2 %0, %1, %2;" : "=r"(r) : "r"(most), "r"(x & 0x7FFF7FFFu));
+  return r;
+}
+DEVICE u32 larger(u32 most, uint4 x) { return larger(larger(larger(larger(most, x.x), x.y), x.z), x.w); }
+// Of the eight lanes that share a row.
+DEVICE float largest(u32 most) {
 #pragma unroll
-  for (int i = 0; i < L / 256; i++) {
+  for (int i = 1; i < 8; i *= 2) most = larger(most, __shfl_xor_sync(~0u, most, i));
+  const u16 bits = static_cast<u16>(max(most & 0xFFFF, most >> 16));
+  return QUERY == 1 ? BFloat16::unpack(bits) : Float16::unpack(bits);
+}
+// The power of two by which it comes near 128.
+DEVICE float raising(float most) { return __uint_as_float((260 - max(__float_as_uint(most) >> 23, 27u)) << 23); }
+
+DEVICE void unpack_piece(float (&x)[8], uint4 piece) {
+  const u32 words[4] = {piece.x, piece.y, piece.z, piece.w};
+#pragma unroll
+  for (int i = 0; i < 8; i++) {
+    const u16 bits = static_cast<u16>(i % 2 ? words[i / 2] >> 16 : words[i / 2]);
+    x[i] = QUERY == 1 ? BFloat16::unpack(bits) : Float16::unpack(bits);
+  }
+}
+DEVICE void write_positions(u32 base, int n, uint4 piece, float raised) {
+  float x[8];
+  unpack_piece(x, piece);
+  write(base + OFFSET_QUERIES + (QUERY_CHUNKS - 1) * CHUNK + swizzled(n, threadIdx.x % 8 * 16),
+        uint4{pack<KEPT>(x[0] * raised, x[1] * raised), pack<KEPT>(x[2] * raised, x[3] * raised),
+              pack<KEPT>(x[4] * raised, x[5] * raised), pack<KEPT>(x[6] * raised, x[7] * raised)});
+}
+
+// A lane's pieces lane % 8 + 8 i of row n, and its piece of the row's position, raised to near 128 by a power of two.
+DEVICE void stage_row(const uint4 (&latent)[PIECES], uint4 rope, int n, int last, const Params& p, u32 base) {
+  constexpr float INTEGERS = 12582912.0f;  // 1.5 * 2^23, to which an integer is added as it is
+  const int lane = threadIdx.x % 8;
+  u32 bits = 0;
+#pragma unroll
+  for (int i = 0; i < PIECES; i++) bits = larger(bits, latent[i]);
+  const float most = fmaxf(largest(bits), 1e-30f), raised = raising(largest(larger(bits, rope))), by = 127.0f / most;
+#pragma unroll
+  for (int i = 0; i < PIECES; i++) {
+    const int piece = 8 * i + lane;
+    float x[8];
+    unpack_piece(x, latent[i]);
 #pragma unroll
     for (int j = 0; j < 2; j++) {
-      u32 four = 0;
+      u32 code[4];
 #pragma unroll
-      for (int k = 0; k < 4; k++) four |= (__float2int_rn(x[8 * i + 4 * j + k] * by) & 255) << (8 * k);
-      const int step = lane / 16 * 8 + lane % 4 * 2 + j;
-      write(base + OFFSET_QUERIES + step / 4 * CHUNK + swizzled(n, step % 4 * 32 + 16 * i + lane % 16 / 4 * 4),
-            __uint_as_float(four));
+      for (int k = 0; k < 4; k++) code[k] = __float_as_uint(fmaf(x[4 * j + k], by, INTEGERS));
+      const u32 low = __byte_perm(code[0], code[1], 0x0040), high = __byte_perm(code[2], code[3], 0x0040);
+      const int step = piece % 32 / 16 * 8 + piece % 4 * 2 + j;
+      const int column = step % 4 * 32 + piece / 32 * 16 + piece % 16 / 4 * 4;
+      write(base + OFFSET_QUERIES + step / 4 * CHUNK + swizzled(n, column), __byte_perm(low, high, 0x5410));
     }
   }
-  const u32 pair = pack<KEPT>(turned.x * raised, turned.y * raised);
-  write(base + OFFSET_QUERIES + 2 * CHUNKS * CHUNK + swizzled(n, 4 * lane), __uint_as_float(pair));
+  write_positions(base, n, rope, raised);
   if (lane == 0) write_row(base, n, last, p.factor / raised);
   if (lane == 0) write(base + OFFSET_UNITS + 4 * n, most * raised / (8.0f * 127.0f));
 }
 
-constexpr int STEPS = 16;  // of 32 channels
+// A warp takes four rows at a time.
+DEVICE void stage_queries(const Params& p, const Work& work, const Shared& s) {
+  __syncwarp();
+  fetch_queries(p, work, s);
+  __syncwarp();
+  barrier_wait(s.queries_full(), 0);
+  const int lane = threadIdx.x % 32;
+#pragma unroll 1
+  for (int n = threadIdx.x / 32 * 4 + lane / 8; n < 64; n += 4 * STAGING_WARPS) {
+    const int row = work.first_row + n;
+    const bool there = row < p.rows;
+    uint4 latent[PIECES];
+#pragma unroll
+    for (int i = 0; i < PIECES; i++)
+      latent[i] = there ? read<uint4>(s.half(2) + n * ROW_BYTES + (8 * i + lane % 8) * 16) : uint4{0, 0, 0, 0};
+    const uint4 rope = there ? read<uint4>(s.rope(1) + n * 128 + lane % 8 * 16) : uint4{0, 0, 0, 0};
+    stage_row(latent, rope, n, work.length - p.sq + min(row / p.heads, p.sq - 1), p, s.base);
+  }
+}
 
 struct Scores {
   int sums[32];
-  u32 a[4][4];
-  // Products of some groups of four steps of a tile, which is waited for if it is `there`.
-  template <int first, int last>
-  DEVICE void multiply(const Shared& s, const Thread& me, int tile, bool there) {
+  u32 a[2][4];
+  // Products of a tile: 16 bytes of each of two tokens are four steps of 32 channels, two of which are made at a time.
+  DEVICE void multiply(const Shared& s, const Thread& me, int tile) {
     const u32 queries = descriptor_low(s.base + OFFSET_QUERIES);
-    if (first == 0) pin(sums);
+    pin(sums);
 #pragma unroll
-    for (int part = first / 4; part < last / 4; part++) {
+    for (int part = 0; part < 4; part++) {
       const Turn at(2 * tile + part / 2, HALVES);
-      if (part % 2 == 0 && there) barrier_wait(s.half_full(at.slot), at.parity);
-      if (part > 0) wgmma_wait<0>();
-      pin_operands();
-      load(s.half(at.slot) + part % 2 * 0, part % 2, me);
-      pin_operands();
-      wgmma_fence();
+      if (part % 2 == 0) barrier_wait(s.half_full(at.slot), at.parity);
+      uint4 four[2];
 #pragma unroll
-      for (int i = 0; i < 4; i++)
-        wgmma_scores(sums, a[i], descriptor(queries + part * (CHUNK / 16) + 2 * i), part + i > 0);
-      wgmma_commit();
-    }
-  }
-  // Words 4 part to + 3 of the eight that the thread has of two tokens, as INT8 numbers.
-  DEVICE void load(u32 chunk, int part, const Thread& me) {
+      for (int r = 0; r < 2; r++)
+        four[r] = read<uint4>(s.half(at.slot) + swizzled(16 * me.warp + me.g + 8 * r, 32 * me.t + 16 * (part % 2)));
 #pragma unroll
-    for (int r = 0; r < 2; r++) {
-      const uint4 four = read<uint4>(chunk + swizzled(16 * me.warp + me.g + 8 * r, 32 * me.t + 16 * part));
-      const u32 word[4] = {four.x, four.y, four.z, four.w};
+      for (int i = 0; i < 4; i += 2) {
+        if (part + i > 0) wgmma_wait<0>();
+        pin_operands();
 #pragma unroll
-      for (int i = 0; i < 4; i++) {
-        a[i][r] = ((word[i] << 4) & 0xF0F0F0F0u) ^ 0x88888888u;
-        a[i][r + 2] = (word[i] & 0xF0F0F0F0u) ^ 0x88888888u;
+        for (int r = 0; r < 2; r++) {
+          make(r, 0, i == 0 ? four[r].x : four[r].z);
+          make(r, 1, i == 0 ? four[r].y : four[r].w);
+        }
+        pin_operands();
+        wgmma_fence();
+#pragma unroll
+        for (int j = 0; j < 2; j++)
+          wgmma_scores(sums, a[j], descriptor(queries + part * (CHUNK / 16) + 2 * (i + j)), part + i + j > 0);
+        wgmma_commit();
       }
     }
+  }
+  // A word of nibbles as INT8 numbers.
+  DEVICE void make(int r, int step, u32 word) {
+    a[step][r] = ((word << 4) & 0xF0F0F0F0u) ^ 0x88888888u;
+    a[step][r + 2] = (word & 0xF0F0F0F0u) ^ 0x88888888u;
   }
   DEVICE void drop() {
     wgmma_wait<0>();
@@ -85,11 +155,10 @@ struct Scores {
       for (int i = 0; i < 4; i++)
         x[4 * j + i] = static_cast<float>(sums[4 * j + i]) * (tokens.scale[i / 2] * (i % 2 ? unit.y : unit.x));
     }
-    pin(sums);
     multiply_positions(x, s, tile);
   }
   DEVICE void wait_for_positions(float (&x)[32]) {
-    wgmma_wait<AHEAD ? 1 : 0>();
+    wgmma_wait<0>();
     pin(x);
   }
 
@@ -101,24 +170,127 @@ struct Scores {
   static DEVICE void pin(float (&x)[32]) { ::pin(x); }
   DEVICE void pin_operands() {
 #pragma unroll
-    for (int i = 0; i < 16; i++) asm volatile("" : "+r"(a[i / 4][i % 4])::"memory");
+    for (int i = 0; i < 8; i++) asm volatile("" : "+r"(a[i / 4][i % 4])::"memory");
   }
 };
 
-// Bytes of a word's low nibbles (codes of E4M3 numbers 2 c - 15) and of its high ones.
-DEVICE void unpack(u32& low, u32& high, u32 word) {
-  constexpr u32 MAGNITUDES[2] = {0x4E4A4438, 0x57555351};  // 1, 3, 5, 7 and 9, 11, 13, 15
-  const u32 negative = ~word & 0x88888888u;                // where 7 - c is the place of the magnitude, not c - 8
-  const u32 place = (word & 0x77777777u) ^ (negative - (negative >> 3));
-  const u32 a = __byte_perm(MAGNITUDES[0], MAGNITUDES[1], place);
-  const u32 b = __byte_perm(MAGNITUDES[0], MAGNITUDES[1], place >> 16);
-  low = __byte_perm(a, b, 0x6420) | (negative << 4 & 0x80808080u);
-  high = __byte_perm(a, b, 0x7531) | (negative & 0x80808080u);
-}
-
-// Operands of low and high nibbles, of both k-steps, from words [channel][16 tokens], block k of two channels.
-constexpr int NIBBLES = 2;
-DEVICE void make_operands(u32 (&a)[NIBBLES][2][4], const u32 (&channel)[4][4], int k) {
+// Without the bits that float16 has no room for: sums are of the weights that are multiplied.
+DEVICE float as_float16(float x) { return __uint_as_float(__float_as_uint(x) & 0xFFFFE000u); }
+struct Weights {
+  u32 pairs[16];
+  DEVICE void make(Softmax& softmax, float (&x)[32], const Tokens& tokens) {
+    const float inverse[2] = {reciprocal(tokens.scale[0]), reciprocal(tokens.scale[1])};
 #pragma unroll
-  for (int i = 0; i < 8; i++) unpack(a[0][i / 4][i % 4], a[1][i / 4][i % 4], channel[2 * k + i % 2][i / 2]);
-}
+    for (int i = 0; i < 32; i++) x[i] = as_float16(exp2_(x[i]));
+#pragma unroll
+    for (int i = 0; i < 16; i++) {
+      const float a = x[i / 2 * 4 + i % 2], b = x[i / 2 * 4 + i % 2 + 2];
+      softmax.total[i] += a * inverse[0] + b * inverse[1];
+      pairs[i] = pack<2>(x[2 * i], x[2 * i + 1]);
+    }
+  }
+  DEVICE void store(const Shared& s, int slot, const Thread& me) const {
+#pragma unroll
+    for (int j = 0; j < 8; j += 2) {
+      const int row = 8 * (j + me.lane / 16) + me.lane % 8, piece = 2 * me.warp + me.lane / 8 % 2;
+      store_matrix_x4_transposed(s.weights(slot) + swizzled(row, 16 * piece), pairs[2 * j], pairs[2 * j + 1],
+                                 pairs[2 * j + 2], pairs[2 * j + 3]);
+    }
+  }
+};
+
+constexpr int UNITS = 8;  // of 16 tokens and two blocks, low and high nibbles of two of four bytes
+
+struct Outputs : Sums {
+  float weight[4] = {};  // sums of rows 16 warp + g and 8 below over half of the tokens, twice each
+  DEVICE void rescale(u32 from, const Thread& me) {
+    Sums::rescale(from, me);
+    weight[0] *= read<float>(from + (16 * me.warp + me.g) * 4);
+    weight[2] *= read<float>(from + (16 * me.warp + me.g + 8) * 4);
+  }
+  // Codes of 4 bytes of tokens 16 k + 2 t + {0, 1, 8, 9}.
+  static DEVICE void fetch(u32 (&word)[4], u32 half, int k, const Thread& me) {
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+      word[i] = read<u32>(half + swizzled(16 * k + i / 2 * 8 + 2 * me.t + i % 2, 32 * me.warp + 4 * me.g));
+  }
+  DEVICE void add(u32 weights, u32 half, const Thread& me) {
+    const u32 b = descriptor_low(weights);
+    u32 word[4], a[2][4];
+    fetch(word, half, 0, me);
+    add_weights(weights, me);
+#pragma unroll
+    for (int i = 0; i < BLOCKS; i++) pin(sum[i]);
+#pragma unroll
+    for (int unit = 0; unit < UNITS; unit++) {
+      if (unit > 0) wgmma_wait<0>();
+      pin(a[0]);
+      pin(a[1]);
+      make_operands(a, word, unit % 2);
+      pin(a[0]);
+      pin(a[1]);
+      wgmma_fence();
+#pragma unroll
+      for (int i = 0; i < 2; i++) wgmma_outputs(sum[unit % 2 * 2 + i], a[i], descriptor(b + 2 * (unit / 2)), 1);
+      wgmma_commit();
+      if (unit % 2 && unit + 1 < UNITS) fetch(word, half, unit / 2 + 1, me);
+    }
+    wgmma_wait<0>();
+#pragma unroll
+    for (int i = 0; i < BLOCKS; i++) pin(sum[i]);
+    pin(a[0]);
+    pin(a[1]);
+  }
+  // Bytes 2 part and 2 part + 1 of words: low nibbles, and high ones.
+  static DEVICE void make_operands(u32 (&a)[2][4], const u32 (&word)[4], int part) {
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      const u32 w = __byte_perm(word[2 * i], word[2 * i + 1], part ? 0x7632 : 0x5410);
+      a[0][2 * i] = w & 0x000F000Fu, a[0][2 * i + 1] = w >> 8 & 0x000F000Fu;
+      a[1][2 * i] = w & 0x00F000F0u, a[1][2 * i + 1] = w >> 8 & 0x00F000F0u;
+    }
+  }
+  // Weights of half of the tokens, times ones.
+  DEVICE void add_weights(u32 weights, const Thread& me) {
+#pragma unroll
+    for (int k = 0; k < 2; k++) {
+      const int row = 16 * me.warp + me.lane % 16, piece = 4 * me.half() + 2 * k + me.lane / 16;
+      u32 a[4];
+      asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                   : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
+                   : "r"(weights + swizzled(row, 16 * piece)) : "memory");
+      asm volatile(
+          "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %8}, "
+          "{%0, %1, %2, %3};"
+          : "+f"(weight[0]), "+f"(weight[1]), "+f"(weight[2]), "+f"(weight[3])
+          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(0x3C003C00u));
+    }
+  }
+  // Sums of weights, for all threads that add outputs.
+  DEVICE void finish(const Shared& s, const Thread& me) const {
+    const u32 to = s.base + OFFSET_WEIGHTS + me.half() * 256 + (16 * me.warp + me.g) * 4;
+    if (me.t == 0) write(to, weight[0]), write(to + 32, weight[2]);
+    barrier_arrive(s.totals_full());
+  }
+
+  // Averages of rows from the `first`th on.
+  DEVICE void store(char* to, const Params& p, const Work& work, const Shared& s, const Thread& me, i64 first) const {
+    constexpr float UNIT[2] = {33554432.0f, 2097152.0f};  // 2^25, 2^21
+    const int channel = me.half() * 128 + 32 * me.warp + 4 * me.g, left = p.rows - work.first_row - 2 * me.t;
+    char* at = to + ((first + 2 * me.t) * L + channel) * 2;
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+      const u32 rows = (8 * j + 2 * me.t) * 4, weights = s.base + OFFSET_WEIGHTS + rows;
+      const float2 both = read<float2>(s.base + OFFSET_TOTAL + rows);
+      const float2 even = read<float2>(weights), odd = read<float2>(weights + 256);
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        const int r = i % 2, nibble = i / 2;
+        const float total = r ? both.y : both.x, less = 15.0f * (r ? even.y + odd.y : even.x + odd.x) * total;
+        const float by = total * UNIT[nibble], *low = sum[nibble] + 4 * j + r, *high = sum[nibble + 2] + 4 * j + r;
+        const float four[4] = {low[0] * by - less, low[2] * by - less, high[0] * by - less, high[2] * by - less};
+        if (8 * j + r < left) store_four<QUERY>(at, (8 * j + r) * L + nibble * (L / 2), four);
+      }
+    }
+  }
+};

@@ -5,8 +5,8 @@
 // Zeros lie in shared memory. Where two warpgroups take tiles in turns they vote in order of tiles, and each brings its
 // sums up to date with what the other has raised.
 
-constexpr float LOG2_WEIGHT = 7.0f, LAZY = 1.75f;
-constexpr float WEIGHT = 128.0f;  // of a token at the reference
+constexpr float LOG2_WEIGHT = FORMAT == 1 ? 7.0f : 8.0f, LAZY = FORMAT == 1 ? 1.75f : 6.0f;
+constexpr float WEIGHT = FORMAT == 1 ? 128.0f : 256.0f;  // of a token at the reference
 constexpr float HIGHEST = LOG2_WEIGHT + LAZY;
 
 // A thread's tokens of a tile: 16 warp + g and 8 below.
@@ -43,7 +43,7 @@ struct Softmax {
   // From scores [8 j + 2 t + {0, 1} rows, g and g + 8 tokens] to exponents of weights.
   DEVICE void raise(float (&x)[32], const Tokens& tokens, const Work& work, const Shared& s, const Thread& me, int sq,
                     int tile) {
-    if (SCORERS == 2 && tile > 0) named_barrier_sync(8 + tile % 2, 256);
+    if (SCORERS == 2 && tile > 0) barrier_wait(s.voted(tile % 2), (tile - 1) / 2 & 1);
     const float added[2] = {log2_(tokens.scale[0]), log2_(tokens.scale[1])};
     float top = -INFINITE;
 #pragma unroll
@@ -61,16 +61,16 @@ struct Softmax {
     const bool raised = group_any(me, top > HIGHEST || tile == 0);
     if (raised) move_zeros(x, s, me, tile);
     if (me.index == 0) write(s.raised(tile), __uint_as_float(raised));
-    if (SCORERS == 2) named_barrier_arrive(8 + (tile + 1) % 2, 256);
+    if (SCORERS == 2) barrier_arrive(s.voted((tile + 1) % 2));
   }
 
   // Sums of all tokens of a row, for the other warpgroups and whoever merges; every scorer is here.
   DEVICE void finish(const Params& p, const Work& work, const Shared& s, const Thread& me) {
     if (SCORERS == 2 && work.count > 0 && me.group == work.count % 2) {
-      named_barrier_sync(8 + me.group, 256);
+      barrier_wait(s.voted(me.group), (work.count - 1) / 2 & 1);
       if (read<u32>(s.raised(work.count - 1))) multiply(total, s.rescale(work.count - 1), me);
     }
-    if (SCORERS == 2 && me.group == 0) named_barrier_sync(7, 256);
+    if (SCORERS == 2 && me.group == 0) barrier_wait(s.total_full(), 0);
     reduce<false>(total, s, me);
     if (me.index < 64) {
       const float sum = over_warps<false>(s, me);
@@ -79,13 +79,10 @@ struct Softmax {
       else
         publish(sum + (SCORERS == 2 ? read<float>(s.base + OFFSET_TOTAL + 4 * me.index) : 0.0f), p, work, s, me.index);
     }
-    if (SCORERS == 2 && me.group == 1) named_barrier_arrive(7, 256);
+    if (SCORERS == 2 && me.group == 1) barrier_arrive(s.total_full());
   }
 
  private:
-  static DEVICE void named_barrier_arrive(u32 id, u32 threads) {
-    asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
-  }
   static DEVICE void hide(float (&x)[32], const Work& work, const Shared& s, const Thread& me, int position) {
     const int token[2] = {position + 16 * me.warp + me.g, position + 16 * me.warp + me.g + 8};
 #pragma unroll

@@ -46,7 +46,7 @@ def supports(problem: Problem) -> str | None:
 
 
 def able(problem: Problem) -> str | None:
-    """Whether it can run; weights of codes are rounded to E4M3, see the README."""
+    """Whether it can run; queries of codes and weights of E4M3 are rounded, see the README."""
     p = problem
     if p.code not in _FORMATS or (p.code == "int4" and p.rank != 512):
         return f"{p.code} latents of {p.rank} channels, needs floats, E4M3, or INT4 of 512"
@@ -60,7 +60,7 @@ def config(problem: Problem) -> Config:
     """As much in the ring as shared memory holds; CTAs in pairs where a sequence has an even number of row tiles."""
     tiles = -(-problem.heads * problem.sq // ROWS)
     return {
-        "float": Config(6, cluster=1 if tiles % 2 else 2), "e4m3": Config(8), "int4": Config(12, ropes=6),
+        "float": Config(6, cluster=1 if tiles % 2 else 2), "e4m3": Config(8), "int4": Config(12, ropes=6, scorers=2),
     }[problem.code]  # fmt: skip
 
 
@@ -82,10 +82,11 @@ def source(config: Config, problem: Problem) -> nvrtc.Source:
     else:
         scores = ("s32", "s8", "s8") if p.code == "int4" else ("f32", "e4m3", "e4m3")
         columns = ROWS if p.code == "int4" else 2 * ROWS  # both numbers of a query at once
+        weights = "f16" if p.code == "int4" else "e4m3"
         wgmma = [
             wgmma_variant("wgmma_rope", ROWS, "f32", kept, kept, registers=False),
             wgmma_variant("wgmma_scores", columns, *scores, registers=p.code == "int4"),
-            wgmma_variant("wgmma_outputs", ROWS, "f32", "e4m3", "e4m3", registers=True),
+            wgmma_variant("wgmma_outputs", ROWS, "f32", weights, weights, registers=True),
         ]
     headers = {name: (_FOLDER.parent / "common" / name).read_text() for name in ("sm90.cuh", "attention.cuh")}
     own = ("work.cuh", "tiles.cuh", "rows_softmax.cuh", "rows_codes.cuh", "rows_e4m3.cuh", "rows_int4.cuh", "merge.cuh")
