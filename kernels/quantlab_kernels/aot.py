@@ -34,6 +34,7 @@ def warmup(
     """
     from quantlab_kernels.gemm_fp8_block import sm90, sm90_few
     from quantlab_kernels.gemm_int4_fp8 import sm90 as sm90_int4
+    from quantlab_kernels.gemm_int4_fp8 import sm90_few as int4_few
 
     sm, fp8 = present_sm(), int4 == torch.float8_e4m3fn
     if experts:
@@ -48,11 +49,11 @@ def warmup(
             )
             for n, k in set(shapes) for m in tokens
         )  # fmt: skip
-    if int4 is not None:
-        return sm90_int4.warmup(
-            Int4Problem(m, n, k, int4, out_dtype, bias, grouped=fp8 and scales_by_group(m), sm=sm)
-            for n, k in set(shapes) for m in tokens
-        )  # fmt: skip
-    problems = [GemmProblem(m, n, k, out_dtype, bias, sm) for n, k in set(shapes) for m in tokens]
-    few = [problem for problem in problems if sm90_few.supports(problem) is None]
-    return sm90_few.warmup(few) + sm90.warmup(problem for problem in problems if problem not in few)
+    if int4 is None:
+        problems = [GemmProblem(m, n, k, out_dtype, bias, sm) for n, k in set(shapes) for m in tokens]
+        return sm90_few.warmup(problems) + sm90.warmup(p for p in problems if sm90_few.supports(p) is not None)
+    wanted = [
+        Int4Problem(m, n, k, int4, out_dtype, bias, grouped=fp8 and scales_by_group(m), sm=sm)
+        for n, k in set(shapes) for m in tokens
+    ]  # fmt: skip
+    return int4_few.warmup(wanted) + sm90_int4.warmup(p for p in wanted if int4_few.supports(p) is not None)

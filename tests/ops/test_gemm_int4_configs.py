@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantlab_kernels.common.int4 import Int4Problem
-from quantlab_kernels.gemm_int4_fp8 import sm90, sm90_configs
+from quantlab_kernels.gemm_int4_fp8 import sm90, sm90_configs, sm90_few
 from quantlab_kernels.gemm_int4_fp8.sm90_configs import Config, candidates, deepest, default, reject
 
 E4M3, BF16 = torch.float8_e4m3fn, torch.bfloat16
@@ -112,6 +112,34 @@ def test_depth_fills_shared_memory_and_not_more():
     assert deep.shared_bytes(problem) <= sm90_configs.SHARED_LIMIT
     assert deepest(Config(1, 4, 64), problem).stages % 4 == 0
     assert replace(deep, stages=deep.stages + 1).shared_bytes(problem) > sm90_configs.SHARED_LIMIT
+
+
+@pytest.mark.parametrize(
+    ("problem", "reason"),
+    [
+        (Int4Problem(1, 576, 7168, grouped=True), None),
+        (Int4Problem(8, 2048, 2048), None),
+        (Int4Problem(1, 4096, 4096), "`sm90` is as fast for M = 1 and a weight of 4096 x 4096"),
+        (Int4Problem(17, 576, 7168), "up to 16 tokens and no experts, this is M = 17"),
+        (Int4Problem(1, 576, 7168, experts=8), "no experts"),
+        (Int4Problem(1, 576, 7168, BF16), "takes E4M3 activations, these are torch.bfloat16"),
+        (Int4Problem(1, 576, 7168, tiles=False), "as `sm90`: the weight is in words"),
+    ],
+)
+def test_few_tokens_of_narrow_weights_have_a_kernel_of_their_own(monkeypatch, problem, reason):
+    monkeypatch.setattr(sm90.nvrtc, "missing", lambda: None)
+    found = sm90_few.supports(problem)
+    assert found is None if reason is None else reason in found
+
+
+@pytest.mark.parametrize(("n", "k"), [(128, 128), (576, 7168), (896, 4864), (2048, 2048), (1536, 8960), (2048, 11008)])
+def test_configurations_for_few_tokens_fit(n, k):
+    for m in (1, 8, 9, 16):
+        for config in sm90_few.candidates(Int4Problem(m, n, k)):
+            assert 4 * config.tokens * (16 * config.tiles + 4) * (config.warps + config.cluster) <= 48 << 10
+            assert 64 % (16 * config.tiles) == 0
+            assert m <= config.tokens
+            assert config.row == 1
 
 
 def test_warmup_compiles_each_kernel_once(monkeypatch):

@@ -86,7 +86,9 @@ def _shape(n: int, blocks: int) -> Config:
         return Config(warps=16)
     if n > 1600:
         return Config(tiles=2, warps=16, cluster=2)
-    return Config(tiles=2, cluster=4) if n > 1000 else Config(depth=2, cluster=4)
+    if n > 1000:
+        return Config(tiles=2, cluster=4)
+    return Config(tiles=2, cluster=8) if blocks >= 48 else Config(depth=2, cluster=4)
 
 
 def candidates(problem: GemmProblem) -> list[Config]:

@@ -11,7 +11,7 @@ from quantlab_kernels.common.hardware import gpu_of
 from quantlab_kernels.common.int4 import GROUP, Int4Problem, check_out_dtype, check_weight
 from quantlab_kernels.gemm_int4_fp8 import reference
 
-BACKENDS = Backends("gemm_int4_fp8", ("sm90", "triton", "eager"), last_resort="eager")
+BACKENDS = Backends("gemm_int4_fp8", ("sm90_few", "sm90", "triton", "eager"), last_resort="eager")
 
 
 def gemm_int4_fp8(
