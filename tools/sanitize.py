@@ -122,7 +122,7 @@ CALLS = {
     **{
         f"latents_{format}_{heads}": functools.partial(latents, heads=heads, format=format)
         for format in FORMATS
-        for heads in (16, 20, 40)
+        for heads in (16, 20, 40, *((80,) if format == "16bit" else ()))  # 80: CTAs in pairs
     },
 }
 

@@ -1,10 +1,10 @@
 // Absorbed attention over 16-bit latents for 64 rows (heads times queries) a tile.
 //
 // One warpgroup, the scorer, holds the queries in registers, which leaves room for three tiles of latents in shared
-// memory, and hands weights to two warpgroups that add the products with half of the channels each. Scores of the next
-// tile and outputs of this one take turns at the matrix units: weights are made while outputs are added. Where two CTAs
-// have rows of the same sequence, each brings half of a tile's latents to both: what a tile takes from the L2 is as
-// much of the GPU's power as what is done with it.
+// memory, and hands weights to two warpgroups that add the products with half of the channels each. It does so when the
+// next tile's scores have been issued: matrix units work off scores and outputs in turns, and weights are made under
+// outputs. Where two CTAs have rows of the same sequence, each brings half of a tile's latents to both: what a tile
+// takes from the L2 is as much of the GPU's power as what is done with it.
 //
 // Macros: L, KEPT, QUERY, PAGED, BOX, SHARED as in sm90.cu;   SCORERS (1), CLUSTER as in tiles.cuh;
 //   HALVES, ROPES as in rows.cu
@@ -19,7 +19,7 @@ constexpr int HALF_CHUNKS = L / 128, HALF = HALF_CHUNKS * CHUNK;  // of channels
 constexpr int SCORE_REGISTERS = 184, OUTPUT_REGISTERS = 160;  // together what there is at launch
 constexpr int TILES = HALVES / 2;                             // in the ring
 constexpr int STEPS = 8 * HALF_CHUNKS;                        // of 16 channels of scores, positions not counted
-constexpr int EARLY = 8;  // that are issued before the last tile's weights are stored
+constexpr int EARLY = 3 * STEPS / 4;  // that are issued before the last tile's weights are stored
 
 constexpr int OFFSET_ROPE = HALVES * HALF;
 constexpr int OFFSET_P = OFFSET_ROPE + ROPES * CHUNK;
@@ -29,7 +29,7 @@ constexpr int OFFSET_TOTAL = OFFSET_LAST + 2048;        // [64] what sums are mu
 constexpr int OFFSET_RESCALE = OFFSET_TOTAL + 256;      // [2][64]
 constexpr int OFFSET_RAISED = OFFSET_RESCALE + 512;     // [2][4] of warps
 constexpr int OFFSET_BARRIERS = OFFSET_RAISED + 32;
-constexpr int BARRIERS = HALVES + 2 * ROPES + 2 * TILES + 2;
+constexpr int BARRIERS = HALVES + ROPES + 2 * TILES + 3;
 static_assert(OFFSET_BARRIERS + 8 * BARRIERS <= SHARED, "the host allocates what is laid out here");
 
 struct Shared {
@@ -45,9 +45,9 @@ struct Shared {
   DEVICE u32 raised(int tile, int warp) const { return base + OFFSET_RAISED + tile % 2 * 16 + warp * 4; }
   DEVICE u32 half_full(int slot) const { return barrier(slot); }
   DEVICE u32 rope_full(int slot) const { return barrier(HALVES + slot); }
-  DEVICE u32 scored(int slot) const { return barrier(HALVES + ROPES + slot); }
-  DEVICE u32 added(int slot) const { return barrier(HALVES + 2 * ROPES + slot); }
-  DEVICE u32 left(int slot) const { return barrier(HALVES + 2 * ROPES + TILES + slot); }  // by the other CTA
+  DEVICE u32 added(int slot) const { return barrier(HALVES + ROPES + slot); }
+  DEVICE u32 left(int slot) const { return barrier(HALVES + ROPES + TILES + slot); }  // by the other CTA
+  DEVICE u32 queries_used() const { return barrier(BARRIERS - 3); }
   DEVICE u32 weights_full() const { return barrier(BARRIERS - 2); }
   DEVICE u32 totals_full() const { return barrier(BARRIERS - 1); }
 
@@ -57,14 +57,14 @@ struct Shared {
 
 DEVICE void initialize_barriers(const Shared& s) {
   for (int i = 0; i < HALVES; i++) barrier_init(s.half_full(i), 1);
-  for (int i = 0; i < ROPES; i++) barrier_init(s.rope_full(i), 1), barrier_init(s.scored(i), 128);
+  for (int i = 0; i < ROPES; i++) barrier_init(s.rope_full(i), 1);
   for (int i = 0; i < TILES; i++) barrier_init(s.added(i), 256), barrier_init(s.left(i), 1);
+  barrier_init(s.queries_used(), 128);
   barrier_init(s.weights_full(), 128);
   barrier_init(s.totals_full(), 128);
   barrier_init_fence();
 }
 
-DEVICE void wait_scored(const Shared& s, int tile) { barrier_wait(s.scored(tile % ROPES), tile / ROPES & 1); }
 DEVICE void wait_added(const Shared& s, int tile) { barrier_wait(s.added(tile % TILES), tile / TILES & 1); }
 
 // ---- fetching: one thread of each warpgroup that adds ----
@@ -268,20 +268,21 @@ DEVICE void score(const Params& p, const Work& work, const Shared& s, const Thre
   Rows rows;
   Scores scores(s, me);
   if (work.count > 0) scores.multiply<0, STEPS + 4>(s, 0);
+  scores.wait();
+  barrier_arrive(s.queries_used());
 #pragma unroll 1
   for (int tile = 0; tile < work.count; tile++) {
     const bool more = tile + 1 < work.count;
     u32 pairs[16];
     scores.wait();
-    barrier_arrive(s.scored(tile % ROPES));
     rows.raise(scores.x, p, work, s, me, tile);
     rows.make(pairs, scores.x);
     if (more) scores.multiply<0, EARLY>(s, tile + 1);
     if (tile > 0) wait_added(s, tile - 1);
     store_weights(pairs, s, me);
     async_proxy_fence();
-    barrier_arrive(s.weights_full());
     if (more) scores.multiply<EARLY, STEPS + 4>(s, tile + 1);
+    barrier_arrive(s.weights_full());
   }
   rows.publish(p, work, s, me);
   barrier_arrive(s.totals_full());
@@ -307,6 +308,8 @@ struct Outputs {
 #pragma unroll
     for (int i = 0; i < 4; i++) wgmma_outputs(sum, descriptor(a + 2 * i), descriptor(b + 128 * i), 1);
     wgmma_commit();
+  }
+  DEVICE void wait() {
     wgmma_wait<0>();
     pin(sum);
   }
@@ -338,10 +341,8 @@ struct Outputs {
 DEVICE void fetch_ahead(const Params& p, const Work& work, const Shared& s, int half) {
   fetch_half(p, work, s, 1, half);
   if (half == 0) fetch_rope(p, work, s, 1);
-  if (work.count <= 2) return;
-  wait_scored(s, 0);
+  barrier_wait(s.queries_used(), 0);
   fetch_half(p, work, s, 2, half);
-  if (half == 0) fetch_rope(p, work, s, 2);
 }
 
 DEVICE void output(const Params& p, const Work& work, const Shared& s, const Thread& me) {
@@ -351,15 +352,13 @@ DEVICE void output(const Params& p, const Work& work, const Shared& s, const Thr
   for (int tile = 0; tile < work.count; tile++) {
     const int position = work.begin + tile * TILE, slot = 2 * (tile % TILES) + me.half();
     const u32 half = s.half(slot);
-    if (tile + 1 < work.count) {
-      wait_scored(s, tile + 1);
-      if (me.index == 32 && me.half() == 0) fetch_rope(p, work, s, tile + 1 + ROPES);
-    }
     barrier_wait(s.half_full(slot), tile / TILES & 1);
     barrier_wait(s.weights_full(), tile & 1);
     if (position < work.low || position + TILE > work.length) clear_hidden(work, me, half, position);
     if (uniform(read<u32>(s.raised(tile, me.warp)))) outputs.rescale(s.rescale(tile, 16 * me.warp + me.g));
     outputs.add(s.weights(), half);
+    if (me.index == 32 && me.half() == 0) fetch_rope(p, work, s, tile + ROPES);
+    outputs.wait();
     barrier_arrive(s.added(tile % TILES));
     group_sync(me);
     if (me.index == 0) fetch_half(p, work, s, tile + TILES, me.half());
