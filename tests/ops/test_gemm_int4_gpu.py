@@ -297,6 +297,7 @@ def test_empty_batches_and_layouts_that_are_copied():
 def test_flags_that_a_graph_is_warmed_up_with_are_not_of_its_memory(monkeypatch):
     """As in `generate` with a static cache: inductor refuses a graph whose pool still holds something afterwards."""
     monkeypatch.setattr(launches, "_STREAM_FLAGS", {})
+    monkeypatch.setenv("QUANTLAB_GEMM_INT4_FP8_BACKEND", "sm90")
     codes, words, b_scale = weight(256, 16384)
     a, a_scale = activations("normal", 1, 16384, E4M3, grouped=True)
     tiles = tiles_for(words, a)
