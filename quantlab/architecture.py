@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from quantlab.errors import PreflightError, one_line
 from quantlab.source_patterns import weights_read
 
 KINDS = ("linear", "expert", "router", "embedding", "head", "conv", "norm", "other")
@@ -59,7 +60,7 @@ def architecture(
     """Look a checkpoint up in transformers: from `config.json` and names alone, no weights are read.
 
     None where transformers cannot build the model: an unknown `model_type`, an unknown class in `architectures`, or
-    code in the repository that is not trusted.
+    code in the repository that is not trusted. Raises PreflightError for a config that transformers refuses.
     """
     from transformers.quantizers.quantizers_utils import should_convert_module
 
@@ -118,7 +119,17 @@ def _missing(model: Any, found: set[str]) -> tuple[str, ...]:
 
 
 def meta_model(folder: Path, trust_remote_code: bool = False) -> Any:
-    """The model of `folder` without data, or None where transformers cannot build it."""
+    """The model of `folder` without data, or None where transformers does not know it.
+
+    Raises PreflightError for one that it knows, and whose config it refuses.
+    """
+    try:
+        return _meta_model(folder, trust_remote_code)
+    except Exception as error:  # whatever a model's constructor makes of a config that it does not like
+        raise PreflightError(f"{folder}: transformers cannot build this model ({one_line(error)})") from None
+
+
+def _meta_model(folder: Path, trust_remote_code: bool) -> Any:
     import torch
     from transformers import AutoConfig
 
@@ -147,7 +158,7 @@ def _model_class(folder: Path, config: Any, trust_remote_code: bool) -> Any:
         return get_class_from_dynamic_module(remote[name], folder)
     if name is not None:
         return getattr(transformers, name, None)
-    return transformers.AutoModel._model_mapping.get(type(config))
+    return transformers.AutoModel._model_mapping.get(type(config), None)
 
 
 @dataclass(frozen=True)

@@ -216,8 +216,9 @@ def known_architecture(
     names = [*plain, *fused_experts.probes(source.tensors)]
     try:
         found = architecture(source.folder, names, trust_remote_code=trust_remote_code)
-    except Exception as error:  # whatever a model's constructor makes of a config that it does not like
-        return None, (f"transformers cannot build this model ({one_line(error)}); layers are told by names and shapes",)
+    except Exception as error:  # what transformers makes of a config that it does not like
+        why = error if isinstance(error, PreflightError) else f"transformers cannot read it ({one_line(error)})"
+        return None, (f"{why}; layers are told by names and shapes",)
     if found is None:
         return None, ()
     covered = sum(i.nbytes for name, i in source.tensors.items() if name.removesuffix("_packed") in found.kinds)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from quantlab.architecture import meta_model
-from quantlab.errors import UsageError, VerificationError, one_line
+from quantlab.errors import UsageError, VerificationError
 from quantlab.source import Source
 from quantlab_calib.capture import forward_replaced
 
@@ -109,12 +109,10 @@ class _BaseOutput(tuple[Tensor]):
 
 
 def open_predictor(model: str | Path, trust_remote_code: bool = False) -> Source:
-    """A model that predicts the next token of a text; raises UsageError for any other, before anything is loaded."""
+    """A model that predicts the next token of a text; raises UsageError for any other, and
+    PreflightError for a config that transformers refuses, before anything is loaded."""
     source = Source.open(model)
-    try:
-        empty = meta_model(source.folder, trust_remote_code)
-    except Exception as error:  # whatever a model's constructor makes of a config that it does not like
-        raise UsageError(f"{model}: transformers cannot build it ({one_line(error)}); check its config.json") from None
+    empty = meta_model(source.folder, trust_remote_code)
     if empty is None:
         raise UsageError(f"{model}: transformers cannot build it; if it brings code: --trust-remote-code")
     if not empty.can_generate() or getattr(empty.config, "is_encoder_decoder", False):

@@ -193,16 +193,32 @@ def test_no_name_is_no_model(name: Any):
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        ({"hidden_size": "big"}, "transformers cannot build it .*hidden_size.*; check its config.json"),
-        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "transformers cannot load it .ImportError"),
+        ({"hidden_size": "big"}, r"transformers cannot build this model \(.*hidden_size.*\)"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, r"transformers cannot load it \(ImportError"),
     ],
     ids=["a field of another type", "a format whose reader is missing"],
 )
 def test_what_transformers_does_not_load_is_told_in_a_line(edit: dict[str, Any], message: str, model: Path):
     edit_config(model, **edit)
-    with pytest.raises(UsageError, match=message) as error:
+    with pytest.raises((UsageError, PreflightError), match=message) as error:
         quantlab.evaluate(model, windows=1, length=16, device_map="cpu")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("recipe", [quantlab.Recipe("int4", calibration=Calibration(effort="fast")), "fp8-dynamic"])
+def test_a_config_that_transformers_refuses_is_quantized_by_names(recipe: Any, model: Path, tmp_path: Path):
+    edit_config(model, hidden_act="no such function")
+    summary = quantlab.quantize(model, recipe, tmp_path / "out", device="cpu")
+    told = "transformers cannot build this model (KeyError: 'no such function')"
+    assert f"{model}: {told}; layers are told by names and shapes" in summary.warnings
+    assert all(told in w for w in summary.warnings if w.startswith("rounded without data"))
+    with pytest.raises(PreflightError, match="transformers cannot build this model"):
+        quantlab.quantize(model, quantlab.Recipe("fp8-dynamic", kv="fp8"), tmp_path / "kv", device="cpu")
+
+
+def test_a_config_without_architectures(model: Path):
+    edit_config(model, architectures=None)
+    assert quantlab.plan(model).architecture == "LlamaModel"
 
 
 def test_other_formats_are_told_with_the_folder(model: Path, tmp_path: Path):
