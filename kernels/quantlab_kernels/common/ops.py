@@ -6,10 +6,12 @@ once makes a second import of the package under another name fail loudly instead
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 LIBRARY = torch.library.Library("quantlab", "DEF")
 
@@ -34,9 +36,25 @@ def define(
     name = schema.split("(", 1)[0]
     LIBRARY.define(schema, tags=[torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order, *tags])
     LIBRARY.impl(name, cpu, "CPU")
-    LIBRARY.impl(name, cuda, "CUDA")
+    LIBRARY.impl(name, on_one_device(name, cuda), "CUDA")
     torch.library.register_fake(f"quantlab::{name}", fake, lib=LIBRARY)
     return getattr(torch.ops.quantlab, name).default
+
+
+def on_one_device(name: str, launch: Callable[..., Any]) -> Callable[..., Any]:
+    """`launch` for tensors that are all where the first one is; RuntimeError for others, whose addresses a kernel would
+    take for its own device's. Tensors without elements may be anywhere."""
+
+    @functools.wraps(launch)
+    def checked(*args: Any) -> Any:
+        here = args[0].get_device()
+        for x in args:
+            if isinstance(x, Tensor) and x.get_device() != here and x.numel():
+                devices = f"{args[0].device} and another on {x.device}"
+                raise RuntimeError(f"{name}: a tensor is on {devices}; needs all on one device")
+        return launch(*args)
+
+    return checked
 
 
 def require(condition: Any, message: Callable[[], str]) -> None:
