@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quantlab.errors import VerificationError
 from quantlab.experts import Fp8Experts
 from quantlab.formulas import alike
 from quantlab.fusion import FusedMlp
@@ -23,6 +24,7 @@ from quantlab.routing import Route
 Layers = tuple[QuantizedLinear, QuantizedLinear, QuantizedLinear]
 
 _TOKENS = 32  # that a block is tried on
+_WRONG = 0.1  # as far as no rounding goes: two experts have a scale each where their layer has one for both
 _ALIKE = 0.02  # how far it may be from its own: sums in another order round activations otherwise now and then
 
 
@@ -50,6 +52,11 @@ def append(block: Any, layers: Layers) -> bool:
             return False  # the block does more, so copies would be for nothing
         router.forward.share(experts.append(*layers))
         block.forward = FusedBlock(block)
+        if not alike(block(x), expected, _WRONG):
+            raise VerificationError(
+                f"shared experts give other results among the routed ones on {experts.device}; "
+                "QUANTLAB_FUSE=0 leaves every layer by itself"
+            )
     return True
 
 

@@ -9,9 +9,12 @@ import torch
 import transformers
 
 import quantlab
-from quantlab import shared_experts
+from quantlab import int4_experts, int4_linear, shared_experts
+from quantlab.errors import VerificationError
 from quantlab.scheme import Recipe
 from quantlab.shared_experts import FusedBlock
+from quantlab_kernels.common.gemm import as_group_scale
+from quantlab_kernels.common.int4 import repack_int4
 
 CONFIG = {
     "vocab_size": 64, "hidden_size": 128, "intermediate_size": 128, "moe_intermediate_size": 128,
@@ -80,6 +83,30 @@ def test_copies_follow_what_is_loaded_and_are_not_saved(scheme: str, tmp_path):
     assert relative(block(x), expected) > 0.05
 
 
+@pytest.mark.parametrize("shared", [1, 2])
+@torch.no_grad()
+def test_copies_in_the_layout_of_hopper(tmp_path, shared: int, monkeypatch: pytest.MonkeyPatch):
+    """INT4 words lie there in tiles, of all experts one after another; the reference reads them too."""
+    for module in (int4_linear, int4_experts):
+        monkeypatch.setattr(module, "prepare_int4", repack_int4)
+    model = model_of(tmp_path, "int4-fp8", shared)
+    block = model.model.layers[1].mlp
+    own, before = copy.deepcopy(block), {k: v.clone() for k, v in model.state_dict().items()}
+    assert block.experts.down_proj_packed.dim() > 3
+    for name in ("gate_up_proj", "down_proj"):  # strides of a scale as that GPU's kernels read it
+        scale = getattr(block.experts, name + "_scale")
+        scale.data = as_group_scale(scale.data.flatten(0, 1)).unflatten(0, scale.shape[:2])
+    assert shared_experts.append(block, shared_experts._layers(block))
+    assert block.experts.down_proj_packed.dim() > 3
+    assert len(block.experts.down_proj_packed) == 8 + shared
+    x = torch.randn(2, 9, 128, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
+    assert relative(block(x), own(x)) < 0.02
+    block.experts.finish_loading()
+    assert relative(block(x), own(x)) < 0.02
+    after = model.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
 @torch.no_grad()
 def test_a_block_that_does_more_is_left_alone(tmp_path):
     model = model_of(tmp_path, "fp8-block", 1)
@@ -97,6 +124,17 @@ def test_a_block_that_does_more_is_left_alone(tmp_path):
     block.shared_experts.act_fn = torch.nn.GELU()
     del block.shared_experts.forward
     assert shared_experts._layers(block) is None
+
+
+@torch.no_grad()
+def test_wrong_copies_are_noticed(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    block = model_of(tmp_path, "fp8-block", 1).model.layers[1].mlp
+    monkeypatch.setattr("quantlab.experts.Fp8Experts._copy_shared", lambda experts: None)
+    monkeypatch.setattr(
+        "quantlab.experts.lengthened", lambda x, more: torch.cat([x.float(), x.float()[:more]]).to(x.dtype)
+    )
+    with pytest.raises(VerificationError, match="give other results among the routed ones on cpu; QUANTLAB_FUSE=0"):
+        shared_experts.append(block, shared_experts._layers(block))
 
 
 @pytest.mark.gpu(sm=80)
