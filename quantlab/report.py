@@ -12,10 +12,11 @@ import platform
 import shlex
 import statistics
 import tomllib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata, resources
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from quantlab import plots
@@ -32,9 +33,17 @@ from quantlab.source import Source
 
 Progress = Callable[[str, int, int], None]
 EVALUATION = f"{OURS}/eval.json"
+Kinds = Mapping[str, type | tuple[type, ...]]  # of the values that JSON needs to have
+
 SCHEMA = 1  # of the JSON
-NEEDED = ("bytes_before", "bytes_after", "groups", "seconds", "shares", "device", "tensor_parallel", "warnings")
-NEEDED_OF_EVALUATION = ("perplexity", "baseline", "tasks", "windows", "settings")
+NUMBER = (int, float)
+NEEDED: Kinds = {
+    "bytes_before": NUMBER, "bytes_after": NUMBER, "groups": dict, "seconds": NUMBER, "shares": dict, "device": str,
+    "tensor_parallel": (int, NoneType), "warnings": list,
+}  # fmt: skip
+NEEDED_OF_EVALUATION: Kinds = {
+    "perplexity": dict, "baseline": (str, NoneType), "tasks": dict, "windows": dict, "settings": dict
+}  # fmt: skip
 SHOWN_AS = {"model": "quantized", "baseline": "original"}  # the models of an evaluation
 SHOWN_LAYERS = 4  # with a plot of their channels
 WORST = 12  # layers in a table
@@ -195,7 +204,7 @@ def _finished(folder: Path) -> Path:
     return folder
 
 
-def _json(path: Path, needed: tuple[str, ...]) -> dict[str, Any] | None:
+def _json(path: Path, needed: Kinds) -> dict[str, Any] | None:
     """A JSON object that has what the page shows of it; None where there is no such file."""
     if not path.is_file():
         return None
@@ -203,9 +212,9 @@ def _json(path: Path, needed: tuple[str, ...]) -> dict[str, Any] | None:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         raise PreflightError(f"{path}: is not JSON; run the command that made it again") from None
-    lacking = next((key for key in needed if not isinstance(found, dict) or key not in found), None)
-    if lacking is not None:
-        raise PreflightError(f"{path}: has no {lacking!r}; run the command that made it again")
+    for key, kind in needed.items():
+        if not isinstance(found, dict) or key not in found or not isinstance(found[key], kind):
+            raise PreflightError(f"{path}: has no {key!r} that could be shown; run the command that made it again")
     return found
 
 

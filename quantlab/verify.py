@@ -22,7 +22,7 @@ from quantlab.errors import PreflightError, VerificationError
 from quantlab.kinds import FLOATS
 from quantlab.loaders import RULES, View
 from quantlab.locate import require_name
-from quantlab.output import hash_file
+from quantlab.output import FileRecord, hash_file
 from quantlab.preflight import known_architecture
 from quantlab.source import Source
 from quantlab.summary import Shown, Table
@@ -108,17 +108,18 @@ def _manifest(folder: Path) -> Iterator[Check]:
     if not path.is_file():
         return
     try:
-        files = {entry["name"]: entry for entry in json.loads(path.read_text(encoding="utf-8"))["files"]}
+        records = [FileRecord(**entry) for entry in json.loads(path.read_text(encoding="utf-8"))["files"]]
+        files = {str(record.name): (int(record.bytes), record.sha256) for record in records}
     except (ValueError, KeyError, TypeError):
         raise PreflightError(f"{path}: is not a manifest") from None
     problems = []
-    for name, entry in files.items():
+    for name, (size, digest) in files.items():
         file = folder / name
         if not file.is_file():
             problems.append(f"{name}: is missing")
-        elif file.stat().st_size != entry["bytes"]:
-            problems.append(f"{name}: has {file.stat().st_size:,} bytes, the manifest says {entry['bytes']:,}")
-        elif hash_file(file) != entry["sha256"]:
+        elif file.stat().st_size != size:
+            problems.append(f"{name}: has {file.stat().st_size:,} bytes, the manifest says {size:,}")
+        elif hash_file(file) != digest:
             problems.append(f"{name}: is not the file that was written (SHA-256 differs)")
     for file in sorted(folder.glob("*.safetensors")):
         if file.name not in files:

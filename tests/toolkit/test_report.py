@@ -236,6 +236,7 @@ def test_refusals(made, tmp_path, tiny, monkeypatch):
         ("eval.json", "{", r"eval\.json: is not JSON"),
         ("eval.json", "[]", r"eval\.json: has no 'perplexity'"),
         ("summary.json", '{"bytes_before": 1}', r"summary\.json: has no 'bytes_after'"),
+        ("summary.json", '{"bytes_before": [1]}', r"summary\.json: has no 'bytes_before' that could be shown"),
     ):
         before = (damaged / "quantlab" / name).read_text()
         (damaged / "quantlab" / name).write_text(content)

@@ -192,9 +192,11 @@ def test_what_is_no_quantized_checkpoint(raw_checkpoint: Make, tmp_path: Path) -
     empty = raw_checkpoint({"norm.weight": torch.ones(2)}, name="empty", quantization_config=config)
     assert f"{empty}: holds no quantized weight" in verify_weights(empty)
     (empty / "quantlab").mkdir()
-    (empty / "quantlab" / "manifest.json").write_text("[]")
-    with pytest.raises(PreflightError, match="is not a manifest"):
-        verify(empty)
+    entry = {"name": "config.json", "bytes": 1, "sha256": ""}
+    for wrong in ([], {"files": 3}, {"files": [entry | {"bytes": []}]}, {"files": [entry | {"more": 1}]}):
+        (empty / "quantlab" / "manifest.json").write_text(json.dumps(wrong))
+        with pytest.raises(PreflightError, match="is not a manifest"):
+            verify(empty)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3_moe", "mixtral", "deepseek_v3", "gemma3_vision", "bert", "whisper"])
