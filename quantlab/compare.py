@@ -92,6 +92,7 @@ def _read(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_text(encoding="utf-8"))
         whole = all(isinstance(found[key], dict) for key in ("windows", "settings", "perplexity", "tasks"))
         whole = whole and all(key in found["settings"] for key in (*SAME, "texts")) and "nll" in found["windows"]
+        whole = whole and all(isinstance(x, float) for values in found["windows"].values() for x in values)
     except (ValueError, KeyError, TypeError, OSError):
         whole = False
     if not whole:

@@ -115,7 +115,9 @@ def test_what_is_no_evaluation(save, tmp_path):
     good = save("a", evaluation(1, 0.01))
     with pytest.raises(UsageError, match="no evaluation there; run `quantlab eval`"):
         compare(good, tmp_path)
-    for content in ([], {"windows": {}}, evaluation(1, 0.01, settings={})):
+    damaged = evaluation(1, 0.01)
+    damaged["windows"]["nll"] = ["many"]
+    for content in ([], {"windows": {}}, evaluation(1, 0.01, settings={}), damaged):
         with pytest.raises(UsageError, match="is not a result of `quantlab eval`"):
             compare(good, save("b", content))
 
