@@ -18,7 +18,7 @@ from quantlab_kernels.gemm_fp8_block import sm90
 
 _FOLDER = Path(__file__).parent
 _FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_MOST_TOKENS = 16
+MOST_TOKENS = 16
 _ONE_WAVE = 132 * 32  # channels: as many CTAs of two tiles as an H200 has multiprocessors
 
 
@@ -41,8 +41,8 @@ class Config:
 
 def able(problem: GemmProblem) -> str | None:
     """Why it cannot run the problem at all, or None; `supports` also leaves aside what `sm90` does as fast."""
-    if problem.m > _MOST_TOKENS:
-        return f"takes up to {_MOST_TOKENS} tokens, this is M = {problem.m}"
+    if problem.m > MOST_TOKENS:
+        return f"takes up to {MOST_TOKENS} tokens, this is M = {problem.m}"
     reason = sm90.supports(problem)
     return None if reason is None else f"as `sm90`: {reason}"
 
@@ -93,9 +93,13 @@ def _shape(n: int, blocks: int) -> Config:
 
 def candidates(problem: GemmProblem) -> list[Config]:
     """The chosen configuration and one of every other kind; all are legal for every problem."""
+    return every_kind(config(problem))
+
+
+def every_kind(chosen: Config) -> list[Config]:
     kinds = [(1, 8, 1, 1), (1, 16, 1, 2), (1, 8, 2, 4), (2, 4, 2, 1), (2, 8, 1, 8), (2, 16, 1, 2), (4, 4, 1, 1)]
-    chosen = config(problem)
-    return list(dict.fromkeys([chosen, *(Config(*kind, tokens=chosen.tokens) for kind in kinds)]))
+    others = (Config(*kind, tokens=chosen.tokens, row=chosen.row) for kind in kinds)
+    return list(dict.fromkeys([chosen, *others]))
 
 
 def source(

@@ -12,16 +12,14 @@ from torch import Tensor
 from quantlab_kernels.common import nvrtc
 from quantlab_kernels.common.int4 import Int4Problem
 from quantlab_kernels.gemm_fp8_block import sm90_few
-from quantlab_kernels.gemm_fp8_block.sm90_few import Config
+from quantlab_kernels.gemm_fp8_block.sm90_few import MOST_TOKENS, Config
 from quantlab_kernels.gemm_int4_fp8 import sm90
-
-_MOST_TOKENS = 16
 
 
 def able(problem: Int4Problem) -> str | None:
     """Why it cannot run the problem at all, or None; `supports` also leaves aside what `sm90` does as fast."""
-    if problem.m > _MOST_TOKENS or problem.experts:
-        return f"takes up to {_MOST_TOKENS} tokens and no experts, this is M = {problem.m}"
+    if problem.m > MOST_TOKENS or problem.experts:
+        return f"takes up to {MOST_TOKENS} tokens and no experts, this is M = {problem.m}"
     if problem.x != torch.float8_e4m3fn:
         return f"takes E4M3 activations, these are {problem.x}"
     reason = sm90.supports(problem)
@@ -61,10 +59,7 @@ def _shape(n: int, blocks: int) -> Config:
 
 def candidates(problem: Int4Problem) -> list[Config]:
     """The chosen configuration and one of every other kind; all are legal for every problem."""
-    kinds = [(1, 8, 1, 1), (1, 16, 1, 1), (1, 8, 2, 4), (2, 4, 2, 1), (2, 8, 1, 8), (2, 16, 1, 2), (4, 4, 1, 1)]
-    chosen = config(problem)
-    others = (Config(*kind, tokens=chosen.tokens, row=chosen.row) for kind in kinds)
-    return list(dict.fromkeys([chosen, *others]))
+    return sm90_few.every_kind(config(problem))
 
 
 def warmup(problems: Iterable[Int4Problem], *, workers: int = 8) -> int:
