@@ -113,11 +113,15 @@ def sensitivity(
     tokens = tokens_of(source, calibration, samples, length, trust_remote_code)
     run = Run(source, plans, tokens, device, trust_remote_code, progress)
     settings = run.settings() | {"data": calibration}
-    if fast:
-        effects = run.estimated()
-    else:
-        with _Journal(target.with_suffix(".jsonl"), fingerprint(source, settings)) as journal:
-            effects = run.measured(journal)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)  # the journal lies there before the result does
+        if fast:
+            effects = run.estimated()
+        else:
+            with _Journal(target.with_suffix(".jsonl"), fingerprint(source, settings)) as journal:
+                effects = run.measured(journal)
+    except OSError as error:
+        raise UsageError(f"{target}: cannot be written: {error.strerror}; give another place with -o FILE") from None
     ranked = tuple(sorted(effects, key=lambda effect: -effect.kl.value))
     result = Sensitivity(str(model), "fast" if fast else "exact", ranked, settings)
     write_file(target, to_json(result.to_dict()))

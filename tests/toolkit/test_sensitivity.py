@@ -102,6 +102,13 @@ def test_it_continues_and_computes_nothing_twice(exact, tmp_path, monkeypatch):
     assert other.settings["tokens"] != again.settings["tokens"]
 
 
+def test_a_folder_that_is_not_there_yet(tmp_path):
+    output = tmp_path / "new" / "deep" / "r.json"
+    sensitivity(MODEL, ["fp8-block"], output, samples=1, length=8, device="cpu")
+    assert output.is_file()
+    assert output.with_suffix(".jsonl").is_file()
+
+
 @pytest.mark.parametrize("fast", [False, True])
 def test_experts(moe, tmp_path, fast):
     result = sensitivity(moe, ["fp8-dynamic"], tmp_path / "r.json", samples=2, length=32, device="cpu", fast=fast)
