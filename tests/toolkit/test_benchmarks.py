@@ -12,7 +12,14 @@ import pytest
 import torch
 
 import quantlab
-from quantlab import benchmarks, generation_benchmark, latent_benchmark, moe_benchmark, random_models
+from quantlab import (
+    attention_benchmark,
+    benchmarks,
+    generation_benchmark,
+    latent_benchmark,
+    moe_benchmark,
+    random_models,
+)
 from quantlab.errors import UsageError
 from quantlab_kernels import bench
 
@@ -202,6 +209,7 @@ def test_attention_lists_both_rooms_and_the_error_report():
     assert {("4x4096 16/16x128",), ("4x4k causal",), ("outliers 64",), ("128 keys, values of mean 1",)} <= set(rows)
     with pytest.raises(UsageError, match="did you mean 'attention'"):
         benchmarks.kernel_room("atention", dry_run=True)
+    assert {"outliers 8192", "131072 keys, values of mean 1"} <= set(attention_benchmark.cases())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")

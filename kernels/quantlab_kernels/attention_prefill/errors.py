@@ -20,6 +20,7 @@ Inputs = tuple[Tensor, Tensor, Tensor]
 HEADS = 8  # of the short distributions
 QUERIES = 256  # of the long contexts
 LENGTHS = (4096, 32768, 131072)
+TOKENS = 8192  # of the inputs with other distributions
 
 
 class Error(NamedTuple):
@@ -59,7 +60,7 @@ def _exact(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.cat(pieces, 2)
 
 
-def report(device: str = "cuda", tokens: int = 8192, lengths: Sequence[int] = LENGTHS) -> Iterator[Error]:
+def report(device: str = "cuda", tokens: int = TOKENS, lengths: Sequence[int] = LENGTHS) -> Iterator[Error]:
     """bf16, INT8, INT8 with E4M3 values, and E4M3 on each distribution."""
     torch.manual_seed(0)
     for name, inputs in distributions(tokens, lengths, device):
