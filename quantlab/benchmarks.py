@@ -9,17 +9,13 @@ import fcntl
 import importlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from quantlab.errors import UsageError
 from quantlab.generation_benchmark import generation
 from quantlab.random_models import checkpoint, holding_gpu, shape_named, without_data, work_folder
 from quantlab.scheme import did_you_mean
-from quantlab.summary import Table
-
-if TYPE_CHECKING:
-    from quantlab.summary import Summary
-
+from quantlab.summary import Summary, Table
 
 HEADER = ("case", "backend", "us", "TFLOP/s", "GB/s", "of the roofline", "time of others over ours")
 # name -> its rooms, and the module that measures them at work

@@ -72,7 +72,7 @@ def convert(
     known, fits = keys.beside(source.folder)
     view = View(source, stored, known_architecture(source)[0])
     target, scales = _with_kv(view, _target(view, to), known, recipe)
-    jobs = [*_jobs(source, stored, target), *scales]
+    jobs = [*_jobs(view, target), *scales]
     if target:
         _check_rules(replace(view, stored=target), jobs)
     recipe = _recipe(recipe, to) if target and recipe else None
@@ -213,9 +213,9 @@ def _flipped(source: Source, stored: Stored, to: str) -> Stored:
     return target
 
 
-def _jobs(source: Source, stored: Stored, target: Stored | None) -> Iterator[Job]:
+def _jobs(view: View, target: Stored | None) -> Iterator[Job]:
     """A job for every tensor; scales that go into a weight have none of their own."""
-    stacks = View(source, stored).stacks
+    source, stored, stacks = view.source, view.stored, view.stacks
     scales = {name for name in source.tensors if name.endswith(stored.scale_suffix)}
     scales |= {name + STACK_SCALE for name in stacks}
     renamed = target is not None and target.layout != stored.layout

@@ -178,11 +178,10 @@ class KeepsQuantized(HfQuantizer):
         self.dtypes = {name: t.dtype for name, t in chain(model.named_parameters(), model.named_buffers())}
         self.added = one_by_one() if apart.keys() & targets else []
         self.converted = {p for name, target in targets.items() if name not in stacks for p in target.patterns}
+        one_of = {pattern: name for name in stacks if name in targets for pattern in targets[name].patterns}
         self.turned = {
             pattern: shape_of(files, name) != tuple(model.get_parameter(targets[name].parameter).shape)
-            for name in stacks
-            if name in targets
-            for pattern in targets[name].patterns
+            for pattern, name in one_of.items()  # headers are opened for one layer: a pattern is that of all
         }
         self.folder = Path(files[0]).parent
         self.paths = {name.removesuffix(".weight"): t.parameter.rpartition(".")[0] for name, t in targets.items()}
