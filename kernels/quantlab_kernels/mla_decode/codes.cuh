@@ -1,14 +1,4 @@
-// Codes of latents as operands of sm90.cu's second product, and what they have to do with E4M3 numbers.
-
-DEVICE u16 e4m3_pair(float low, float high) {
-  u16 r;
-  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(r) : "f"(high), "f"(low));
-  return r;
-}
-DEVICE float2 e4m3_floats(u16 pair) {
-  const u32 halves = fp8_pair(pair);
-  return {Float16::unpack(halves & 0xFFFF), Float16::unpack(halves >> 16)};
-}
+// Codes of latents as operands of sm90.cu's second product.
 
 // Thread g holds bytes 32 warp + 4 g to + 3 of a chunk; code i of these is row g + 8 (i % 2) of block i / 2.
 constexpr int CODES = 2 * CHUNK_BLOCKS;

@@ -1,15 +1,6 @@
 // E4M3 latents as operands of 8-bit MMA: in the scores where they lie, queries being sums of two E4M3 numbers; in the
 // outputs turned on their way to registers, weights being one E4M3 number, in the order in which the scorers have them.
 
-DEVICE u16 e4m3_pair(float low, float high) {
-  u16 r;
-  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(r) : "f"(high), "f"(low));
-  return r;
-}
-DEVICE float2 e4m3_floats(u16 pair) {
-  const u32 halves = fp8_pair(pair);
-  return {Float16::unpack(halves & 0xFFFF), Float16::unpack(halves >> 16)};
-}
 DEVICE u32 e4m3_four(const float* x) { return e4m3_pair(x[0], x[1]) | static_cast<u32>(e4m3_pair(x[2], x[3])) << 16; }
 
 // Eight channels of each 256 of a query, and two of its position.

@@ -77,6 +77,15 @@ template <int KIND>
 DEVICE u32 pack(float low, float high) {
   return KIND == 1 ? BFloat16::pack(low, high) : Float16::pack(low, high);
 }
+DEVICE u16 e4m3_pair(float low, float high) {
+  u16 r;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(r) : "f"(high), "f"(low));
+  return r;
+}
+DEVICE float2 e4m3_floats(u16 pair) {
+  const u32 halves = fp8_pair(pair);
+  return {Float16::unpack(halves & 0xFFFF), Float16::unpack(halves >> 16)};
+}
 template <int KIND>
 DEVICE void store_float(char* base, i64 index, float x) {
   if (KIND == 0) reinterpret_cast<float*>(base)[index] = x;
