@@ -447,11 +447,12 @@ def test_thousands_of_launches_agree(name: str, heads: int, batch: int):
     fails once in hundreds or thousands of launches."""
     q_latent, q_rope, cache, length = bench.build(name, heads, batch, 4096, torch.device("cuda"), 0)
     first = mla_decode(q_latent, q_rope, cache, length, scale=SCALE)[0].clone()
+    differs = torch.zeros((), dtype=torch.bool, device="cuda")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for _ in range(6):
-            out, _ = mla_decode(q_latent, q_rope, cache, length, scale=SCALE)
-    for _ in range(40):
-        for _ in range(25):
-            graph.replay()
-        assert torch.equal(out, first)
+        outs = [mla_decode(q_latent, q_rope, cache, length, scale=SCALE)[0] for _ in range(6)]
+        for out in outs:
+            differs |= (out != first).any()
+    for _ in range(1000):
+        graph.replay()
+    assert not differs
