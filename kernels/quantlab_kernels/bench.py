@@ -28,6 +28,7 @@ from quantlab_kernels.common.timing import Timing, measure, rotations
 
 PACKAGE = Path(__file__).parent
 ROOMS = sorted(path.parent.name for path in PACKAGE.glob("*/bench.py"))
+NO_GPU = "a benchmark needs a CUDA device; --dry-run works without one"
 
 
 @dataclass(frozen=True)
@@ -60,15 +61,16 @@ def cases(room: str, only: str = "") -> list[Case]:
     return found
 
 
-def dry_run(room: str) -> list[str]:
-    """Build the inputs of the smallest case and call op and reference once, on any device; names of all cases."""
+def dry_run(room: str, only: str = "") -> list[str]:
+    """Build the inputs of the room's smallest case and call op and reference once, on any device; what would be timed:
+    the names of the cases that contain `only`. Raises ValueError as `cases` does."""
+    wanted = cases(room, only)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    everything = cases(room)
-    smallest = min(everything, key=lambda case: case.bytes)
+    smallest = min(cases(room), key=lambda case: case.bytes)
     inputs = smallest.build(device, 0)
     smallest.ours(*inputs)
     smallest.reference(*inputs)
-    return [case.name for case in everything]
+    return [case.name for case in wanted]
 
 
 def run(room: str, *, only: str = "", unchecked: bool = False, rounds: int = 15) -> Iterator[Row]:
@@ -78,7 +80,7 @@ def run(room: str, *, only: str = "", unchecked: bool = False, rounds: int = 15)
     them; the results then say so.
     """
     if not torch.cuda.is_available():
-        raise RuntimeError("a benchmark needs a CUDA device; --dry-run works without one")
+        raise RuntimeError(NO_GPU)
     everything = cases(room, only)
     if not unchecked:
         check(room)
@@ -177,10 +179,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="build inputs, call the reference; needs no GPU")
     parser.add_argument("--unchecked", action="store_true", help="skip the room's tests; the results say so")
     options = parser.parse_args(arguments)
-    if options.dry_run:
-        print("\n".join(dry_run(options.room)))
-        return 0
     try:
+        if options.dry_run:
+            print("\n".join(dry_run(options.room, options.case)))
+            return 0
         rows = []
         for row in run(options.room, only=options.case, unchecked=options.unchecked):
             print(line(row), flush=True)

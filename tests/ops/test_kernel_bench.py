@@ -16,6 +16,13 @@ def test_dry_run(room: str, capsys):
     assert len(capsys.readouterr().out.splitlines()) == len(bench.cases(room))
 
 
+def test_a_dry_run_lists_what_would_be_timed(capsys):
+    assert bench.main(["moe_dispatch", "--dry-run", "--case", "16 qwen"]) == 0
+    assert capsys.readouterr().out == "16 qwen3-30b\n"
+    assert bench.main(["moe_dispatch", "--dry-run", "--case", "17 qwen"]) == 1
+    assert "no case contains '17 qwen'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("room", bench.ROOMS)
 def test_cases_have_a_roofline(room: str):
     for case in bench.cases(room):
