@@ -27,35 +27,41 @@ COLLECTIONS = {
 
 
 def kernel_room(room: str, dry_run: bool, *, only: str = "", unchecked: bool = False) -> Table:
-    """Time a kernel room or a collection on the present GPU, or list its cases after one call of its reference.
+    """Time a kernel room or a collection on the present GPU, or list what would be timed after a small call of it.
 
-    only       cases whose name contains this
+    only       cases whose name contains this; nothing else is measured
     unchecked  times without the rooms' tests, for a run right after them
+
+    Raises UsageError for an unknown room, where no case is left, and for times without a GPU.
     """
+    import torch
+
     from quantlab_kernels import bench
 
     if room not in COLLECTIONS and room not in bench.ROOMS:
         known = [*bench.ROOMS, *COLLECTIONS, *JOBS]
         raise UsageError(f"unknown benchmark {room!r}; {did_you_mean(room, known)}")
-    rooms, module = COLLECTIONS.get(room, ((room,), None))
+    members, module = COLLECTIONS.get(room, ((room,), None))
+    rooms = [each for each in members if any(only in case.name for case in bench.cases(each))]
     at_work: Any = importlib.import_module(module) if module else None
+    wanted = at_work.cases(only) if at_work else []
+    if not rooms and not wanted:
+        raise UsageError(f"{room}: no case contains {only!r}; --dry-run without --case lists them")
     if dry_run:
-        names = [name for each in rooms for name in bench.dry_run(each)] + (at_work.dry_run() if at_work else [])
-        return f"{room}: inputs build, it runs", ("case",), [(name,) for name in names if only in name]
+        names = [name for each in rooms for name in bench.dry_run(each, only)]
+        if wanted:
+            at_work.dry_run()
+        return f"{room}: inputs build, it runs", ("case",), [(name,) for name in names + wanted]
+    if wanted and not torch.cuda.is_available():
+        raise UsageError(bench.NO_GPU)
     rows = [row for each in rooms for row in _room(each, only, unchecked)]
-    if at_work and any(only in name for name in at_work.cases()):
-        rows += [row for row in at_work.run() if only in row[0]]
-    if not rows:
-        raise UsageError(f"{room}: no case contains {only!r}; --dry-run lists them")
-    return room, HEADER, rows
+    return room, HEADER, rows + (list(at_work.run(only)) if wanted else [])
 
 
 def _room(room: str, only: str, unchecked: bool) -> Iterator[tuple[Any, ...]]:
-    """Rows of a room, none where it has no such case."""
+    """Rows of a room that has such cases."""
     from quantlab_kernels import bench
 
-    if not any(only in case.name for case in bench.cases(room)):
-        return
     try:
         rows = list(bench.run(room, only=only, unchecked=unchecked))
     except RuntimeError as error:

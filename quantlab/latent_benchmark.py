@@ -33,27 +33,29 @@ def case(scheme: str, name: str) -> str:
     return f"deepseek-v2-lite layer {scheme}, latents {name} {BATCH}x{TOKENS}"
 
 
-def dry_run() -> list[str]:
-    """One step of each over a few tokens, on any device; the names of all cases."""
+def dry_run() -> None:
+    """One step of each over a few tokens, on any device."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with torch.no_grad():
         for scheme, name in VARIANTS:
             ours_step(scheme, name, 2, 8, device)()
         their_step(2, 8, device)()
-    return cases()
 
 
-def cases() -> list[str]:
-    return [case(scheme, name) for scheme, name in VARIANTS]
+def cases(only: str = "") -> list[str]:
+    """The names that contain `only`."""
+    return [case(*each) for each in VARIANTS if only in case(*each)]
 
 
-def run() -> Iterator[tuple[Any, ...]]:
-    """(case, "", us, "", "", "", transformers' time over ours and how far off the first step is), on this GPU."""
+def run(only: str = "") -> Iterator[tuple[Any, ...]]:
+    """(case, "", us, "", "", "", transformers' time over ours and how far off the first step is) of each of the
+    `cases`, on this GPU."""
     from quantlab_kernels.common.timing import measure
 
+    wanted = [each for each in VARIANTS if only in case(*each)]
     with torch.no_grad():
         theirs = their_step(BATCH, TOKENS, "cuda")
-        steps = {each: ours_step(*each, BATCH, TOKENS, "cuda") for each in VARIANTS}
+        steps = {each: ours_step(*each, BATCH, TOKENS, "cuda") for each in wanted}
         exact = theirs().float()
         errors = {each: float((step().float() - exact).norm() / exact.norm()) for each, step in steps.items()}
         calls = {case(*each): [step] for each, step in steps.items()}

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -41,42 +43,55 @@ FORMATS: dict[str, tuple[Callable[..., Experts], str]] = {
 }
 
 
-def dry_run() -> list[str]:
-    """Run every format of a tiny layer once, on any device; the names of all cases."""
+def dry_run() -> None:
+    """Run every format of a tiny layer once, on any device."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for name in FORMATS:
         build(TINY, name, device)(*routed(TINY, 3, device))
-    return cases()
 
 
-def cases() -> list[str]:
-    return [case(layer, name, tokens) for layer in LAYERS for tokens in TOKENS for name in FORMATS]
+def cases(only: str = "") -> list[str]:
+    """The names that contain `only`."""
+    return [case(layer, *each) for layer in LAYERS for each in picked(layer, only)]
 
 
-def case(layer: str, format_name: str, tokens: int) -> str:
+def case(layer: str, tokens: int, format_name: str) -> str:
     return f"{layer} experts {format_name} M={tokens}"
 
 
-def run() -> Iterator[tuple[Any, ...]]:
-    """(case, "", us, TFLOP/s, GB/s, share of the roofline, transformers' time over ours) of each, on this GPU."""
+def picked(layer: str, only: str) -> list[tuple[int, str]]:
+    """(tokens, format) of a layer's cases whose name contains `only`."""
+    return [(tokens, name) for tokens in TOKENS for name in FORMATS if only in case(layer, tokens, name)]
+
+
+def run(only: str = "") -> Iterator[tuple[Any, ...]]:
+    """(case, "", us, TFLOP/s, GB/s, share of the roofline, transformers' time over ours) of each of the `cases`, on
+    this GPU."""
+    for layer in LAYERS:
+        if wanted := picked(layer, only):
+            yield from measured(layer, wanted)
+
+
+def measured(name: str, wanted: list[tuple[int, str]]) -> Iterator[tuple[Any, ...]]:
+    """Rows of `run` for (tokens, format) of one layer, the same tokens side by side."""
     from transformers.integrations.moe import grouped_mm_experts_forward
 
     from quantlab_kernels.common.timing import measure
 
-    for name, layer in LAYERS.items():
-        modules = {format_name: build(layer, format_name, "cuda") for format_name in FORMATS}
-        theirs = partial(grouped_mm_experts_forward, randomize(original(layer).to_empty(device="cuda")))
-        for tokens in TOKENS:
-            inputs = routed(layer, tokens, "cuda")
-            calls = {each: [partial(module, *inputs)] for each, module in modules.items()}
-            with torch.no_grad():
-                times = measure(calls | {"theirs": [partial(theirs, *inputs)]}, rounds=7)
-            other = times["theirs"].median_us
-            for each, module in modules.items():
-                us = times[each].median_us
-                traffic = _traffic(layer, module, inputs)
-                figures = _figures(layer.flops(tokens), traffic, us, narrow=each != "int4")
-                yield case(name, each, tokens), "", *figures, f"transformers bf16 grouped_mm {other / us:.2f}x"
+    layer = LAYERS[name]
+    modules = {each: build(layer, each, "cuda") for each in dict.fromkeys(each for _, each in wanted)}
+    theirs = partial(grouped_mm_experts_forward, randomize(original(layer).to_empty(device="cuda")))
+    for tokens, group in groupby(wanted, itemgetter(0)):
+        inputs = routed(layer, tokens, "cuda")
+        calls = {each: [partial(modules[each], *inputs)] for _, each in group}
+        with torch.no_grad():
+            times = measure(calls | {"theirs": [partial(theirs, *inputs)]}, rounds=7)
+        other = times["theirs"].median_us
+        for each in calls:
+            us = times[each].median_us
+            traffic = _traffic(layer, modules[each], inputs)
+            figures = _figures(layer.flops(tokens), traffic, us, narrow=each != "int4")
+            yield case(name, tokens, each), "", *figures, f"transformers bf16 grouped_mm {other / us:.2f}x"
 
 
 def build(layer: Layer, format_name: str, device: str) -> Experts:

@@ -22,6 +22,8 @@ from quantlab import (
 )
 from quantlab.errors import UsageError
 from quantlab_kernels import bench
+from quantlab_kernels.attention_prefill import errors
+from quantlab_kernels.common import timing
 
 PICKED = {"only": "qwen3", "unchecked": True}
 
@@ -147,6 +149,56 @@ def test_generation_is_timed(tmp_path):
 def test_cases_can_be_picked():
     _, _, rows = benchmarks.kernel_room("moe_dispatch", dry_run=True, only="16 qwen")
     assert rows == [("16 qwen3-30b",)]
+    _, _, rows = benchmarks.kernel_room("attention", dry_run=True, only="mean 1")
+    assert rows == [(f"{length} keys, values of mean 1",) for length in errors.LENGTHS]
+    with pytest.raises(UsageError, match="mla: no case contains 'llama'; --dry-run without --case lists them"):
+        benchmarks.kernel_room("mla", dry_run=True, only="llama")
+
+
+@pytest.fixture
+def built(monkeypatch):
+    """(what, format) of all that benchmarks of whole layers build, of which nothing is built or timed here."""
+    found: list[tuple[object, str]] = []
+
+    def step(what, name, *_):
+        found.append((what, name))
+        return lambda *_: torch.ones(1)
+
+    monkeypatch.setattr(latent_benchmark, "ours_step", step)
+    monkeypatch.setattr(latent_benchmark, "their_step", lambda *_: lambda: torch.ones(1))
+    monkeypatch.setattr(moe_benchmark, "build", step)
+    monkeypatch.setattr(moe_benchmark, "original", lambda _: torch.nn.Module())
+    monkeypatch.setattr(moe_benchmark, "routed", lambda *_: ())
+    monkeypatch.setattr(moe_benchmark, "_traffic", lambda *_: 1.0)
+    monkeypatch.setattr(moe_benchmark, "_figures", lambda *_, **__: ("",) * 4)
+    monkeypatch.setattr(timing, "measure", lambda calls, rounds: {name: timing.Timing(2.0, 1.0, 3.0) for name in calls})
+    return found
+
+
+def test_layers_are_picked_before_they_are_built(built):
+    (row,) = latent_benchmark.run("layer fp8-block, latents int4")
+    assert row[0] == latent_benchmark.case("fp8-block", "int4")
+    assert built == [("fp8-block", "int4")]
+    rows = list(moe_benchmark.run("qwen3-30b experts int4"))
+    layer = moe_benchmark.LAYERS["qwen3-30b"]
+    assert built[1:] == [(layer, "int4-fp8"), (layer, "int4")]
+    assert [row[0] for row in rows] == moe_benchmark.cases("qwen3-30b experts int4")
+    assert [row[0] for row in moe_benchmark.run("M=16")] == moe_benchmark.cases("M=16")
+    assert len(moe_benchmark.cases("M=16")) == 6
+
+
+def test_an_error_is_the_same_beside_others_and_alone():
+    everything = list(errors.report("cpu", tokens=64, lengths=(128,)))
+    alone = list(errors.report("cpu", tokens=64, lengths=(128,), only="keys with"))
+    assert [error.inputs for error in alone] == ["keys with a bias 64"] * 4
+    assert set(alone) < set(everything)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
+def test_layers_need_a_gpu():
+    for room, case in (("mla", "layer bf16"), ("moe", "experts int4 M=1"), ("attention", "outliers")):
+        with pytest.raises(UsageError, match="needs a CUDA device; --dry-run works without one"):
+            benchmarks.kernel_room(room, dry_run=False, only=case)
 
 
 def test_latent_attention_is_two_rooms_and_a_layer():
@@ -199,17 +251,17 @@ def test_a_room_ends_with_its_mean(monkeypatch):
     assert rows[0] == ("1 qwen3-30b", "triton", "10.0", "800", "100", "50%", "steps 2.00x")
     assert rows[1] == ("geometric mean of 1", *[""] * 5, "steps 2.00x")
     assert len(header) == len(rows[1])
-    with pytest.raises(UsageError, match="moe_route: no case contains 'qwen9'; --dry-run lists them"):
+    with pytest.raises(UsageError, match="moe_route: no case contains 'qwen9'; --dry-run without --case lists them"):
         benchmarks.kernel_room("moe_route", dry_run=False, only="qwen9")
 
 
 def test_attention_lists_both_rooms_and_the_error_report():
     _, header, rows = benchmarks.kernel_room("attention", dry_run=True)
     assert header == ("case",)
-    assert {("4x4096 16/16x128",), ("4x4k causal",), ("outliers 64",), ("128 keys, values of mean 1",)} <= set(rows)
+    assert {("4x4096 16/16x128",), ("4x4k causal",), ("outliers 8192",)} <= set(rows)
+    assert rows[-9:] == [(name,) for name in attention_benchmark.cases()]
     with pytest.raises(UsageError, match="did you mean 'attention'"):
         benchmarks.kernel_room("atention", dry_run=True)
-    assert {"outliers 8192", "131072 keys, values of mean 1"} <= set(attention_benchmark.cases())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")

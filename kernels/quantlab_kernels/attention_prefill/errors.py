@@ -7,7 +7,8 @@ mean.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -36,22 +37,34 @@ def _normal(heads: int, tokens: int, device: str) -> Tensor:
     return torch.randn(1, heads, tokens, 128, device=device)
 
 
-def _outliers(tokens: int, device: str) -> Tensor:
+def _outliers(tokens: int, device: str) -> Inputs:
     """FlashAttention-3, section 4.3."""
-    x = _normal(HEADS, tokens, device)
-    return x + 10 * torch.randn_like(x) * (torch.rand_like(x) < 0.001)
-
-
-def distributions(tokens: int, lengths: Sequence[int], device: str) -> Iterator[tuple[str, Inputs]]:
-    """Name and float32 q, k, v."""
-    yield f"outliers {tokens}", (_outliers(tokens, device), _outliers(tokens, device), _outliers(tokens, device))
     q, k, v = (_normal(HEADS, tokens, device) for _ in range(3))
-    yield f"normal {tokens}", (q, k, v)
-    yield f"keys with a bias {tokens}", (q, k + 8 * _normal(HEADS, 1, device), v)
-    for length in lengths:
-        q, k, v = _normal(1, QUERIES, device), _normal(1, length, device), _normal(1, length, device)
-        for mean in (0, 1):
-            yield f"{length} keys, values of mean {mean}", (q, k, v + mean)
+    q, k, v = (x + 10 * torch.randn_like(x) * (torch.rand_like(x) < 0.001) for x in (q, k, v))
+    return q, k, v
+
+
+def _biased(tokens: int, device: str, bias: float) -> Inputs:
+    q, k, v = (_normal(HEADS, tokens, device) for _ in range(3))
+    return q, k + bias * _normal(HEADS, 1, device), v
+
+
+def _long(length: int, device: str, mean: float) -> Inputs:
+    return _normal(1, QUERIES, device), _normal(1, length, device), _normal(1, length, device) + mean
+
+
+def distributions(tokens: int, lengths: Sequence[int], device: str) -> dict[str, Callable[[], Inputs]]:
+    """By name what draws float32 q, k, v."""
+    return {
+        f"outliers {tokens}": partial(_outliers, tokens, device),
+        f"normal {tokens}": partial(_biased, tokens, device, 0),
+        f"keys with a bias {tokens}": partial(_biased, tokens, device, 8),
+        **{
+            f"{length} keys, values of mean {mean}": partial(_long, length, device, mean)
+            for length in lengths
+            for mean in (0, 1)
+        },
+    }
 
 
 def _exact(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -60,11 +73,15 @@ def _exact(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.cat(pieces, 2)
 
 
-def report(device: str = "cuda", tokens: int = TOKENS, lengths: Sequence[int] = LENGTHS) -> Iterator[Error]:
-    """bf16, INT8, INT8 with E4M3 values, and E4M3 on each distribution."""
-    torch.manual_seed(0)
-    for name, inputs in distributions(tokens, lengths, device):
-        q, k, v = (x.to(torch.bfloat16) for x in inputs)
+def report(
+    device: str = "cuda", tokens: int = TOKENS, lengths: Sequence[int] = LENGTHS, only: str = ""
+) -> Iterator[Error]:
+    """bf16, INT8, INT8 with E4M3 values, and E4M3 on each distribution whose name contains `only`."""
+    for name, draw in distributions(tokens, lengths, device).items():
+        if only not in name:
+            continue
+        torch.manual_seed(0)  # the same inputs whichever others there are
+        q, k, v = (x.to(torch.bfloat16) for x in draw())
         exact = _exact(q.float(), k.float(), v.float())
         results = {"bf16": F.scaled_dot_product_attention(q, k, v)}
         for qk, pv in (("int8", "int8"), ("int8", "fp8"), ("fp8", "fp8")):
