@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from quantlab_calib.observers import GROUP, ChannelObserver, ChannelStatistics, InputObserver
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     st.lists(st.integers(0, 7), min_size=1, max_size=5), st.integers(1, 300), st.sampled_from(["float32", "bfloat16"])
 )

@@ -36,7 +36,7 @@ def weights(seed: int, rows: int = 24, groups: int = 5) -> torch.Tensor:
     return weight
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(seeds)
 def test_scales_survive_the_conversion_of_vllm(seed: int) -> None:
     scale = search_scales(weights(seed))
@@ -48,7 +48,7 @@ def test_scales_survive_the_conversion_of_vllm(seed: int) -> None:
     torch.testing.assert_close(kept, scale, rtol=2**-8, atol=0)  # the rest: tiny rows, on vLLM's smallest factor
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(seeds)
 def test_a_scale_on_the_grid_stays(seed: int) -> None:
     scale = on_grid(weights(seed).unflatten(1, (-1, GROUP)).abs().amax(dim=2))

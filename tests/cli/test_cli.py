@@ -5,10 +5,10 @@ from __future__ import annotations
 import importlib
 import io
 import json
+import resource
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 from unittest import mock
 
@@ -80,14 +80,15 @@ def test_help_swallows_nothing(command: str):
 
 
 def test_help_is_instant():
-    def seconds() -> float:
-        start = time.perf_counter()
+    def cpu_seconds() -> float:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         subprocess.run([*RUN, "--help"], check=True, capture_output=True)
-        return time.perf_counter() - start
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
-    times = [seconds() for _ in range(5)]
-    # 0.3 s is the promise on an idle machine; the CPU time of the process is what a busy one cannot change much.
-    assert min(times) < 0.6, f"quantlab --help took {statistics.median(times):.2f} s"
+    times = [cpu_seconds() for _ in range(5)]
+    # 0.3 s is the promise on an idle machine; a busy one takes longer, but little more of the processor's time.
+    assert min(times) < 0.5, f"quantlab --help took {statistics.median(times):.2f} s of the processor"
     code = "import quantlab.cli, sys; sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'numpy')))"
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -52,7 +52,7 @@ def brute_mask(sq: int, skv: int, left: int, right: int, first: int, last: int) 
 SPAN = st.integers(1, 24)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(SPAN, SPAN, st.integers(-1, 10), st.integers(-1, 10), st.integers(-2, 12), st.integers(0, 30))
 def test_visible_is_the_mask(sq: int, skv: int, left: int, right: int, first: int, last: int):
     key_range = torch.tensor([[first, last]], dtype=torch.int32)

@@ -40,7 +40,7 @@ def weight(form: str, n: int = 200, k: int = 384, bits: int = 8):
     return (words if form == "words" else repack_int4(words, activation_bits=bits)), scales(n, k // 128)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(1, 200), st.integers(1, 3), st.sampled_from([8, 16]), st.integers(0, 1000))
 def test_repack_has_an_inverse(n: int, groups: int, bits: int, seed: int):
     words = pack_int4(codes(n, 128 * groups, -7 if bits == 8 else -8, seed))

@@ -81,7 +81,7 @@ def test_the_backend_says_what_it_does_not_take(change, reason: str):
     assert reason in (sm90.supports(replace(Int4Problem(1, 64, 128), **change)) or "")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(1, 3000), st.integers(1, 9000), st.integers(1, 40), st.sampled_from([0, 1, 2]), st.booleans())
 def test_the_schedule_covers_every_block_once(m: int, n: int, blocks: int, stream: int, wide: bool):
     """The arithmetic of `Schedule` in `sm90.cu`, for every CTA, and what is handed over is handed over first."""

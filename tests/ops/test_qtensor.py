@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from quantlab_kernels.formats import E4M3, FORMATS, INT4, INT8
@@ -97,7 +97,6 @@ def test_asymmetric_uses_the_whole_range_and_keeps_zero(format):
     st.integers(0, 40), st.integers(0, 40), st.sampled_from([(-1, -1), (1, -1), (3, 7), (1, 8), (16, 16)]),
     st.sampled_from(["amax", "amin", "sum"]),
 )  # fmt: skip
-@settings(deadline=None)
 def test_block_reduce_is_a_loop_over_blocks(rows: int, columns: int, block: tuple[int, int], how: str):
     x = torch.arange(rows * columns, dtype=torch.float32).view(rows, columns) - 50
     reduced = block_reduce(x, block, how)

@@ -61,7 +61,7 @@ def test_on_the_gpu(case, dtype: torch.dtype):
     check(q[..., 1:, :], k[..., 1:, :], cos[:, 1:], sin[:, 1:]) if q.shape[2] > 1 else None
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     batch=st.integers(1, 3), q_heads=st.integers(1, 5), k_heads=st.integers(1, 5), length=st.integers(0, 6),
     half=st.integers(0, 8), rest=st.integers(0, 5),

@@ -60,7 +60,7 @@ quantizations = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     st.fixed_dictionaries({}, optional={"quantization_config": quantizations | json_values, "text_config": json_values})
 )
@@ -74,7 +74,7 @@ def test_any_config_is_read_or_refused_in_one_line(config: dict[str, object]) ->
         assert stored is None or all(isinstance(name, str) for name in stored.skip)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.fixed_dictionaries(
         {},

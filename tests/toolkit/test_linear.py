@@ -40,7 +40,7 @@ def expected(layer: Fp8Linear, x: Tensor) -> Tensor:
 
 
 @BOTH
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     m=st.integers(0, 5), n=st.integers(1, 260), k=st.integers(1, 300), bias=st.booleans(), seed=st.integers(0, 9),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),

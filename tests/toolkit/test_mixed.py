@@ -37,7 +37,7 @@ def everything(choices):
     return [cost(choices, picks) for picks in itertools.product(*(range(len(item)) for item in choices))]
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(items, st.integers(0, 4000))
 def test_within_a_budget_nothing_is_better(choices, budget):
     fitting = [kl for size, kl in everything(choices) if size <= budget]
@@ -50,7 +50,7 @@ def test_within_a_budget_nothing_is_better(choices, budget):
     assert kl == pytest.approx(min(fitting))
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(items, st.floats(0, 20))
 def test_within_a_limit_nothing_is_smaller(choices, limit):
     fitting = [size for size, kl in everything(choices) if kl <= limit - 1e-9]

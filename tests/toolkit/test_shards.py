@@ -79,7 +79,7 @@ def test_duplicate_names_in_one_header(tmp_path: Path) -> None:
         read_header(path)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(data=st.binary(max_size=300), length=st.none() | st.integers(0, 1 << 64) | st.integers(0, 400))
 def test_any_bytes_give_a_header_or_one_line(data: bytes, length: int | None, tmp_path_factory: Any) -> None:
     path = tmp_path_factory.getbasetemp() / "fuzz.safetensors"
@@ -101,7 +101,7 @@ near_entries = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     header=st.dictionaries(st.text(max_size=6), near_entries | json_values, max_size=3) | json_values, tail=st.binary()
 )
