@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from quantlab_calib.capture import LeaveError, LinearCalls, Walk, Weights, alike, linear_weights, load_when_called
+from quantlab_calib.capture import LeaveError, LinearCalls, Walk, Weights, alike, linear_weights, loading_when_called
 from quantlab_calib.gptq import Gptq, SingularError
 from quantlab_calib.observers import GROUP, MomentObserver
 from quantlab_calib.rotate import RotationError, hadamard, rotate_block, rotate_ends
@@ -138,16 +138,11 @@ class Blockwise:
     @torch.no_grad()
     def run(self) -> Iterator[Block]:
         """Yield each block, its original weights still in memory."""
-        hooks = load_when_called(self.model, self.path, self.weights)
-        try:
+        with loading_when_called(self.model, self.path, self.weights):
             if self.steps.rotate:
                 self._rotate_ends()
             for index in range(len(self.walk.blocks)):
                 yield self._block(index)
-        finally:
-            for hook in hooks:
-                hook.remove()
-            self.weights.release("")
 
     def _block(self, index: int) -> Block:
         path = f"{self.path}.{index}"

@@ -95,13 +95,8 @@ def capture(
         yield captured
         weights.release("")
         return
-    hooks = load_when_called(model, blocks, weights)
-    try:
+    with loading_when_called(model, blocks, weights):
         yield from _block_by_block(model, batches, weights, device, blocks)
-    finally:
-        for hook in hooks:
-            hook.remove()
-        weights.release("")
 
 
 def _block_by_block(
@@ -266,6 +261,18 @@ def load_when_called(model: nn.Module, except_below: str, weights: Weights) -> l
             continue
         hooks.append(module.register_forward_pre_hook(lambda _module, _args, path=path: weights.load(path, False)))
     return hooks
+
+
+@contextlib.contextmanager
+def loading_when_called(model: nn.Module, except_below: str, weights: Weights) -> Iterator[None]:
+    """`load_when_called` meanwhile; behind it no weights are in memory."""
+    hooks = load_when_called(model, except_below, weights)
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        weights.release("")
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from quantlab_calib.capture import Walk, Weights, load_when_called
+from quantlab_calib.capture import Walk, Weights, loading_when_called
 
 PIECES, PIECE = 16, 64  # sequences, and tokens of each
 HORIZON = 32768  # places to cover, where the model's context is not shorter
@@ -82,9 +82,8 @@ def key_statistics_by_block(
     """
     recorder, given = _recording(model, tokens, device)
     walk = Walk(model, blocks, device, given)
-    hooks = load_when_called(model, blocks, weights)
     hidden: Tensor | None = None
-    try:
+    with loading_when_called(model, blocks, weights):
         for index in range(len(walk.blocks)):
             path = f"{blocks}.{index}"
             weights.load(path)
@@ -92,10 +91,6 @@ def key_statistics_by_block(
             weights.release(path)
             if progress is not None:
                 progress(path, index + 1, len(walk.blocks))
-    finally:
-        for hook in hooks:
-            hook.remove()
-        weights.release("")
     return _recorded(recorder)
 
 
