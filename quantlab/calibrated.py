@@ -12,7 +12,7 @@ import re
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from quantlab.scheme import STEPS, Calibration
 from quantlab.sequential import Rounded
 from quantlab.shards import TensorSlot, layout
 from quantlab.source import Source
+from quantlab.summary import Progress
 from quantlab_calib import data
 from quantlab_calib.blockwise import Steps
 from quantlab_calib.capture import Captured, CaptureError, capture, find_blocks
@@ -50,8 +51,6 @@ FAST = Gptq(sweeps=0, aim=0.7)  # few tokens: README of `calib`
 CPU_SHARE = 4  # on a CPU `fast` takes a quarter of the data
 CPU_WEIGHTS = 1 << 31  # and leaves larger models alone: GPTQ's work grows with the cube of a layer's width
 FEWEST_TOKENS = GROUP  # with fewer tokens than a group has channels, a layer keeps plain rounding
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass

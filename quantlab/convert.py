@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -32,12 +31,9 @@ from quantlab.output import Output, check_outside, check_space, check_writable, 
 from quantlab.preflight import known_architecture
 from quantlab.scheme import SCHEMES, Recipe, did_you_mean
 from quantlab.source import Source
-from quantlab.summary import Summary
+from quantlab.summary import Progress, Summary
 from quantlab.verify import verify_weights
 from quantlab_kernels.formats import INT4
-
-if TYPE_CHECKING:
-    from quantlab.stream import Progress
 
 LAYOUTS = {"fp8": "fp8", "compressed-tensors": "float-quantized", "bf16": None}
 FLIPS = ("int4", "int4-fp8")  # the same weights, other activations: only config.json differs

@@ -44,15 +44,13 @@ from quantlab.scoring import (
 )
 from quantlab.source import Source
 from quantlab.stream import pick_device
-from quantlab.summary import Shown, Table, peak_bytes
+from quantlab.summary import Progress, Shown, Table, peak_bytes
 from quantlab_calib import data
 
 MOST_WINDOWS = 256
 LENGTH = 1024  # tokens per window where the model's context allows it
 BATCH_TOKENS = 4096
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)

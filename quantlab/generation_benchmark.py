@@ -11,7 +11,7 @@ import multiprocessing
 import re
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from itertools import pairwise
@@ -20,7 +20,7 @@ from typing import Any
 
 from quantlab.errors import UsageError
 from quantlab.random_models import checkpoint, holding_gpu, shape_named, without_data, work_folder
-from quantlab.summary import Table
+from quantlab.summary import Progress, Table
 
 CASES = ("prefill 1x2048", "prefill 8x2048", "decode 1x128", "decode 16x2048")
 HEADER = ("case", "model", "ms", "tokens/s", "speed-up", "peak GB")
@@ -54,7 +54,7 @@ def generation(
     kv: Sequence[str] = (),
     attention: str | None = None,
     together: bool = False,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Table:
     """The original in bf16 and the model in every scheme, with every format of the cache.
 

@@ -12,7 +12,7 @@ import hashlib
 import json
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -30,6 +30,7 @@ from quantlab.jobs import Replace
 from quantlab.output import Output
 from quantlab.shards import TensorInfo, TensorSlot, layout
 from quantlab.source import Source
+from quantlab.summary import Progress
 from quantlab_calib import data, rope
 from quantlab_calib.capture import CaptureError
 from quantlab_kernels.formats import E4M3
@@ -86,7 +87,7 @@ def measure(
     source: Source,
     device: torch.device,
     kept: Path,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
     *,
     trust_remote_code: bool = False,
 ) -> dict[int, Keys]:
@@ -148,7 +149,7 @@ def for_run(
     plan: Plan,
     device: torch.device,
     kept: Path,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
     *,
     trust_remote_code: bool = False,
 ) -> Measured:

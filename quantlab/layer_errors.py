@@ -25,6 +25,7 @@ from quantlab.lazy import LazyModel
 from quantlab.loaders import View
 from quantlab.shards import TensorInfo
 from quantlab.source import Source
+from quantlab.summary import Progress
 from quantlab_calib import data
 from quantlab_calib.capture import Captured, CaptureError, capture, find_blocks
 from quantlab_calib.observers import ChannelStatistics, InputObserver, Ratio
@@ -35,8 +36,6 @@ from quantlab_kernels.qtensor import QuantizedTensor, quantize
 BAND_ELEMENTS = 1 << 24  # of a weight at a time: 64 MB in float32
 BATCH_TOKENS = 2048
 TOP_CHANNELS = 16
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)

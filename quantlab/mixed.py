@@ -23,13 +23,11 @@ from quantlab.scheme import Recipe, Rule
 from quantlab.scoring import Estimate
 from quantlab.sensitivity import Run, open_model, schemes_named, tokens_of
 from quantlab.simulate import units_of
-from quantlab.summary import Shown, Table
+from quantlab.summary import Progress, Shown, Table
 
 GRID = 1 << 16  # sizes between the least and the most are told apart in so many steps
 ATTEMPTS = 5  # at meeting a limit of the measured KL
 DEFAULT_SCHEMES = ("int4-fp8", "fp8-dynamic", "none")
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,13 @@ from quantlab.output import Output, check_outside, check_space, check_writable, 
 from quantlab.preflight import Plan
 from quantlab.scheme import Recipe
 from quantlab.source import Source
-from quantlab.summary import Summary
+from quantlab.summary import Progress, Summary
 
 if TYPE_CHECKING:
     import torch
 
     from quantlab.calibrated import Statistics
     from quantlab.sequential import Rounded
-    from quantlab.stream import Progress
 
 __all__ = ["Plan", "Recipe", "Summary", "plan", "quantize"]
 

@@ -12,7 +12,7 @@ import platform
 import shlex
 import statistics
 import tomllib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata, resources
 from pathlib import Path
@@ -30,8 +30,8 @@ from quantlab.plots import Plot
 from quantlab.scheme import Recipe
 from quantlab.sequential import CHANGED
 from quantlab.source import Source
+from quantlab.summary import Progress
 
-Progress = Callable[[str, int, int], None]
 EVALUATION = f"{OURS}/eval.json"
 Kinds = Mapping[str, type | tuple[type, ...]]  # of the values that JSON needs to have
 

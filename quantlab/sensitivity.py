@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,12 +33,10 @@ from quantlab.scheme import SCHEMES, Recipe, did_you_mean
 from quantlab.scoring import Estimate, estimate, head_of, hidden_states, open_predictor, score_window
 from quantlab.simulate import Unit, addresses, perturbing, quantizing, units_of
 from quantlab.source import Source
-from quantlab.summary import Shown, Table
+from quantlab.summary import Progress, Shown, Table
 from quantlab_calib import data
 
 BATCH_TOKENS = 2048
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)

@@ -33,11 +33,11 @@ from quantlab_kernels.packing import unpack_int4
 from quantlab_kernels.qtensor import QuantizedTensor
 
 if TYPE_CHECKING:
-    from quantlab.calibrated import Progress
     from quantlab.lazy import LazyModel
     from quantlab.output import Output
     from quantlab.preflight import Plan
     from quantlab.scheme import Calibration
+    from quantlab.summary import Progress
     from quantlab_calib.blockwise import Steps
 
 CHANGED = "changed"  # key of the summary: weights are not those of the original, rounded

@@ -25,11 +25,11 @@ from quantlab.jobs import PIECE_ELEMENTS, Copy, Job, Lane, Piece, Quantize, Quan
 from quantlab.output import Output, ShardWriter
 from quantlab.preflight import Plan
 from quantlab.shards import ShardReader, TensorSlot, layout
+from quantlab.summary import Progress
 from quantlab_kernels.qtensor import QuantizedTensor
 
 SHARD_BYTES = 2_000_000_000
 GPU_LANES = 8
-Progress = Callable[[str, int, int], None]
 Rounded = Callable[[str, Tensor, int], QuantizedTensor | None]
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import resource
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from html import escape
 from typing import Any
 
 Table = tuple[str, tuple[str, ...], list[tuple[Any, ...]]]
+Progress = Callable[[str, int, int], None]  # called meanwhile with a label, how much is done and how much there is
 
 
 class Shown:

@@ -6,7 +6,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
@@ -15,10 +15,9 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from quantlab.summary import Shown
+    from quantlab.summary import Progress, Shown
 
 STDERR = Console(stderr=True, highlight=False)
-Progress = Callable[[str, int, int], None]
 SCHEMA = 1  # of JSON documents; raised when a key changes its meaning or goes away
 
 
