@@ -272,8 +272,14 @@ def _prepare(
             f"attn_implementation is {self.config._attn_implementation!r} now, which cannot read a quantized cache: "
             "set quantlab, quantlab_int8 or quantlab_fp8, or give the cache up by quantlab.cache.use(model, None)"
         )
-    if generation_config.cache_implementation == "quantized":
+    implementation = generation_config.cache_implementation or ""
+    if implementation == "quantized":
         raise UsageError("cache_implementation = 'quantized' is transformers' own: leave it out, or leave out kv")
+    if implementation.startswith("offloaded"):  # without a GPU some versions of torch cannot even make such a cache
+        raise UsageError(
+            f"cache_implementation = {implementation!r}: the quantized cache stays on its GPU; leave it out, or "
+            "leave out kv"
+        )
     if batch_size == 0:
         raise UsageError("an empty batch: the quantized cache needs one sequence at least")
     given = model_kwargs.get("past_key_values")
@@ -295,7 +301,7 @@ class PackedCache(Cache):
         """Layers of the same kinds and lengths, by `make`(layer, kv, keys). Raises UsageError for other kinds."""
         kv, keys, make = KV.of(kv), keys or {}, make or _like
         if getattr(cache, "offloading", False):
-            raise UsageError("cache_implementation is an offloaded one: the quantized cache stays on its GPU")
+            raise UsageError("an offloaded cache: the quantized cache stays on its GPU; give one without offloading")
         if not cache.layers:
             raise UsageError(f"{type(cache).__name__} names no layers; give it the model's config")
         return cls(layers=[make(layer, kv, keys.get(i)) for i, layer in enumerate(cache.layers)])

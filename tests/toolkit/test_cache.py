@@ -1,5 +1,7 @@
 """The quantized KV cache through transformers' `generate`: 16-bit codes change nothing, others what they say."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import transformers
@@ -287,6 +289,7 @@ def test_a_model_can_be_given_back_its_own_cache():
         (lambda: update(DynamicPackedLayer(KV("int8"))).softmax, "the model asks cached keys for 'softmax'"),
         (lambda: DynamicPackedLayer(KV("int8")).offload(), "leave out offloading"),
         (lambda: cache.PackedCache.like(DynamicCache(), "int8", {}), "give it the model's config"),
+        (lambda: cache.PackedCache.like(SimpleNamespace(offloading=True), "int8"), "give one without offloading"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_refused(make, text):
@@ -334,8 +337,9 @@ def test_models_whose_cache_is_another_are_refused_before_any_work(name, reason,
 
 def test_other_kinds_of_caches_are_refused():
     model = cache.use(tiny("Llama"), "int8")
-    with pytest.raises(UsageError, match="offloaded"):
-        generate(model, prompts(), cache_implementation="offloaded")
+    for implementation in ("offloaded", "offloaded_static"):
+        with pytest.raises(UsageError, match=f"'{implementation}': the quantized cache stays on its GPU; leave it out"):
+            generate(model, prompts(), cache_implementation=implementation)
     with pytest.raises(UsageError, match="'quantized' is transformers' own"):
         generate(model, prompts(), cache_implementation="quantized")
     with pytest.raises(UsageError, match="an empty batch"):
