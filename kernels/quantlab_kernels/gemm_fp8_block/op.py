@@ -10,7 +10,7 @@ from quantlab_kernels.common.gemm import GemmProblem, as_group_scale, check_oper
 from quantlab_kernels.common.hardware import gpu_of
 from quantlab_kernels.gemm_fp8_block import reference
 
-# Order: see the README's table. `scaled_mm` takes what it wins, `triton` the rest.
+# Order: measured, see the README's table.
 BACKENDS = Backends("gemm_fp8_block", ("sm90_few", "sm90", "scaled_mm", "triton", "eager"), last_resort="eager")
 
 
