@@ -54,6 +54,19 @@ def test_import_does_not_touch_cuda(module: str):
     subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": paths, "PATH": "/usr/bin:/bin"})
 
 
+def test_every_launch_of_a_triton_kernel_says_whether_products_are_added_unrounded():
+    """Triton 3.9 warns where it is not said, and 3.10 changes the default, and with it results and speed."""
+    trees = [ast.parse(p.read_text(encoding="utf-8")) for folder in PACKAGES.values() for p in folder.rglob("*.py")]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    functions = [node for node in nodes if isinstance(node, ast.FunctionDef)]
+    kernels = {f.name for f in functions if "triton.jit" in map(ast.unparse, f.decorator_list)}
+    calls = [node for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript)]
+    launches = [call for call in calls if ast.unparse(call.func.value) in kernels]
+    assert launches
+    silent = [ast.unparse(call.func) for call in launches if "enable_fp_fusion" not in {k.arg for k in call.keywords}]
+    assert not silent
+
+
 def paths_and_symbols(text: str) -> set[str]:
     """What stands in backticks and looks like a path or a Python symbol of ours."""
     quoted = re.findall(r"(?<!`)`([^`\n]+)`(?!`)", re.sub(r"```.*?```", "", text, flags=re.S))

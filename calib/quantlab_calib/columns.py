@@ -26,6 +26,7 @@ def round_columns(w: Tensor, step: Tensor, pass_on: Tensor, old: Tensor | None =
         _kernel[triton.cdiv(rows, ROWS), batch](
             w, step, before, pass_on, codes, errors, rows, *w.stride(), *step.stride(), *before.stride(),
             *pass_on.stride(), *codes.stride(), channels, ROWS, CODE_MAX, old is not None, num_warps=WARPS,
+            enable_fp_fusion=True,
         )  # fmt: skip
     return codes, errors
 

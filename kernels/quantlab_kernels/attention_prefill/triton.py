@@ -72,7 +72,7 @@ def launch(
         p.skv, -(-p.skv // BLOCK), sequences, attributes.left, attributes.right, attributes.scale, attributes.softcap,
         (p.d & -p.d) ** -0.5, p.d, triton.next_power_of_2(p.d), chosen.queries, chosen.keys, p.qk == torch.int8,
         p.pv == torch.int8, native, attributes.softcap > 0, sinks is not None, key_range is not None, sequences > 0,
-        chosen.num_stages, num_warps=chosen.num_warps,
+        chosen.num_stages, num_warps=chosen.num_warps, enable_fp_fusion=True,
     )  # fmt: skip
 
 

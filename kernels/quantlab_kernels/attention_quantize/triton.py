@@ -53,7 +53,7 @@ def launch(
     if batch * heads_kv:
         _means[(batch * heads_kv, 2)](
             k, v, key_range, matrix, out[7], turned, *k.stride(), *v.stride(), batch, heads_kv, skv, d,
-            padded, 64, SAMPLES, key_range is not None, num_warps=8,
+            padded, 64, SAMPLES, key_range is not None, num_warps=8, enable_fp_fusion=True,
         )  # fmt: skip
     q_codes, q_scale, q_shift, k_codes, k_scale, v_codes, v_scale, _ = (
         t.view(torch.uint8) if t.dtype == torch.float8_e4m3fn and not native else t for t in out
@@ -69,7 +69,7 @@ def launch(
             _quantize[(tiles, batch * x.shape[1])](
                 x, key_range, matrix, mean, codes, scale, shift, *x.stride(), x.shape[1], heads_kv, x.shape[2], blocks,
                 unit, kind, d, padded, min(padded, 64), key_range is not None, codes.dtype == torch.int8, native,
-                num_warps=4 if padded <= 128 else 8, num_stages=1,
+                num_warps=4 if padded <= 128 else 8, num_stages=1, enable_fp_fusion=True,
             )  # fmt: skip
 
 

@@ -61,13 +61,14 @@ def launch(
         a, scales, b, b_scale, target if fused_bias is None else fused_bias, target, m, n, k, row, group,
         b_scale.stride(0), b_scale.stride(1), SCALED=a_scale is not None, DECODE=fp8 and not native,
         HAS_BIAS=fused_bias is not None, BLOCK_M=config.block_m, BLOCK_N=config.block_n, GROUP_M=config.group_m,
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
     if split > 1:
         block = 1024
         _sum_kernel[(triton.cdiv(m * n, block),)](
-            target, out if bias is None else bias, out, m * n, n, split, HAS_BIAS=bias is not None, BLOCK=block
-        )
+            target, out if bias is None else bias, out, m * n, n, split, HAS_BIAS=bias is not None, BLOCK=block,
+            enable_fp_fusion=True,
+        )  # fmt: skip
 
 
 @triton.jit

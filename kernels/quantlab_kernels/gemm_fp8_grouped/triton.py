@@ -51,7 +51,7 @@ def launch(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, counts: Tenso
         a, a_scale, b, b_scale, counts, out, rows, n, k, experts, a_scale.stride(0),
         a_scale.stride(1) if blocked else 0, b_scale.stride(0), b_scale.stride(1), BLOCKED=blocked,
         EXPERTS=triton.next_power_of_2(experts), BLOCK_M=config.block_m, BLOCK_N=config.block_n, NATIVE=native,
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
 
 

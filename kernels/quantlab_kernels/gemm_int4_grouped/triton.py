@@ -50,6 +50,7 @@ def launch(
         a, scales, b, b_scale, counts, out, rows, n, k, experts, row, group, b_scale.stride(0), b_scale.stride(1),
         b_scale.stride(2), SCALED=a_scale is not None, DECODE=decode, EXPERTS=triton.next_power_of_2(experts),
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, num_warps=config.num_warps, num_stages=config.num_stages,
+        enable_fp_fusion=True,
     )  # fmt: skip
 
 
