@@ -92,7 +92,7 @@ import torch
 import test_moe_route as tests
 from quantlab_kernels.moe_route import op, triton as backend
 def launch(x, weight, rule, *, bias, rounded):
-    outs = op._fake(x, weight, bias, rounded, *op.astuple(rule))
+    outs = op._fake(x, weight, bias, rounded, *rule.numbers)
     backend.launch(op.Problem(*x.shape, len(weight), rule, bias is not None, x.dtype, 80), x, weight, bias, *outs)
     return outs
 for name in tests.RULES:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -36,6 +36,13 @@ class Rule:
     factor: float = 1.0
     shared: int = 0
 
+    @property
+    def numbers(self) -> tuple[int | float, ...]:
+        """The fields in order; torch 2.9 cannot compile `dataclasses.astuple`, which copies deeply."""
+        return (
+            self.choices, self.sigmoid, self.groups, self.kept, self.best, self.normalized, self.factor, self.shared
+        )  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -68,7 +75,7 @@ def moe_route(
     Of scores that are alike either may be chosen. Never waits for the GPU. Raises RuntimeError for operands that
     do not fit together.
     """
-    return _OP(x, weight, bias, rounded, *astuple(rule))
+    return _OP(x, weight, bias, rounded, *rule.numbers)
 
 
 def _rule(*fields: object) -> Rule:
