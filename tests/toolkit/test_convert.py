@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from safetensors.torch import load_file
 
 from quantlab import hf
@@ -146,6 +148,8 @@ def test_compressed_tensors_decompresses_to_our_values(
 
     from quantlab.checkpoint import quantization_config
 
+    if form == "block" and Version(version("compressed-tensors")) < Version("0.19"):
+        pytest.skip("compressed-tensors before 0.19 takes one column of blocks for channels")
     folder = quantized("llama", "fp8-block" if form == "block" else form).folder
     if form == "block":
         convert(folder, "compressed-tensors", tmp_path / "ct")
