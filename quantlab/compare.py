@@ -134,9 +134,9 @@ def _paired(name: str, first: dict[str, Any], second: dict[str, Any]) -> Differe
 
 def _tasks(first: dict[str, Any], second: dict[str, Any]) -> Iterable[Difference]:
     """Tasks keep no score per question, so their errors are combined as independent ones: an upper bound."""
-    for name in first.keys() & second.keys():
+    for name in (name for name in first if name in second):
         one, other = first[name], second[name]
-        if one["metric"] != other["metric"]:
+        if one["metric"] != other["metric"] or None in (one["score"], other["score"]):
             continue
         errors = (one["error"], other["error"])
         error = None if None in errors else math.hypot(*errors)

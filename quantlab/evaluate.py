@@ -63,7 +63,7 @@ class Evaluation(Shown):
     top1              share of tokens where both models find the same token the likeliest
     recovery          baseline's perplexity / perplexity; with tasks the lower of that and the mean over tasks of
                       score / baseline's score. 1 is no loss. None without a baseline
-    tasks             task -> {"score", "error", "baseline", "metric"}
+    tasks             task -> {"score", "error", "baseline", "metric", "group": the one it was asked for with, or None}
     texts             text -> the estimates above on its windows alone, where there are several texts
     generation        "model" and "baseline" -> what each writes, how fast, in how much memory (`generation.Written`)
     speed             of scoring on this device: tokens_per_second, and peak_bytes of the process, host and gpu
@@ -183,7 +183,7 @@ def evaluate(
     if context < 0:
         raise UsageError(f"context = {context}: needs a number of tokens, 0 or more")
     if tasks:
-        lm_tasks.require()
+        lm_tasks.require(tasks)
     run = _Run(device_map, dtype, trust_remote_code, progress)
     source = open_predictor(model, trust_remote_code)
     length = _fitting_length(source, length)
@@ -197,7 +197,8 @@ def evaluate(
     start = time.perf_counter()
     scores = run.score(loaded, tokens, kept).after(context)
     speed = {"tokens_per_second": tokens.numel() / (time.perf_counter() - start), "peak_bytes": peak_bytes()}
-    results = lm_tasks.run(loaded, source.folder, tasks) if tasks else {}
+    tokenizer = data.load_tokenizer(source.folder, trust_remote_code=trust_remote_code) if tasks else None
+    results = lm_tasks.run(loaded, tokenizer, tasks) if tasks else {}
     settings = {
         "texts": {text: len(part) for text, part in zip(texts, parts, strict=True)},
         "windows": len(tokens),
@@ -215,7 +216,7 @@ def evaluate(
     }
     del loaded
     if tasks and reference:
-        results = lm_tasks.with_baseline(results, lm_tasks.run(run.load(reference), reference.folder, tasks))
+        results = lm_tasks.with_baseline(results, lm_tasks.run(run.load(reference), tokenizer, tasks))
     made = summarize(str(model), str(baseline) if baseline is not None else None, scores, results, settings)
     written = run.write(source, reference, partial(run.load, source, kv, attention)) if generate else {}
     evaluation = replace(made, speed=speed, generation=written)

@@ -254,7 +254,8 @@ def _commands(
         against = f" --baseline {shlex.quote(str(evaluation['baseline']))}" if evaluation.get("baseline") else ""
         texts = [text for text in settings.get("texts", ()) if text != "bundled"]
         read = "".join(f" --{'text' if Path(t).is_file() else 'dataset'} {shlex.quote(t)}" for t in texts)
-        read += "".join(f" --tasks {shlex.quote(task)}" for task in evaluation["tasks"])
+        asked = (name for name, task in evaluation["tasks"].items() if task.get("group") is None)
+        read += "".join(f" --tasks {shlex.quote(task)}" for task in asked)
         size = f" --windows {settings.get('windows')} --length {settings.get('length')}"
         given = {key: settings.get(key) for key in ("context", "kv", "attention")}
         size += "".join(f" --{key} {value}" for key, value in given.items() if value not in (None, 0, "none"))

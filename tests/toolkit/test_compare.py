@@ -87,6 +87,8 @@ def test_tasks_combine_their_errors(save):
     found = compare(save("a", evaluation(1, 0.01, **task(0.5))), save("b", evaluation(1, 0.01, **task(0.6))))
     assert found.differences[-1].change.error == pytest.approx(0.03 * math.sqrt(2))
     assert found.differences[-1].change.value == pytest.approx(0.1)
+    without = compare(save("a", evaluation(1, 0.01, **task(None))), save("b", evaluation(1, 0.01, **task(0.6))))
+    assert len(without.differences) == len(found.differences) - 1  # a group of tasks may have no score of its own
 
 
 @pytest.mark.parametrize(

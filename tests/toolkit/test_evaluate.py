@@ -7,16 +7,17 @@ import math
 import shutil
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import quantlab
 from quantlab import baselines, hf, lm_tasks
 from quantlab.errors import UsageError, VerificationError
 from quantlab.evaluate import evaluate
 from quantlab.pipeline import quantize
+from quantlab_calib import data
 
 EMBEDDED = Path(__file__).parents[2] / "examples" / "tiny-llama"
 
@@ -284,39 +285,66 @@ def test_no_tokenizer_and_a_quantized_baseline(llama, made, copy, text):
         measure(llama, text, baseline=made)
 
 
-def test_lm_eval_tasks_on_both_models(llama, made, text, monkeypatch):
-    calls = []
+TASK = """task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: ["land", "sea"]
+doc_to_target: "{{{{answer}}}}"
+metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
+"""
 
-    def simple_evaluate(model, tasks):
-        calls.append((model.settings["batch_size"], tuple(tasks)))
-        score = 0.5 if len(calls) == 2 else 0.45
-        return {
-            "results": {"arc": {"alias": "arc", "acc,none": 0.1, "acc_norm,none": score, "acc_norm_stderr,none": 0.02}}
-        }
 
-    class HFLM:
-        def __init__(self, **settings):
-            self.settings = settings
+def test_lm_eval_tasks_on_both_models(llama, made, text, tmp_path):
+    """The library itself, on tasks whose data lie in a local file: the shares of right answers are counted here."""
+    questions = [{"question": f"{number} rivers flow into the", "answer": number % 2} for number in range(5)]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, questions)))
+    tasks = [tmp_path / f"{name}.yaml" for name in ("rivers", "more")]
+    for task in tasks:
+        task.write_text(TASK.format(name=task.stem, data=tmp_path / "data.jsonl"))
+    found = measure(made, text, baseline=llama, tasks=[",".join(map(str, tasks))])
+    assert list(found.tasks) == ["rivers", "more"]
+    right = found.tasks["rivers"]
+    assert right["metric"] == "acc"
+    assert right["score"] == pytest.approx(share_of_right_answers(made, questions))
+    assert right["baseline"] == pytest.approx(share_of_right_answers(llama, questions))
+    assert found.recovery <= right["score"] / right["baseline"]
+    assert found.tables()[1][2][0][:3] == ("rivers", "acc", f"{right['score']:.4f}")
 
-    for name in ("lm_eval", "lm_eval.models", "lm_eval.models.huggingface"):
-        monkeypatch.setitem(sys.modules, name, ModuleType(name))
-    sys.modules["lm_eval"].__spec__ = object()
-    sys.modules["lm_eval"].simple_evaluate = simple_evaluate
-    sys.modules["lm_eval.models.huggingface"].HFLM = HFLM
-    found = measure(made, text, baseline=llama, tasks=["arc"])
-    assert found.tasks == {"arc": {"metric": "acc_norm", "score": 0.45, "error": 0.02, "baseline": 0.5}}
-    assert calls[0] == calls[1]
-    assert found.recovery == pytest.approx(0.9)
-    assert found.tables()[1][2] == [("arc", "acc_norm", "0.4500", "0.0200", "0.5000")]
+
+def share_of_right_answers(folder, questions) -> float:
+    model, tokenizer = quantlab.load(folder), data.load_tokenizer(folder)
+
+    def likelihood(question: str, answer: str) -> float:
+        given = tokenizer.encode(question)
+        both = torch.tensor([tokenizer.encode(f"{question} {answer}")])
+        logits = model(both).logits[0, :-1].float().log_softmax(-1)
+        return sum(float(logits[i - 1, both[0, i]]) for i in range(len(given), both.shape[1]))
+
+    with torch.inference_mode():
+        best = [max((0, 1), key=lambda i: likelihood(q["question"], ("land", "sea")[i])) for q in questions]
+    return sum(a == q["answer"] for a, q in zip(best, questions, strict=True)) / len(questions)
+
+
+@pytest.mark.parametrize("tasks", [["no_such_task"], ["absent.yaml"]])
+def test_tasks_that_lm_eval_cannot_run_are_told_before_the_work(tasks, monkeypatch):
+    monkeypatch.setattr(hf, "load", lambda *_, **__: pytest.fail("loaded"))
+    with pytest.raises(UsageError, match=f"lm-eval cannot run {tasks[0]} .*`lm-eval ls tasks` lists what it has"):
+        evaluate(EMBEDDED, tasks=tasks)
 
 
 def test_recovery_of_tasks_leaves_out_what_has_no_ratio():
-    def task(score, baseline, metric="acc"):
-        return {"score": score, "baseline": baseline, "metric": metric, "error": None}
+    def task(score, baseline, metric="acc", group=None):
+        return {"score": score, "baseline": baseline, "metric": metric, "error": None, "group": group}
 
     assert lm_tasks.recovery({}) is None
     assert lm_tasks.recovery({"a": task(0.4, 0.5), "b": task(0.5, 0.0), "c": task(0.6, 0.5)}) == pytest.approx(1.0)
     assert lm_tasks.recovery({"a": task(9.0, 3.0, "word_perplexity")}) is None
+    members = {"a": task(0.5, 1.0, group="g"), "b": task(0.7, 1.0, group="g")}
+    assert lm_tasks.recovery(members | {"g": task(0.6, 1.0), "c": task(0.8, 1.0)}) == pytest.approx(0.7)
+    assert lm_tasks.recovery(members | {"g": task(None, None)}) == pytest.approx(0.6)
 
 
 def test_attention_in_8_bits_is_measured_in_windows_of_any_length(tmp_path):
