@@ -59,12 +59,11 @@ def with_turned_scales(converter: Any) -> list[Any]:
 
 def _twin(converter: Any, added: str) -> Any:
     """The converter of the tensors whose names have `added` at their ends."""
-    options = {"force_cpu": converter.force_cpu} if hasattr(converter, "force_cpu") else {}  # newer than 5.15
     twin = WeightConverter(
         [re.sub(r"\$$", "", source) + added for source in converter._original_source_patterns],
         [re.sub(r"\$$", "", target) + added for target in converter._original_target_patterns],
         operations=[StackScales(op.dim) if type(op) is MergeModulelist else op for op in converter.operations],
-        **options,
+        force_cpu=converter.force_cpu,
     )
     twin.scope_prefix, twin.base_model_prefix = converter.scope_prefix, converter.base_model_prefix
     return twin

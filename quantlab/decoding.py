@@ -23,7 +23,7 @@ _LATE: ContextVar[bool] = ContextVar("quantlab_late_stops", default=False)
 
 def stop_late(model: Any) -> None:
     """Let `model.generate` read whether it is to stop one step late; a model that cannot generate stays as it is."""
-    check = getattr(utils, "DeferredStopCheck", None)  # transformers before 5.16 has none
+    check = getattr(utils, "DeferredStopCheck", None)  # no public name: another version may have none
     if check is None or not isinstance(model, GenerationMixin):
         return
     if not hasattr(check.is_supported, "__wrapped__"):
