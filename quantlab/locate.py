@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from quantlab.errors import PreflightError, UsageError
+
+RANGE = 1 << 20  # bytes that one request for a header brings
+REQUESTS = 8  # at a time
 
 
 def require_name(model: object) -> None:
@@ -37,8 +47,87 @@ def locate(model: str, revision: str | None, ignored: list[str]) -> Path:
     return _download(model, revision, ignored)
 
 
+@contextmanager
+def locate_headers(model: str, revision: str | None, ignored: list[str]) -> Iterator[Path]:
+    """`locate` for those who read no weights, which then are not downloaded.
+
+    Of a model on the hub the folder holds everything else and, of each safetensors file that is not in the hub's cache,
+    the header in a sparse file of full size. It goes with the block. Raises as `locate`.
+    """
+    info = None if Path(model).expanduser().exists() else _hub_info(model, revision)
+    if info is None:  # a folder, a wrong name, or a hub out of reach: then its cache has to do
+        yield locate(model, revision, ignored)
+        return
+    with tempfile.TemporaryDirectory(prefix="quantlab-headers-") as folder:
+        with _told_in_a_line(model, revision):
+            _fetch_headers(info, ignored, Path(folder))
+        yield Path(folder)
+
+
+def _hub_info(model: str, revision: str | None) -> Any:
+    """What the hub says of a model; None where it says nothing, for whatever reason."""
+    from huggingface_hub import HfApi
+
+    try:
+        return HfApi().model_info(model, revision=revision)
+    except Exception:  # `locate` asks again, and says what is wrong
+        return None
+
+
+def _fetch_headers(info: Any, ignored: list[str], folder: Path) -> None:
+    from huggingface_hub import HfFileSystem, snapshot_download
+
+    from quantlab.shards import HEADER_LIMIT
+
+    kept = snapshot_download(info.id, revision=info.sha, ignore_patterns=[*ignored, "*.safetensors"])
+    shutil.copytree(kept, folder, copy_function=os.symlink, dirs_exist_ok=True)
+    names = [sibling.rfilename for sibling in info.siblings]
+    hub = HfFileSystem()
+
+    def fetch(name: str) -> None:
+        path = folder / name
+        if path.exists():  # downloaded before
+            return
+        with hub.open(f"{info.id}@{info.sha}/{name}", block_size=RANGE) as remote:
+            start = remote.read(8)
+            path.write_bytes(start + remote.read(min(int.from_bytes(start, "little"), HEADER_LIMIT)))
+            os.truncate(path, remote.size)
+
+    with ThreadPoolExecutor(REQUESTS) as pool:
+        list(pool.map(fetch, [name for name in names if name.endswith(".safetensors") and "/" not in name]))
+
+
 def _download(model: str, revision: str | None, ignored: list[str]) -> Path:
     from huggingface_hub import snapshot_download
+
+    _require_space(model, revision, ignored)
+    with _told_in_a_line(model, revision):
+        return Path(snapshot_download(model, revision=revision, ignore_patterns=ignored))
+
+
+def _require_space(model: str, revision: str | None, ignored: list[str]) -> None:
+    """Raise PreflightError where the hub's cache cannot take what it does not have."""
+    from huggingface_hub import constants, snapshot_download
+
+    try:
+        files = snapshot_download(model, revision=revision, ignore_patterns=ignored, dry_run=True)
+    except Exception:  # the download says what is wrong
+        return
+    needed = sum(file.file_size or 0 for file in files if file.will_download)
+    place = Path(constants.HF_HUB_CACHE)
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        raise PreflightError(
+            f"{model}: has {needed / 1e9:.2f} GB to download, the disk of {constants.HF_HUB_CACHE} has "
+            f"{free / 1e9:.2f} GB free; free space, or set HF_HOME to a folder on another disk"
+        )
+
+
+@contextmanager
+def _told_in_a_line(model: str, revision: str | None) -> Iterator[None]:
+    """What the hub's library raises, as an error of ours."""
     from huggingface_hub.errors import (
         GatedRepoError,
         LocalEntryNotFoundError,
@@ -47,7 +136,7 @@ def _download(model: str, revision: str | None, ignored: list[str]) -> Path:
     )
 
     try:
-        return Path(snapshot_download(model, revision=revision, ignore_patterns=ignored))
+        yield
     except RevisionNotFoundError:
         raise UsageError(f"{model}: no revision {revision!r} on the hub") from None
     except GatedRepoError:

@@ -31,9 +31,16 @@ def plan(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> Plan:
-    """What `quantize` would do with every tensor, from the config and the headers alone."""
+    """What `quantize` would do with every tensor, from the config and the headers alone.
+
+    No more is downloaded of a model on the hub, so that the plan's source cannot be read.
+    """
     recipe = Recipe.of(recipe)
-    source = Source.open(model, revision)
+    with Source.open_headers(model, revision) as source:
+        return _plan(source, recipe, trust_remote_code)
+
+
+def _plan(source: Source, recipe: Recipe, trust_remote_code: bool) -> Plan:
     if recipe.kv != "none":
         from quantlab import cache
 
@@ -71,7 +78,10 @@ def quantize(
     folder = output_folder(model, recipe.scheme, output)
     where = stream.pick_device(device)
     check_writable(folder, overwrite=overwrite)
-    made = plan(model, recipe, revision=revision, trust_remote_code=trust_remote_code)
+    if not Path(model).expanduser().exists():  # a model on the hub is refused before it is downloaded
+        headers = plan(model, recipe, revision=revision, trust_remote_code=trust_remote_code)
+        check_space(folder, headers.bytes_after)
+    made = _plan(Source.open(model, revision), recipe, trust_remote_code)
     check_outside(folder, made.source.folder)
     check_space(folder, made.bytes_after)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,13 @@ from torch import Tensor
 
 from quantlab.checkpoint import CONFIG, INDEX, OURS, SINGLE, Stored, stored_in
 from quantlab.errors import PreflightError
-from quantlab.locate import locate, require_name
+from quantlab.locate import locate, locate_headers, require_name
 from quantlab.shards import ShardReader, TensorInfo, read_header
 
 PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 OTHER_WEIGHTS = PICKLES | {".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".ot", ".tflite", ".mlmodel", ".npz"}
 OTHER_WEIGHT_FOLDERS = {"original", "metal", "onnx", "openvino", "gguf", "coreml", "mlx", OURS}
+NOT_DOWNLOADED = [f"*{suffix}" for suffix in OTHER_WEIGHTS] + [f"{name}/*" for name in OTHER_WEIGHT_FOLDERS]
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,21 @@ class Source:
         Raises UsageError where there is no such model and PreflightError where it is damaged or in another format.
         """
         require_name(model)
-        others = [f"*{suffix}" for suffix in OTHER_WEIGHTS] + [f"{name}/*" for name in OTHER_WEIGHT_FOLDERS]
-        folder = locate(str(model), revision, others)
+        return cls._read(model, locate(str(model), revision, NOT_DOWNLOADED))
+
+    @classmethod
+    @contextmanager
+    def open_headers(cls, model: str | Path, revision: str | None = None) -> Iterator[Source]:
+        """`open` for those who read no weights: of a model on the hub, these are not downloaded (`locate_headers`).
+
+        Outside the block its folder may be gone.
+        """
+        require_name(model)
+        with locate_headers(str(model), revision, NOT_DOWNLOADED) as folder:
+            yield cls._read(model, folder)
+
+    @classmethod
+    def _read(cls, model: str | Path, folder: Path) -> Source:
         try:
             shards, index = _weight_files(folder)
             config = read_config(folder)

@@ -1,0 +1,168 @@
+"""Models on the hub, by its own client: a server here answers what the hub would."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from quantlab.verify import verify
+
+ROOT = Path(__file__).parents[2]
+EMBEDDED = ROOT / "examples" / "tiny-llama"
+COMMIT = "c0ffee" * 6 + "c0ff"
+RUN = """
+import json, shutil, sys
+from pathlib import Path
+from types import SimpleNamespace
+import quantlab
+from quantlab.errors import QuantlabError
+
+def tried(work, *arguments, **options):
+    try:
+        return work(*arguments, **options)
+    except QuantlabError as error:
+        return f"{type(error).__name__}: {error}"
+
+def planned(model):
+    facts = quantlab.plan(model).to_dict()
+    return facts.pop("model") == model and facts
+
+def without_space():
+    disk_usage, shutil.disk_usage = shutil.disk_usage, lambda place: SimpleNamespace(free=5_000_000)
+    try:
+        return tried(quantlab.evaluate, "me/model")
+    finally:
+        shutil.disk_usage = disk_usage
+
+here = planned(sys.argv[1])
+print(json.dumps({
+    "same plan": planned("me/model") == here,
+    "before": Path("requests").read_text(),
+    "foreign": tried(quantlab.quantize, "me/foreign", "fp8-block", "foreign"),
+    "absent": tried(quantlab.plan, "me/absent"),
+    "revision": tried(quantlab.plan, "me/model", revision="v9"),
+    "gated": tried(quantlab.quantize, "me/gated", "fp8-block", "gated"),
+    "full": without_space(),
+    "refused": Path("requests").read_text(),
+    "made": tried(quantlab.quantize, "me/model", "fp8-block", "made", device="cpu").output,
+    "after": Path("requests").read_text(),
+    "cached": planned("me/model") == here,
+    "at the end": Path("requests").read_text(),
+}))
+"""
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Models of one user: what they are, their files, whole or in part. Every request for weights becomes a line."""
+
+    protocol_version = "HTTP/1.1"
+    models: dict[str, Path]
+    requests: Path
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def answer(self, code: int, body: bytes = b"", **headers: str) -> None:
+        self.send_response(code)
+        for name, value in ({"Content_Length": str(len(body))} | headers).items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        parts = self.path.partition("?")[0].strip("/").split("/")
+        name = parts[3] if parts[:3] == ["api", "models", "me"] else parts[1] if len(parts) > 1 else ""
+        folder = self.models.get(name)
+        if folder is None:
+            self.answer(404, X_Error_Code="RepoNotFound")
+        elif "v9" in parts:
+            self.answer(404, X_Error_Code="RevisionNotFound")
+        elif parts[0] == "api":
+            files = sorted(path.name for path in folder.iterdir())
+            sizes = [{"type": "file", "path": f, "size": (folder / f).stat().st_size, "oid": "0" * 40} for f in files]
+            known = {"id": f"me/{name}", "sha": COMMIT, "siblings": [{"rfilename": file} for file in files]}
+            self.answer(200, json.dumps(sizes if "tree" in parts else known).encode(), Content_Type="application/json")
+        elif name == "gated":
+            self.answer(403, X_Error_Code="GatedRepo")
+        else:
+            self.send_file(folder / parts[-1])
+
+    def send_file(self, path: Path) -> None:
+        data = path.read_bytes()
+        facts = {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X_Repo_Commit": COMMIT, "Accept_Ranges": "bytes"}
+        given = self.headers.get("Range")
+        if path.suffix == ".safetensors" and self.command == "GET":
+            with self.requests.open("a") as lines:
+                lines.write(f"{given or 'whole'}\n")
+        if self.command == "HEAD":
+            self.answer(200, Content_Length=str(len(data)), **facts)
+        elif given is None:
+            self.answer(200, data, **facts)
+        else:
+            first, last = (int(number) for number in given.removeprefix("bytes=").split("-"))
+            part = data[first : last + 1]
+            self.answer(206, part, Content_Range=f"bytes {first}-{first + len(part) - 1}/{len(data)}", **facts)
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[str]:
+    foreign = shutil.copytree(EMBEDDED, tmp_path / "foreign-model")
+    config = json.loads((foreign / "config.json").read_text())
+    (foreign / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
+    Hub.models = {"model": EMBEDDED, "foreign": foreign, "gated": EMBEDDED}
+    Hub.requests = tmp_path / "requests"
+    Hub.requests.touch()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_a_model_on_the_hub_is_planned_and_refused_before_its_weights_are_downloaded(hub: str, tmp_path: Path) -> None:
+    paths = os.pathsep.join(str(ROOT / part) for part in ("", "kernels", "calib"))
+    settings = {"HF_ENDPOINT": hub, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0", "PYTHONPATH": paths}
+    for proxy in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        settings[proxy] = ""
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, str(EMBEDDED)],
+        env=os.environ | settings,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["same plan"] is found["cached"] is True
+    first, last = found["before"].strip().removeprefix("bytes=").split("-")  # one request
+    assert first == "0"
+    assert int(last) < 2_000_000 < (EMBEDDED / "model.safetensors").stat().st_size
+    assert found["foreign"].startswith("PreflightError: me/foreign: ")
+    assert "gptq" in found["foreign"]
+    assert found["absent"] == "UsageError: me/absent: no such folder, and no such model on the hub"
+    assert found["revision"] == "UsageError: me/model: no revision 'v9' on the hub"
+    assert found["gated"].startswith("UsageError: me/gated: gated on the hub; accept its licence there")
+    assert found["full"].startswith("PreflightError: me/model: has 0.01 GB to download, the disk of ")
+    assert found["full"].endswith(" has 0.01 GB free; free space, or set HF_HOME to a folder on another disk")
+    assert "whole" not in found["refused"]
+    assert found["made"] == "made"
+    assert found["after"].count("whole") == 1
+    assert found["at the end"] == found["after"]
+    assert verify(tmp_path / "made").problems == ()
