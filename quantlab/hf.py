@@ -23,7 +23,7 @@ from typing import Any
 
 from quantlab.architecture import Architecture, architecture
 from quantlab.errors import QuantlabError, UsageError, VerificationError, one_line
-from quantlab.locate import require_name
+from quantlab.locate import locate, require_name
 
 __all__ = ["Architecture", "IntegrationWarning", "architecture", "disable", "enable", "load", "pipeline", "status"]
 
@@ -88,8 +88,9 @@ def load(
     warmup: bool = False,
     **kwargs: Any,
 ) -> Any:
-    """The model of a checkpoint folder on our layers, by the class that its config names. Never asks a hub.
+    """The model of a checkpoint on our layers, by the class that its config names.
 
+    path        a folder, or a hub id; `revision` among kwargs is of the latter
     device_map  as in `from_pretrained`; None is the CPU
     dtype       of everything that is not quantized; "auto" takes the checkpoint's
     kv          format of the KV cache that `generate` makes: "fp8", "int8", "int4", "k8v4" or a `cache.KV`; "none" for
@@ -110,7 +111,7 @@ def load(
     require_settings(kv, attention)
     # mismatched sizes are refused below, by name; transformers would raise without one
     kwargs = {"ignore_mismatched_sizes": True, **_with_attention(attention, kwargs)}
-    _require_checkpoint(path)
+    path = _checkpoint(path, kwargs.pop("revision", None))
     with _told_in_a_line(path):
         config = transformers.AutoConfig.from_pretrained(
             path, local_files_only=True, trust_remote_code=kwargs.get("trust_remote_code", False)
@@ -155,10 +156,15 @@ def require_settings(kv: Any, attention: Any) -> None:
         raise UsageError(f"unknown attention {attention!r}; {did_you_mean(str(attention), [*ATTENTION, 'none'])}")
 
 
-def _require_checkpoint(path: str | Path) -> None:
-    require_name(path)
-    if not (Path(path) / "config.json").is_file():
-        raise UsageError(f"{path}: no config.json there; give the folder of a checkpoint")
+def _checkpoint(model: str | Path, revision: str | None) -> Path:
+    """The folder of a checkpoint, downloaded where it is one of the hub's."""
+    from quantlab.source import NOT_DOWNLOADED
+
+    require_name(model)
+    folder = locate(str(model), revision, NOT_DOWNLOADED)
+    if not (folder / "config.json").is_file():
+        raise UsageError(f"{model}: no config.json there; give the folder of a checkpoint")
+    return folder
 
 
 def _with_attention(attention: str | None, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -211,7 +217,7 @@ def pipeline(
 
     from quantlab_calib import data
 
-    _require_checkpoint(model)
+    model = _checkpoint(model, kwargs.pop("revision", None))
     try:
         implementation = transformers.pipelines.check_task(task)[1]["impl"]
     except KeyError as error:

@@ -64,6 +64,23 @@ def locate_headers(model: str, revision: str | None, ignored: list[str]) -> Iter
         yield Path(folder)
 
 
+def side_file(folder: Path, name: str, model: str) -> Path | None:
+    """A file beside the weights of `model`, which lie in `folder`; in the hub's cache maybe they alone.
+
+    None where there is no such file, or nobody to ask.
+    """
+    if (folder / name).is_file():
+        return folder / name
+    if folder.parent.name != "snapshots":  # where the cache has a folder for each commit
+        return None
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(model, name, revision=folder.name))
+    except Exception:  # the network fails in many ways, and a file that is not there is one of them
+        return None
+
+
 def _hub_info(model: str, revision: str | None) -> Any:
     """What the hub says of a model; None where it says nothing, for whatever reason."""
     from huggingface_hub import HfApi

@@ -36,6 +36,7 @@ from quantlab.fusion import fuse
 from quantlab.int4_experts import Int4Experts, Int4Fp8Experts
 from quantlab.int4_linear import Int4Fp8Linear, Int4Linear
 from quantlab.linear import Fp8BlockLinear, Fp8RowLinear, MovesWithoutCasting
+from quantlab.locate import side_file
 from quantlab.routing import fuse_routers
 from quantlab.scaled_inputs import stand_in
 from quantlab.shared_experts import fuse_shared
@@ -267,8 +268,8 @@ class KeepsQuantized(HfQuantizer):
 
     def _static_activations(self, model: Any) -> None:
         """Calibrated activation scales, where the side file says that they are meant to be used."""
-        path = self.folder / ACTIVATION_SCALES
-        if not path.is_file():
+        path = side_file(self.folder, ACTIVATION_SCALES, model.config._name_or_path)
+        if path is None:
             return
         with safe_open(path, "pt") as file:
             if (file.metadata() or {}).get("activations") != "static":

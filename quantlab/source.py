@@ -19,7 +19,7 @@ from quantlab.shards import ShardReader, TensorInfo, read_header
 PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 OTHER_WEIGHTS = PICKLES | {".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".ot", ".tflite", ".mlmodel", ".npz"}
 OTHER_WEIGHT_FOLDERS = {"original", "metal", "onnx", "openvino", "gguf", "coreml", "mlx", OURS}
-NOT_DOWNLOADED = [f"*{suffix}" for suffix in OTHER_WEIGHTS] + [f"{name}/*" for name in OTHER_WEIGHT_FOLDERS]
+NOT_DOWNLOADED = [*(f"*{suffix}" for suffix in OTHER_WEIGHTS), *(f"{name}/*" for name in OTHER_WEIGHT_FOLDERS - {OURS})]
 
 
 @dataclass(frozen=True)

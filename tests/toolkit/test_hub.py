@@ -12,9 +12,12 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from quantlab.pipeline import quantize
+from quantlab.scheme import Calibration, Recipe
 from quantlab.verify import verify
 
 ROOT = Path(__file__).parents[2]
@@ -92,16 +95,19 @@ class Hub(BaseHTTPRequestHandler):
         elif "v9" in parts:
             self.answer(404, X_Error_Code="RevisionNotFound")
         elif parts[0] == "api":
-            files = sorted(path.name for path in folder.iterdir())
+            files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
             sizes = [{"type": "file", "path": f, "size": (folder / f).stat().st_size, "oid": "0" * 40} for f in files]
             known = {"id": f"me/{name}", "sha": COMMIT, "siblings": [{"rfilename": file} for file in files]}
             self.answer(200, json.dumps(sizes if "tree" in parts else known).encode(), Content_Type="application/json")
         elif name == "gated":
             self.answer(403, X_Error_Code="GatedRepo")
         else:
-            self.send_file(folder / parts[-1])
+            self.send_file(folder / self.path.strip("/").split("/", 4)[4])
 
     def send_file(self, path: Path) -> None:
+        if not path.is_file():
+            self.answer(404, X_Error_Code="EntryNotFound")
+            return
         data = path.read_bytes()
         facts = {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X_Repo_Commit": COMMIT, "Accept_Ranges": "bytes"}
         given = self.headers.get("Range")
@@ -135,21 +141,19 @@ def hub(tmp_path: Path) -> Iterator[str]:
     server.server_close()
 
 
-def test_a_model_on_the_hub_is_planned_and_refused_before_its_weights_are_downloaded(hub: str, tmp_path: Path) -> None:
+def run(program: str, *arguments: str, hub: str, folder: Path) -> dict[str, Any]:
+    """What a program prints as JSON, in a process whose hub is that one."""
     paths = os.pathsep.join(str(ROOT / part) for part in ("", "kernels", "calib"))
-    settings = {"HF_ENDPOINT": hub, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0", "PYTHONPATH": paths}
-    for proxy in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
-        settings[proxy] = ""
-    done = subprocess.run(
-        [sys.executable, "-c", RUN, str(EMBEDDED)],
-        env=os.environ | settings,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    settings = {"HF_ENDPOINT": hub, "HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "0", "PYTHONPATH": paths}
+    settings |= dict.fromkeys(("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"), "")
+    command = [sys.executable, "-c", program, *arguments]
+    done = subprocess.run(command, env=os.environ | settings, cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    return json.loads(done.stdout)
+
+
+def test_a_model_on_the_hub_is_planned_and_refused_before_its_weights_are_downloaded(hub: str, tmp_path: Path) -> None:
+    found = run(RUN, str(EMBEDDED), hub=hub, folder=tmp_path)
     assert found["same plan"] is found["cached"] is True
     first, last = found["before"].strip().removeprefix("bytes=").split("-")  # one request
     assert first == "0"
@@ -166,3 +170,44 @@ def test_a_model_on_the_hub_is_planned_and_refused_before_its_weights_are_downlo
     assert found["after"].count("whole") == 1
     assert found["at the end"] == found["after"]
     assert verify(tmp_path / "made").problems == ()
+
+
+LOAD = """
+import json
+import torch
+from transformers import AutoModelForCausalLM
+import quantlab
+from quantlab.errors import QuantlabError
+
+def logits(model):
+    with torch.inference_mode():
+        return model(torch.tensor([[1, 50, 70, 90, 200]])).logits
+
+try:
+    quantlab.load("me/absent")
+except QuantlabError as error:
+    absent = str(error)
+stock = AutoModelForCausalLM.from_pretrained("me/static")
+cached = quantlab.load("me/static", kv="none")
+here = quantlab.load("static", kv="none")
+written = quantlab.pipeline("text-generation", "me/static")("The river", max_new_tokens=4, do_sample=False)
+print(json.dumps({
+    "absent": absent,
+    "static": sum(getattr(module, "activation_scale", None) is not None for module in stock.modules()),
+    "alike": [torch.equal(logits(model), logits(here)) for model in (stock, cached)],
+    "verified": quantlab.verify("me/static").problems,
+    "written": written[0]["generated_text"],
+}))
+"""
+
+
+def test_a_checkpoint_on_the_hub_is_loaded_with_what_lies_beside_its_weights(hub: str, tmp_path: Path) -> None:
+    recipe = Recipe(calibration=Calibration(samples=2, length=64, activations="static"))
+    quantize(EMBEDDED, recipe, tmp_path / "static", device="cpu")
+    Hub.models["static"] = tmp_path / "static"
+    found = run(LOAD, hub=hub, folder=tmp_path)
+    assert found["absent"] == "me/absent: no such folder, and no such model on the hub"
+    assert found["static"] > 0
+    assert found["alike"] == [True, True]
+    assert found["verified"] == []
+    assert found["written"].startswith("The river")
