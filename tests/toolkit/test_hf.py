@@ -164,8 +164,14 @@ def test_load_refuses_what_transformers_would_run(quantized, edited, tmp_path: P
 
 
 def test_load_without_a_checkpoint(tmp_path: Path):
-    with pytest.raises(UsageError, match=r"no config\.json there"):
+    with pytest.raises(UsageError, match=r"/none: no such folder"):
         quantlab.load(tmp_path / "none")
+    with pytest.raises(UsageError, match=r"no config\.json there"):
+        quantlab.load(tmp_path)
+    with pytest.raises(
+        UsageError, match=r"someone/model: no such folder, not in the local hub cache, and the hub is out"
+    ):
+        quantlab.load("someone/model")
 
 
 def test_load_of_an_unknown_class(quantized, edited, tmp_path: Path):
@@ -219,7 +225,7 @@ def test_pipeline(quantized, edited, tmp_path: Path):
         path.unlink()
     with pytest.raises(UsageError, match=r"tokenizer has no vocabulary|no tokenizer that transformers can read"):
         quantlab.pipeline("text-generation", folder)
-    with pytest.raises(UsageError, match=r"no config\.json there"):
+    with pytest.raises(UsageError, match=r"/nothing: no such folder"):
         quantlab.pipeline("text-generation", tmp_path / "nothing")
     words = {f"w{i}": i for i in range(127)} | {"<unk>": 127}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
