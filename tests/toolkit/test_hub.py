@@ -56,6 +56,7 @@ print(json.dumps({
     "revision": tried(quantlab.plan, "me/model", revision="v9"),
     "gated": tried(quantlab.quantize, "me/gated", "fp8-block", "gated"),
     "full": without_space(),
+    "encoder": tried(quantlab.evaluate, "me/encoder"),
     "refused": Path("requests").read_text(),
     "made": tried(quantlab.quantize, "me/model", "fp8-block", "made", device="cpu").output,
     "after": Path("requests").read_text(),
@@ -125,11 +126,11 @@ class Hub(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def hub(tmp_path: Path) -> Iterator[str]:
+def hub(tmp_path: Path, tiny: Any) -> Iterator[str]:
     foreign = shutil.copytree(EMBEDDED, tmp_path / "foreign-model")
     config = json.loads((foreign / "config.json").read_text())
     (foreign / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
-    Hub.models = {"model": EMBEDDED, "foreign": foreign, "gated": EMBEDDED}
+    Hub.models = {"model": EMBEDDED, "foreign": foreign, "gated": EMBEDDED, "encoder": tiny("bert").folder}
     Hub.requests = tmp_path / "requests"
     Hub.requests.touch()
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
@@ -165,6 +166,8 @@ def test_a_model_on_the_hub_is_planned_and_refused_before_its_weights_are_downlo
     assert found["gated"].startswith("UsageError: me/gated: gated on the hub; accept its licence there")
     assert found["full"].startswith("PreflightError: me/model: has 0.01 GB to download, the disk of ")
     assert found["full"].endswith(" has 0.01 GB free; free space, or set HF_HOME to a folder on another disk")
+    assert found["encoder"].startswith("UsageError: me/encoder: ")
+    assert "does not predict the next token" in found["encoder"]
     assert "whole" not in found["refused"]
     assert found["made"] == "made"
     assert found["after"].count("whole") == 1
