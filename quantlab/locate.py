@@ -26,6 +26,14 @@ def require_name(model: object) -> None:
         raise UsageError(f"model is {str(model)!r}; give a folder or a hub id")
 
 
+def existing_parent(path: Path) -> Path:
+    """The nearest folder above that exists: where the bytes will go."""
+    parent = path.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    return parent
+
+
 def locate(model: str, revision: str | None, ignored: list[str]) -> Path:
     """The folder of a model: `model` itself, or what the hub has under that id, downloaded or from its cache.
 
@@ -48,20 +56,20 @@ def locate(model: str, revision: str | None, ignored: list[str]) -> Path:
 
 
 @contextmanager
-def locate_headers(model: str, revision: str | None, ignored: list[str]) -> Iterator[Path]:
-    """`locate` for those who read no weights, which then are not downloaded.
+def hub_headers(model: str, revision: str | None, ignored: list[str]) -> Iterator[Path | None]:
+    """What can be known of a model before its weights are downloaded; None where there is nothing to download.
 
-    Of a model on the hub the folder holds everything else and, of each safetensors file that is not in the hub's cache,
-    the header in a sparse file of full size. It goes with the block. Raises as `locate`.
+    The folder holds all files but weights and, of each safetensors file that is not in the hub's cache, the header in a
+    sparse file of full size. It goes with the block. Raises as `locate`.
     """
     info = None if Path(model).expanduser().exists() else _hub_info(model, revision)
-    if info is None:  # a folder, a wrong name, or a hub out of reach: then its cache has to do
-        yield locate(model, revision, ignored)
+    if info is None:  # a folder, a wrong name, or a hub out of reach: `locate` knows
+        yield None
         return
     with tempfile.TemporaryDirectory(prefix="quantlab-headers-") as folder:
         with _told_in_a_line(model, revision):
-            _fetch_headers(info, ignored, Path(folder))
-        yield Path(folder)
+            fetched = _fetch_headers(info, ignored, Path(folder))
+        yield Path(folder) if fetched else None
 
 
 def side_file(folder: Path, name: str, model: str) -> Path | None:
@@ -91,27 +99,30 @@ def _hub_info(model: str, revision: str | None) -> Any:
         return None
 
 
-def _fetch_headers(info: Any, ignored: list[str], folder: Path) -> None:
+def _fetch_headers(info: Any, ignored: list[str], folder: Path) -> bool:
+    """Fill the folder of `hub_headers`; False, and it stays empty, where the hub's cache has all weights."""
     from huggingface_hub import HfFileSystem, snapshot_download
 
     from quantlab.shards import HEADER_LIMIT
 
-    kept = snapshot_download(info.id, revision=info.sha, ignore_patterns=[*ignored, "*.safetensors"])
-    shutil.copytree(kept, folder, copy_function=os.symlink, dirs_exist_ok=True)
+    kept = Path(snapshot_download(info.id, revision=info.sha, ignore_patterns=[*ignored, "*.safetensors"]))
     names = [sibling.rfilename for sibling in info.siblings]
+    missing = [n for n in names if n.endswith(".safetensors") and "/" not in n and not (kept / n).exists()]
+    if not missing:
+        return False
+    shutil.copytree(kept, folder, copy_function=os.symlink, dirs_exist_ok=True)
     hub = HfFileSystem()
 
     def fetch(name: str) -> None:
         path = folder / name
-        if path.exists():  # downloaded before
-            return
         with hub.open(f"{info.id}@{info.sha}/{name}", block_size=RANGE) as remote:
             start = remote.read(8)
             path.write_bytes(start + remote.read(min(int.from_bytes(start, "little"), HEADER_LIMIT)))
             os.truncate(path, remote.size)
 
     with ThreadPoolExecutor(REQUESTS) as pool:
-        list(pool.map(fetch, [name for name in names if name.endswith(".safetensors") and "/" not in name]))
+        list(pool.map(fetch, missing))
+    return True
 
 
 def _download(model: str, revision: str | None, ignored: list[str]) -> Path:
@@ -131,10 +142,7 @@ def _require_space(model: str, revision: str | None, ignored: list[str]) -> None
     except Exception:  # the download says what is wrong
         return
     needed = sum(file.file_size or 0 for file in files if file.will_download)
-    place = Path(constants.HF_HUB_CACHE)
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
+    free = shutil.disk_usage(existing_parent(Path(constants.HF_HUB_CACHE, model))).free
     if needed > free:
         raise PreflightError(
             f"{model}: has {needed / 1e9:.2f} GB to download, the disk of {constants.HF_HUB_CACHE} has "

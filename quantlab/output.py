@@ -25,7 +25,7 @@ from torch import Tensor
 
 from quantlab.checkpoint import CONFIG, MANIFEST, OURS, QUANTIZATION_KEYS, Stored, quantization_config
 from quantlab.errors import PreflightError, QuantlabError, UsageError
-from quantlab.locate import require_name
+from quantlab.locate import existing_parent, require_name
 from quantlab.shards import ShardLayout
 from quantlab.source import Source
 
@@ -119,14 +119,6 @@ def write_file(path: Path, content: str | bytes) -> None:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise UsageError(f"{path}: cannot be written: {error.strerror}; give another place with -o") from None
-
-
-def existing_parent(folder: Path) -> Path:
-    """The nearest folder above that exists: where the bytes will go."""
-    parent = folder.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
-    return parent
 
 
 def fingerprint(source: Source, what: Any) -> str:

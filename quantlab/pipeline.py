@@ -78,10 +78,11 @@ def quantize(
     folder = output_folder(model, recipe.scheme, output)
     where = stream.pick_device(device)
     check_writable(folder, overwrite=overwrite)
-    if not Path(model).expanduser().exists():  # a model on the hub is refused before it is downloaded
-        headers = plan(model, recipe, revision=revision, trust_remote_code=trust_remote_code)
-        check_space(folder, headers.bytes_after)
-    made = _plan(Source.open(model, revision), recipe, trust_remote_code)
+
+    def refuse(headers: Source) -> None:
+        check_space(folder, _plan(headers, recipe, trust_remote_code).bytes_after)
+
+    made = _plan(Source.open(model, revision, before_download=refuse), recipe, trust_remote_code)
     check_outside(folder, made.source.folder)
     check_space(folder, made.bytes_after)
 

@@ -111,16 +111,20 @@ class _BaseOutput(tuple[Tensor]):
 def open_predictor(model: str | Path, trust_remote_code: bool = False) -> Source:
     """A model that predicts the next token of a text; raises UsageError for any other, and
     PreflightError for a config that transformers refuses, before anything is loaded or weights are downloaded."""
-    with Source.open_headers(model) as headers:
-        empty = meta_model(headers.folder, trust_remote_code)
-    if empty is None:
-        raise UsageError(f"{model}: transformers cannot build it; if it brings code: --trust-remote-code")
-    if not empty.can_generate() or getattr(empty.config, "is_encoder_decoder", False):
-        raise UsageError(
-            f"{model}: {type(empty).__name__} does not predict the next token: no perplexity, KL or top-1; "
-            f"compare its outputs with those of the original on your own data"
-        )
-    return Source.open(model)
+
+    def require_predictor(source: Source) -> None:
+        empty = meta_model(source.folder, trust_remote_code)
+        if empty is None:
+            raise UsageError(f"{model}: transformers cannot build it; if it brings code: --trust-remote-code")
+        if not empty.can_generate() or getattr(empty.config, "is_encoder_decoder", False):
+            raise UsageError(
+                f"{model}: {type(empty).__name__} does not predict the next token: no perplexity, KL or top-1; "
+                f"compare its outputs with those of the original on your own data"
+            )
+
+    source = Source.open(model, before_download=require_predictor)
+    require_predictor(source)
+    return source
 
 
 def base_of(model: Any) -> Any:

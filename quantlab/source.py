@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from quantlab.checkpoint import CONFIG, INDEX, OURS, SINGLE, Stored, stored_in
 from quantlab.errors import PreflightError
-from quantlab.locate import locate, locate_headers, require_name
+from quantlab.locate import hub_headers, locate, require_name
 from quantlab.shards import ShardReader, TensorInfo, read_header
 
 PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
@@ -43,24 +43,33 @@ class Source:
     reader: ShardReader = field(default_factory=ShardReader, compare=False)
 
     @classmethod
-    def open(cls, model: str | Path, revision: str | None = None) -> Source:
+    def open(
+        cls,
+        model: str | Path,
+        revision: str | None = None,
+        *,
+        before_download: Callable[[Source], object] | None = None,
+    ) -> Source:
         """Find the model, read its config and headers, check them all.
+
+        before_download  called with what the headers tell, if there are weights to download; it may refuse the model
 
         Raises UsageError where there is no such model and PreflightError where it is damaged or in another format.
         """
         require_name(model)
+        if before_download is not None:
+            with hub_headers(str(model), revision, NOT_DOWNLOADED) as folder:
+                if folder is not None:
+                    before_download(cls._read(model, folder))
         return cls._read(model, locate(str(model), revision, NOT_DOWNLOADED))
 
     @classmethod
     @contextmanager
     def open_headers(cls, model: str | Path, revision: str | None = None) -> Iterator[Source]:
-        """`open` for those who read no weights: of a model on the hub, these are not downloaded (`locate_headers`).
-
-        Outside the block its folder may be gone.
-        """
+        """`open` for those who read no weights, which are not downloaded; outside the block its folder may be gone."""
         require_name(model)
-        with locate_headers(str(model), revision, NOT_DOWNLOADED) as folder:
-            yield cls._read(model, folder)
+        with hub_headers(str(model), revision, NOT_DOWNLOADED) as folder:
+            yield cls._read(model, folder or locate(str(model), revision, NOT_DOWNLOADED))
 
     @classmethod
     def _read(cls, model: str | Path, folder: Path) -> Source:
