@@ -310,7 +310,8 @@ def test_lm_eval_tasks_on_both_models(llama, made, text, tmp_path):
     assert right["metric"] == "acc"
     assert right["score"] == pytest.approx(share_of_right_answers(made, questions))
     assert right["baseline"] == pytest.approx(share_of_right_answers(llama, questions))
-    assert found.recovery <= right["score"] / right["baseline"]
+    assert right["error"] > 0
+    assert found.recovery == min(1 / found.perplexity_ratio.value, lm_tasks.recovery(found.tasks))
     assert found.tables()[1][2][0][:3] == ("rivers", "acc", f"{right['score']:.4f}")
 
 
@@ -333,6 +334,12 @@ def test_tasks_that_lm_eval_cannot_run_are_told_before_the_work(tasks, monkeypat
     monkeypatch.setattr(hf, "load", lambda *_, **__: pytest.fail("loaded"))
     with pytest.raises(UsageError, match=f"lm-eval cannot run {tasks[0]} .*`lm-eval ls tasks` lists what it has"):
         evaluate(EMBEDDED, tasks=tasks)
+
+
+def test_a_task_is_judged_by_its_best_known_metric():
+    result = {"alias": "arc", "acc,none": 0.1, "acc_norm,none": 0.45, "acc_norm_stderr,none": 0.02}
+    assert lm_tasks._judged(result) == {"metric": "acc_norm", "score": 0.45, "error": 0.02, "baseline": None}
+    assert lm_tasks._judged({"alias": "group"})["score"] is None
 
 
 def test_recovery_of_tasks_leaves_out_what_has_no_ratio():
