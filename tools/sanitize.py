@@ -1,145 +1,134 @@
-"""Small calls of the rooms under a checker: ``compute-sanitizer --tool racecheck python tools/sanitize.py [ROOM ...]``.
+"""Out-of-bounds accesses and races of the CUDA kernels: `python tools/sanitize.py [ROOM ...]`, or `make sanitize`.
 
-Shapes are ragged and small, since the sanitizer runs each instruction through a checker. Results are compared with the
-same call on the CPU, so that a kernel which does nothing does not pass. `make sanitize` runs memcheck and racecheck.
+Every room of `small_calls.py` runs in processes of its own: first plainly, which compiles its kernels into the caches
+on disk, then under each tool of compute-sanitizer. A room fails where the tool reports anything, a result is wrong, or
+it takes too long. Exit code 0: every room is clean; 1: some are not; 2: there is no compute-sanitizer.
 """
 
 from __future__ import annotations
 
-import functools
+import argparse
+import os
+import re
+import shutil
+import signal
+import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
 
-import torch
-from torch import Tensor
+from small_calls import ROOMS
 
-import quantlab_kernels as ql
-from quantlab_kernels.common.gemm import as_group_scale
-from quantlab_kernels.common.latent import LatentFormat
-from quantlab_kernels.moe_route.op import Rule
-from quantlab_kernels.packing import pack_int4
-
-ROWS = (1, 17, 70, 200)  # by way of the configurations for few, some and many tokens
-N, K = 264, 512
-DEVICE = "cuda"
-
-
-def randn(*shape: int) -> Tensor:
-    return torch.randn(shape, dtype=torch.bfloat16)
+PLAIN, TOOLS = "plain", ("racecheck", "memcheck")  # the slower one first
+FOLDER = Path(__file__).resolve().parent
+# "RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)", "ERROR SUMMARY: 0 errors"
+SUMMARY = re.compile(r"^=+ (?:RACECHECK|ERROR) SUMMARY: (\d+) ", re.MULTILINE)
 
 
-def fp8_block(m: int) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
-    return ql.gemm_fp8_block, (*ql.quantize_fp8_group(randn(m, K)), *ql.quantize_fp8_block(randn(N, K)))
+@dataclass(frozen=True)
+class Run:
+    """One room under one tool; `reason` says why it failed and is empty where it did not."""
+
+    tool: str
+    room: str
+    seconds: float
+    reason: str
+    log: Path
 
 
-def fp8_row(m: int) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
-    return ql.gemm_fp8_row, (*ql.quantize_fp8_token(randn(m, K)), *ql.quantize_fp8_token(randn(N, K)))
+@dataclass(frozen=True)
+class Settings:
+    sanitizer: str
+    limit_s: float
+    logs: Path
 
 
-def fp8_grouped(m: int) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
-    codes, scale = ql.quantize_fp8_block(randn(3 * 256, K))
-    counts = torch.tensor([m // 3, 0, m - m // 3])
-    weights = codes.view(3, 256, K), scale.view(3, 2, -1)
-    return ql.gemm_fp8_grouped, (*ql.quantize_fp8_group(randn(m, K)), *weights, counts)
+def run(tool: str, room: str, settings: Settings) -> Run:
+    """The room in a process of its own, ended with all its children where it takes too long."""
+    log, began = settings.logs / f"{tool}-{room}.log", time.monotonic()
+    checker = [settings.sanitizer, "--tool", tool, "--error-exitcode", "1", "--print-limit", "20"]
+    command = [*([] if tool == PLAIN else checker), sys.executable, str(FOLDER / "small_calls.py"), room]
+    # Without torch's cache of memory every tensor is an allocation of its own, whose end memcheck knows.
+    environment = os.environ | {"PYTHONPATH": str(FOLDER.parent / "kernels"), "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    with log.open("w") as out:
+        process = subprocess.Popen(command, env=environment, stdout=out, stderr=out, start_new_session=True)
+        try:
+            code: int | None = process.wait(settings.limit_s)
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+    reason = judge(tool, code, log.read_text(errors="replace"), settings.limit_s)
+    found = Run(tool, room, time.monotonic() - began, reason, log)
+    print(f"{found.seconds:6.1f} s  {tool:9s} {room:20s} {reason or 'clean'}", flush=True)
+    return found
 
 
-def int4_weight() -> tuple[Tensor, Tensor]:
-    codes = torch.randint(-7, 8, (N, K), dtype=torch.int8)
-    return pack_int4(codes), torch.rand(N, K // 128).add(0.5).bfloat16()
+def judge(tool: str, code: int | None, output: str, limit_s: float) -> str:
+    """Why the run is a failure, or "". A tool that gave no summary did not check."""
+    lines = output.splitlines()
+    wrong = [line for line in lines if line.startswith("WRONG")]
+    reports = [line for line in lines if line.startswith("========= ") and "COMPUTE-SANITIZER" not in line]
+    counts = [int(count) for count in SUMMARY.findall(output)]
+    if any(counts):
+        return f"{sum(counts)} reported, the first: {reports[0].removeprefix('========= ')}"
+    if wrong:
+        return f"{len(wrong)} wrong results, the first: {wrong[0]}"
+    if code is None:
+        return f"not done after {limit_s:.0f} s; {sum(line.startswith('right') for line in lines)} calls were"
+    if code != 0:
+        return f"exit code {code}: {next((line for line in reversed(lines) if not line.startswith('===')), '')}"
+    if tool != PLAIN and not counts:
+        return f"checked nothing: {reports[0].removeprefix('========= ') if reports else 'no summary'}"
+    return ""
 
 
-def int4_fp8(m: int) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
-    def call(a: Tensor, a_scale: Tensor, words: Tensor, scale: Tensor) -> Tensor:
-        return ql.gemm_int4_fp8(a, a_scale, ql.prepare_int4(words, activation_bits=8), as_group_scale(scale))
-
-    return call, (*ql.quantize_fp8_token(randn(m, K)), *int4_weight())
-
-
-def int4(m: int) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
-    def call(x: Tensor, words: Tensor, scale: Tensor) -> Tensor:
-        return ql.gemm_int4(x, ql.prepare_int4(words, activation_bits=16), as_group_scale(scale))
-
-    return call, (randn(m, K), *int4_weight())
-
-
-def absorbed(m: int) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
-    def call(x: Tensor, w: Tensor, scale: Tensor) -> Tensor:
-        latent = ql.bmm_fp8(x, w, scale, first=0, count=128)
-        return ql.bmm_fp8(latent, w, scale, first=128, count=96, transposed=True)
-
-    return call, (randn(m, 3, 128), *ql.quantize_fp8_block(randn(3 * 224, K)))
-
-
-def prefill(m: int) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
-    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return ql.attention_8bit(q, k, v, causal=True)[0]
-
-    return call, (randn(1, 4, m, 128), randn(1, 2, m, 128), randn(1, 2, m, 128))
-
-
-def decode(m: int) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
-    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        cache = ql.PackedKV.empty("int4", 2, 2, 256, 128, device=q.device)
-        length = torch.full((2,), m, dtype=torch.int32, device=q.device)
-        ql.kv_append(k, v, cache, length)
-        return ql.attention_decode(q, cache, length)[0]
-
-    return call, (randn(2, 8, 1, 128), randn(2, 2, m, 128), randn(2, 2, m, 128))
-
-
-def int4_grouped(m: int) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
-    def call(a: Tensor, a_scale: Tensor, words: Tensor, scale: Tensor, counts: Tensor) -> Tensor:
-        tiles = ql.prepare_int4(words, activation_bits=8).unflatten(0, (2, -1))
-        return ql.gemm_int4_grouped(a, a_scale, tiles, as_group_scale(scale).unflatten(0, (2, -1)), counts)
-
-    codes = torch.randint(-7, 8, (2 * 256, K), dtype=torch.int8)
-    weights = pack_int4(codes), torch.rand(2 * 256, K // 128).add(0.5).bfloat16()
-    return call, (*ql.quantize_fp8_group(randn(m, K)), *weights, torch.tensor([m // 3, m - m // 3]))
-
-
-def route(m: int) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
-    def call(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        rule = Rule(4, sigmoid=True, groups=8, kept=4, best=2, normalized=True, shared=1)
-        return ql.moe_route(x, weight, rule, bias=bias)[1]
-
-    return call, (randn(m, K), randn(64, K) * 0.05, torch.rand(64))
-
-
-def latents(m: int, heads: int = 20, format: LatentFormat = "int4") -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
-    def call(q_latent: Tensor, q_rope: Tensor, latent: Tensor, rope: Tensor) -> Tensor:
-        cache = ql.PackedLatent.empty(format, 2, 256, 512, 64, device=latent.device)
-        length = torch.full((2,), m, dtype=torch.int32, device=latent.device)
-        ql.mla_append(latent, rope, cache, length)
-        return ql.mla_decode(q_latent, q_rope, cache, length, scale=0.1)[0]
-
-    return call, (randn(2, 1, heads, 512), randn(2, 1, heads, 64), randn(2, m, 512), randn(2, m, 64))
-
-
-FORMATS: tuple[LatentFormat, ...] = ("16bit", "fp8", "int4")
-ROOMS = (fp8_block, fp8_row, fp8_grouped, int4_fp8, int4, int4_grouped, absorbed, prefill, decode, route)
-CALLS = {
-    **{room.__name__: room for room in ROOMS},
-    **{
-        f"latents_{format}_{heads}": functools.partial(latents, heads=heads, format=format)
-        for format in FORMATS
-        for heads in (16, 20, 40, *((80,) if format == "16bit" else ()))  # 80: CTAs in pairs
-    },
-}
+def table(runs: Iterable[Run]) -> str:
+    """A row for each room, with the seconds under each tool; FAILED where it was not clean, - where it did not run."""
+    runs = list(runs)
+    tools = dict.fromkeys(run.tool for run in runs)
+    found = {(run.tool, run.room): run for run in runs}
+    rows = [f"{'room':20s}" + "".join(f"{tool:>12s}" for tool in tools)]
+    for room in dict.fromkeys(run.room for run in runs):
+        cells = [found.get((tool, room)) for tool in tools]
+        texts = ("-" if cell is None else "FAILED" if cell.reason else f"{cell.seconds:.1f} s" for cell in cells)
+        rows.append(f"{room:20s}" + "".join(f"{text:>12s}" for text in texts))
+    return "\n".join(rows)
 
 
 def main() -> int:
-    torch.manual_seed(0)
-    wrong = False
-    for name in sys.argv[1:] or CALLS:
-        for m in ROWS:
-            call, inputs = CALLS[name](m)
-            exact = call(*inputs).float()
-            # Blocks of their own for all operands: a read beyond the end is then beyond an allocation.
-            found = call(*(x.to(DEVICE) for x in inputs)).float().cpu()
-            error = ((found - exact).norm() / exact.norm()).item()
-            wrong |= not error < 0.02  # NaN too
-            print(f"{name:16s} {m:4d} rows: {error:.1e} from the CPU's result", flush=True)
-    return int(wrong)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rooms", nargs="*", metavar="ROOM", help=f"of {', '.join(ROOMS)}; all by default")
+    parser.add_argument("--tools", default=",".join(TOOLS), help="of compute-sanitizer (default: %(default)s)")
+    parser.add_argument("--jobs", type=int, default=8, help="processes at a time (default: %(default)s)")
+    parser.add_argument("--limit", type=float, default=120, help="seconds for a room (default: %(default)s)")
+    parser.add_argument("--logs", type=Path, help="folder for what the processes print (default: a temporary one)")
+    options = parser.parse_args()
+    if unknown := set(options.rooms) - set(ROOMS):
+        parser.error(f"no room is called {', '.join(sorted(unknown))}; there are {', '.join(ROOMS)}")
+    sanitizer = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
+    if sanitizer is None:
+        print("compute-sanitizer is not on the PATH; it comes with the CUDA toolkit", file=sys.stderr)
+        return 2
+    logs = options.logs or Path(tempfile.mkdtemp(prefix="sanitize-"))
+    logs.mkdir(parents=True, exist_ok=True)
+    settings, began = Settings(sanitizer, options.limit, logs), time.monotonic()
+    with ThreadPoolExecutor(options.jobs) as pool:
+        plain = list(pool.map(lambda room: run(PLAIN, room, settings), options.rooms or ROOMS))
+        checked = [(tool, one.room) for tool in options.tools.split(",") for one in plain if not one.reason]
+        runs = [*plain, *pool.map(lambda one: run(*one, settings), checked)]
+    failed = [one for one in runs if one.reason]
+    print(f"\n{table(runs)}\n")
+    for one in failed:
+        print(f"FAILED {one.tool} {one.room}: {one.reason} ({one.log})")
+    print(f"{len(runs) - len(failed)} of {len(runs)} runs clean in {time.monotonic() - began:.0f} s")
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

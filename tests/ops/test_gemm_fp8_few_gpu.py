@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 
 import pytest
 import torch
 
-from quantlab_kernels.common import nvrtc
+from quantlab_kernels.common import driver, nvrtc
 from quantlab_kernels.common.bounds import gemm_bound, worst
 from quantlab_kernels.common.gemm import GemmProblem
 from quantlab_kernels.common.operands import operand
@@ -120,3 +121,31 @@ def test_a_chain_of_dependent_launches_in_a_graph(m):
         graph.replay()
         torch.cuda.synchronize()
         assert torch.equal(result, expected)
+
+
+@pytest.mark.parametrize("waits", [True, False])
+@pytest.mark.parametrize(("m", "row"), [(1, 0), (8, 1), (16, 0)])
+def test_tokens_that_are_written_late(m, row, waits, late_copy, without_wait, monkeypatch):
+    """The kernel starts 2 ms before its tokens are there. That it would not find them is shown by one without waits."""
+    k = 1024
+    a, a_scale, b, b_scale = operands(m, k, k, row)
+    config = replace(sm90_few.config(GemmProblem(m, k, k)), row=row)
+    expected = run(config, a, a_scale, b, b_scale)
+    check(expected, a, a_scale, b, b_scale, row=row)
+
+    @functools.cache
+    def hasty(*given) -> driver.Kernel:
+        return driver.Kernel(nvrtc.cubin(without_wait(sm90_few.source(*given))), "gemm_fp8_few")
+
+    if not waits:
+        monkeypatch.setattr(sm90_few, "_kernel", hasty)
+    assert torch.equal(run(config, a, a_scale, b, b_scale), expected)
+    found = []
+    for _ in range(5):
+        tokens, out = torch.zeros_like(a), torch.full_like(expected, torch.nan)
+        torch.cuda.synchronize()
+        late_copy(a, tokens)
+        run(config, tokens, a_scale, b, b_scale, out=out)
+        torch.cuda.synchronize()
+        found.append(torch.equal(out, expected))
+    assert all(found) if waits else not all(found)

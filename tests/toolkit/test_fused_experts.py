@@ -402,10 +402,15 @@ def test_on_a_gpu_too(name: str, scheme: str, turned: bool, named: bool, made, s
     quantize(source(name, turned), Recipe(scheme, rules=rules), tmp_path / "out", device="cuda")
     cpu, gpu = (load_file(place / "model.safetensors") for place in (folder, tmp_path / "out"))
     assert all(torch.equal(cpu[key].view(torch.uint8), gpu[key].view(torch.uint8)) for key in cpu)
-    ids = torch.randint(3, 90, (2, 8), generator=torch.Generator().manual_seed(1)).cuda()
     model = quantlab.load(folder, dtype=torch.bfloat16, device_map="cuda")
-    with torch.no_grad():
-        found = model(input_ids=ids).logits.float().cpu()
-    exact = logits(quantlab.load(folder, dtype=torch.float32))
-    # 16-bit sums move a code now and then; this Gemma makes 0.3 of the difference of bf16 and float32 itself
-    assert relative(found, exact) < (0.6 if name == "gemma4_moe" else 0.1)
+    exact = quantlab.load(folder, dtype=torch.float32)
+    if name == "gemma4_moe":  # of whose logits bf16 alone moves 0.3
+        x, index, weights = routing(128)
+        given = x.cuda().bfloat16(), index.cuda(), weights.cuda().bfloat16()
+        found, expected = routed(model, *given).float().cpu(), routed(exact, x, index, weights)
+    else:
+        ids = torch.randint(3, 90, (2, 8), generator=torch.Generator().manual_seed(1)).cuda()
+        with torch.no_grad():
+            found = model(input_ids=ids).logits.float().cpu()
+        expected = logits(exact)
+    assert relative(found, expected) < 0.1  # 16-bit sums move a code now and then

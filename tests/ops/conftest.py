@@ -1,0 +1,60 @@
+"""A kernel that writes late, and kernels that do not wait for it: what shows that a test of early launches can fail."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from torch import Tensor
+
+import quantlab_kernels.common
+from quantlab_kernels.common import driver, nvrtc
+
+_WAIT = "griddepcontrol.wait;"
+_LATE_US = 2000  # in which a host that is busy launches the next kernel too
+_LATE_COPY = """
+#include "sm90.cuh"
+struct Params { const u32* from; u32* to; u64 words, nanoseconds; };
+DEVICE u64 nanoseconds() {
+  u64 now;
+  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
+  return now;
+}
+extern "C" __global__ void late_copy(const __grid_constant__ Params p) {
+  let_next_kernel_start();
+  const u64 begin = nanoseconds();
+  while (nanoseconds() - begin < p.nanoseconds) {}
+  for (u64 i = threadIdx.x; i < p.words; i += blockDim.x) p.to[i] = p.from[i];
+}
+"""
+
+
+@pytest.fixture(scope="session")
+def late_copy() -> Callable[[Tensor, Tensor], None]:
+    """``late_copy(source, to)`` copies contiguous tensors of whole words. The kernel behind it may start at once; the
+    copy is made 2 ms later."""
+    header = (Path(quantlab_kernels.common.__file__).parent / "sm90.cuh").read_text()
+    kernel = driver.Kernel(nvrtc.cubin(nvrtc.Source("late_copy", _LATE_COPY, {"sm90.cuh": header})), "late_copy")
+
+    def copy(source: Tensor, to: Tensor) -> None:
+        words = source.numel() * source.element_size() // 4
+        params = struct.pack("<QQQQ", source.data_ptr(), to.data_ptr(), words, 1000 * _LATE_US)
+        kernel.launch(driver.Launch(1, 256, 1, 0), params, source.get_device())
+
+    return copy
+
+
+@pytest.fixture(scope="session")
+def without_wait() -> Callable[[nvrtc.Source], nvrtc.Source]:
+    """The same kernel, which never waits for the one before it."""
+
+    def change(source: nvrtc.Source) -> nvrtc.Source:
+        header = source.headers["sm90.cuh"]
+        assert header.count(_WAIT) == 1
+        assert _WAIT not in source.text
+        return replace(source, headers={**source.headers, "sm90.cuh": header.replace(_WAIT, "")})
+
+    return change
