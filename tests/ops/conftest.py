@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from torch import Tensor
 
 import quantlab_kernels.common
@@ -33,18 +34,23 @@ extern "C" __global__ void late_copy(const __grid_constant__ Params p) {
 
 
 @pytest.fixture(scope="session")
-def late_copy() -> Callable[[Tensor, Tensor], None]:
-    """``late_copy(source, to)`` copies contiguous tensors of whole words. The kernel behind it may start at once; the
-    copy is made 2 ms later."""
+def late_results() -> Callable[[Callable[[Tensor, Tensor], None], Tensor, Tensor], list[bool]]:
+    """``late_results(launch, a, expected)``: whether ``launch(a, out)`` gives what is expected where it may start 2 ms
+    before `a`, zeros until then, is written; five times."""
     header = (Path(quantlab_kernels.common.__file__).parent / "sm90.cuh").read_text()
-    kernel = driver.Kernel(nvrtc.cubin(nvrtc.Source("late_copy", _LATE_COPY, {"sm90.cuh": header})), "late_copy")
+    copy = driver.Kernel(nvrtc.cubin(nvrtc.Source("late_copy", _LATE_COPY, {"sm90.cuh": header})), "late_copy")
 
-    def copy(source: Tensor, to: Tensor) -> None:
-        words = source.numel() * source.element_size() // 4
-        params = struct.pack("<QQQQ", source.data_ptr(), to.data_ptr(), words, 1000 * _LATE_US)
-        kernel.launch(driver.Launch(1, 256, 1, 0), params, source.get_device())
+    def result(launch: Callable[[Tensor, Tensor], None], a: Tensor, expected: Tensor) -> bool:
+        late, out = torch.zeros_like(a), torch.full_like(expected, torch.nan)
+        words = a.numel() * a.element_size() // 4
+        params = struct.pack("<QQQQ", a.data_ptr(), late.data_ptr(), words, 1000 * _LATE_US)
+        torch.cuda.synchronize()
+        copy.launch(driver.Launch(1, 256, 1, 0), params, a.get_device())
+        launch(late, out)
+        torch.cuda.synchronize()
+        return torch.equal(out, expected)
 
-    return copy
+    return lambda launch, a, expected: [result(launch, a, expected) for _ in range(5)]
 
 
 @pytest.fixture(scope="session")

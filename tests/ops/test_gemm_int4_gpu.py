@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import itertools
+import functools
 from dataclasses import replace
 
 import pytest
 import torch
 
 from quantlab_kernels import gemm_int4, gemm_int4_fp8, prepare_int4, quantize_fp8_group, quantize_fp8_token
-from quantlab_kernels.common import launches, nvrtc
+from quantlab_kernels.common import driver, launches, nvrtc
 from quantlab_kernels.common.bounds import gemm_bound, worst
 from quantlab_kernels.common.gemm import as_group_scale
 from quantlab_kernels.common.int4 import Int4Problem, repack_int4, unrepack_int4
 from quantlab_kernels.common.operands import KINDS, operand
-from quantlab_kernels.common.tuning import table
 from quantlab_kernels.gemm_int4 import op as wide_op
 from quantlab_kernels.gemm_int4_fp8 import op as fp8_op
 from quantlab_kernels.gemm_int4_fp8 import sm90, sm90_configs
@@ -91,18 +90,21 @@ def test_every_candidate_is_inside_the_bound_and_repeats_itself(m, n, k, x, grou
 
 
 @hopper
-@pytest.mark.parametrize("room", ["gemm_int4_fp8", "gemm_int4"])
-def test_every_tuned_configuration_is_right(room):
-    x = E4M3 if room == "gemm_int4_fp8" else BF16
-    entries = table(room, "NVIDIA_H200").get("sm90", {}).values()
-    tuned = {Config(**found) for by_m in entries for found in by_m.values()}
+@pytest.mark.parametrize(("x", "grouped"), [(E4M3, False), (E4M3, True), (BF16, False)])
+def test_every_default_configuration_is_right(x, grouped):
+    """Also with short rings, since long ones do not go round in so few blocks of K."""
+    shapes = (512, 7168), (4096, 4096), (24576, 1536), (4096, 14336), (7168, 2048)
+    tokens = (1, 32, 64) if grouped else (1, 16, 32, 64, 96, 128, 256, 2048)
+    problems = (Int4Problem(m, n, k, x, grouped=grouped) for m in tokens for n, k in shapes)
+    configs = {sm90_configs.default(problem) for problem in problems}
+    configs |= {replace(c, stages=min(c.stages, max(3, 2 * c.k_groups))) for c in configs}
     codes, words, b_scale = weight(1224, 1152)
     tiles = tiles_for(words, x)
-    for config, grouped in itertools.product(tuned, {False, x == E4M3}):
-        m = config.by * 2 + 5
+    for config in ready(configs, Int4Problem(1, 1224, 1152, x, grouped=grouped)):
+        m = config.by - 3 if config.token_scales else 2 * config.by + 5
+        assert sm90_configs.reject(config, Int4Problem(m, 1224, 1152, x, grouped=grouped)) is None, config
         a, a_scale = activations("positive", m, 1152, x, grouped)
-        deep = sm90_configs.deepest(config, Int4Problem(m, 1224, 1152, x, grouped=grouped))
-        check(run(deep, a, a_scale, tiles, b_scale), a, a_scale, codes, b_scale)
+        check(run(config, a, a_scale, tiles, b_scale), a, a_scale, codes, b_scale)
 
 
 @hopper
@@ -191,6 +193,8 @@ def test_sums_of_other_ctas_are_there_when_they_are_read(m, n, k, grouped, monke
     a, a_scale = activations("normal", m, k, E4M3, grouped)
     tiles = tiles_for(words, E4M3)
     config = sm90.config(Int4Problem(m, n, k, E4M3, grouped=grouped))
+    if not config.stream:
+        config = replace(config, stream=2, split=1)
     first = run(config, a, a_scale, tiles, b_scale)
     check(first, a, a_scale, codes, b_scale)
     for _ in range(6):
@@ -211,6 +215,35 @@ def test_a_stage_is_given_back_when_its_scales_have_arrived(m):
     check(first, a, a_scale, codes, b_scale)
     for _ in range(20):
         assert torch.equal(run(config, a, a_scale, tiles, b_scale), first)
+
+
+@hopper
+@pytest.mark.parametrize("waits", [True, False])
+@pytest.mark.parametrize(
+    ("m", "x", "config"),
+    [
+        (16, E4M3, Config(1, 4, 16)), (16, E4M3, Config(1, 4, 16, stream=0, token_scales=8192, early=1)),
+        (200, BF16, Config(2, 1, 128, prefetch=0, parts=2, stages=4)),
+    ],
+)  # fmt: skip
+def test_tokens_that_are_written_late(m, x, config, waits, late_results, without_wait, monkeypatch):
+    """The kernel starts before its tokens are there. One that does not wait for them shows that this can fail."""
+    codes, words, b_scale = weight(2048, 2048)
+    tiles = tiles_for(words, x)
+    a, a_scale = activations("normal", m, 2048, x, grouped=config.token_scales > 0)
+    expected = run(config, a, a_scale, tiles, b_scale)  # the weights are known from here on
+    check(expected, a, a_scale, codes, b_scale)
+
+    @functools.cache
+    def hasty(*key) -> driver.Kernel:
+        return driver.Kernel(nvrtc.cubin(without_wait(sm90.source(*key))), "gemm_int4")
+
+    monkeypatch.setattr(sm90, "_prepared", sm90._prepared.__wrapped__)  # which would remember the kernel
+    if not waits:
+        monkeypatch.setattr(sm90, "kernel", hasty)
+    run(config, a, a_scale, tiles, b_scale)  # its code is loaded
+    found = late_results(lambda late, out: sm90.launch(late, a_scale, tiles, b_scale, None, out, config), a, expected)
+    assert all(found) if waits else not all(found)
 
 
 @hopper
