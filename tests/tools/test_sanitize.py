@@ -1,0 +1,62 @@
+"""What `tools/sanitize.py` makes of a checker's output, without a GPU."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+
+TOOLS = Path(__file__).parents[2] / "tools"
+CLEAN = "========= COMPUTE-SANITIZER\nright 1e-03: 3 tokens\n"
+NO_HAZARD = "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)\n"
+HAZARD = "========= Error: Race reported between Write access at few+0x10\n"
+HAZARDS = "========= RACECHECK SUMMARY: 2 hazards displayed (2 errors, 0 warnings)\n"
+WARNING = "========= RACECHECK SUMMARY: 1 hazard displayed (0 errors, 1 warning)\n"
+WRONG = "WRONG nan: 16 tokens\n"
+
+
+@pytest.fixture(scope="module")
+def sanitize():
+    sys.path.insert(0, str(TOOLS))
+    yield importlib.import_module("sanitize")
+    sys.path.remove(str(TOOLS))
+
+
+@pytest.mark.parametrize(
+    ("tool", "code", "output", "reason"),
+    [
+        ("racecheck", 0, CLEAN + NO_HAZARD, ""),
+        ("memcheck", 0, CLEAN + "========= ERROR SUMMARY: 0 errors\n", ""),
+        ("plain", 0, CLEAN, ""),
+        ("racecheck", 1, CLEAN + HAZARD + HAZARDS, "2 reported, the first: Error: Race"),
+        ("racecheck", 0, CLEAN + HAZARD + WARNING, "1 reported"),
+        ("racecheck", 3, CLEAN + WRONG + NO_HAZARD, "1 wrong results, the first: WRONG nan: 16 tokens"),
+        ("racecheck", None, CLEAN, "not done after 9 s; 1 calls were"),
+        ("plain", 1, CLEAN + "RuntimeError: no GPU\n", "exit code 1: RuntimeError: no GPU"),
+        ("memcheck", 0, CLEAN, "checked nothing: no summary"),
+        ("memcheck", 0, "========= Error: Device not supported\n" + CLEAN, "checked nothing: Error: Device not"),
+    ],
+)
+def test_only_a_checked_room_is_clean(sanitize, tool, code, output, reason):
+    found = sanitize.judge(tool, code, output, 9)
+    assert found.startswith(reason)
+    assert bool(found) == bool(reason)
+
+
+def test_a_room_that_takes_too_long_is_ended_with_its_children(sanitize, tmp_path):
+    checker = tmp_path / "checker"
+    checker.write_text("#!/bin/sh\nsleep 60 & echo right; wait\n")
+    checker.chmod(0o755)
+    found = sanitize.run("memcheck", "absorbed", sanitize.Settings(str(checker), 1, tmp_path))
+    assert found.reason == "not done after 1 s; 1 calls were"
+    assert found.seconds < 30
+    assert "FAILED" in sanitize.table([found])
+
+
+def test_every_room_has_calls(sanitize, monkeypatch: pytest.MonkeyPatch):
+    """Whose results on the CPU are numbers."""
+    monkeypatch.setenv("QUANTLAB_BMM_FP8_BACKEND", "sm90")  # a room sets it
+    for name, room in sanitize.ROOMS.items():
+        assert next(room()).exact.isfinite().all(), name
