@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 import quantlab_kernels as ql
+from quantlab_kernels.common import nvrtc
 from quantlab_kernels.common.gemm import GemmProblem, as_group_scale
 from quantlab_kernels.common.hardware import gpu
 from quantlab_kernels.common.int4 import Int4Problem, repack_int4
@@ -413,7 +414,15 @@ ROOMS: dict[str, Callable[[], Calls]] = {
 }
 
 
+def let_every_lane_arrive() -> None:
+    """At barriers at which one lane arrives for its warp otherwise, see `ARRIVALS` in `common/sm90.cuh`."""
+    options = nvrtc.Source.options
+    chosen = ["-DEVERY_LANE"]
+    nvrtc.Source.options = lambda self: options(self) + chosen * ("ARRIVALS" in self.text)  # type: ignore[method-assign]
+
+
 def main() -> int:
+    let_every_lane_arrive()
     torch.manual_seed(0)
     torch.set_num_threads(2)
     object.__setattr__(gpu(0), "sm_count", PROCESSORS)

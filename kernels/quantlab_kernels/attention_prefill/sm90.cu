@@ -283,7 +283,7 @@ DEVICE void multiply_values(Sum (&sums)[SUMS], const u32 (&p)[4][4], const Share
 }
 
 DEVICE void release(u32 barrier, const Position& at) {
-  if (at.lane == 0) barrier_arrive(barrier);
+  if (at.lane < ARRIVALS) barrier_arrive(barrier);
 }
 
 DEVICE float quad_max(float x) {
@@ -792,15 +792,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_prefill(const
     for (int i = 0; i < STAGES; ++i) {
       barrier_init(s.full_k(i), 1);
       barrier_init(s.full_v(i), 1);
-      barrier_init(s.empty_k(i), 4 * CONSUMERS);
-      barrier_init(s.empty_v(i), 4 * CONSUMERS);
+      barrier_init(s.empty_k(i), 4 * CONSUMERS * ARRIVALS);
+      barrier_init(s.empty_v(i), 4 * CONSUMERS * ARRIVALS);
     }
     barrier_init(s.full_turn(), 1);
     for (int i = 0; i < 2; ++i) {
       barrier_init(s.full_q(i), 1);
-      barrier_init(s.empty_q(i), 4 * CONSUMERS);
+      barrier_init(s.empty_q(i), 4 * CONSUMERS * ARRIVALS);
       barrier_init(s.full_item(i), 1);
-      barrier_init(s.empty_item(i), 4 * CONSUMERS);
+      barrier_init(s.empty_item(i), 4 * CONSUMERS * ARRIVALS);
     }
     barrier_init_fence();
   }

@@ -36,6 +36,14 @@ DEVICE void barrier_arrive_expect(u32 barrier, u32 bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
+// Lanes that arrive for their warp when all of it has met: one. racecheck takes what the others have read for races, so
+// for it (tools/small_calls.py) all arrive.
+#ifdef EVERY_LANE
+constexpr int ARRIVALS = 32;
+#else
+constexpr int ARRIVALS = 1;
+#endif
+
 // The same offset in the shared memory of CTA `rank` of the cluster.
 DEVICE u32 cluster_address(u32 address, u32 rank) {
   u32 result;

@@ -510,12 +510,14 @@ DEVICE void multiply(float (&part)[ACCUMULATORS], const Shared& s, const Positio
   pin(part);
 }
 
-// This warp no longer reads the stage: tell every CTA whose copies land in it.
+// This warp no longer reads the stage: tell every CTA whose copies land in it. (All lanes have just waited for the MMA.)
 DEVICE void release(const Shared& s, const Position& at, int stage) {
   if constexpr (CLUSTER_X == 1) {
-    if (at.lane == 0) barrier_arrive(s.empty(stage));
-  } else {
+    if (at.lane < ARRIVALS) barrier_arrive(s.empty(stage));
+  } else if constexpr (ARRIVALS == 1) {
     if (at.lane < CLUSTER_X) barrier_arrive_cluster(s.empty(stage), at.lane);
+  } else {
+    for (int cta = 0; cta < CLUSTER_X; ++cta) barrier_arrive_cluster(s.empty(stage), cta);
   }
 }
 
@@ -694,7 +696,13 @@ DEVICE void exchange(const Shared& s, const Position& at, u32 rank, const float 
     result[3] = total.w;
   }
   __syncwarp();
-  if (at.lane < SPLIT && at.lane != rank) barrier_arrive_cluster(s.sums_read(), at.lane);
+  if constexpr (ARRIVALS == 1) {
+    if (at.lane < SPLIT && at.lane != rank) barrier_arrive_cluster(s.sums_read(), at.lane);
+  } else {
+    for (int cta = 0; cta < SPLIT; ++cta) {
+      if (cta != rank) barrier_arrive_cluster(s.sums_read(), cta);
+    }
+  }
   phase ^= 1;
 }
 
@@ -985,11 +993,11 @@ extern "C" __global__ void __launch_bounds__(MATH_THREADS + 128, 1)
     if (OUTPUT_TMA) prefetch_tensor_map(&p.output);
     for (int stage = 0; stage < STAGES; ++stage) {
       barrier_init(s.full(stage), ROW ? 1 : 2);
-      barrier_init(s.empty(stage), MATH_WARPS * CLUSTER_X);
+      barrier_init(s.empty(stage), MATH_WARPS * ARRIVALS * CLUSTER_X);
     }
     if constexpr (SPLIT > 1) {
       barrier_init(s.sums_ready(), 1);
-      barrier_init(s.sums_read(), MATH_WARPS * (SPLIT - 1));
+      barrier_init(s.sums_read(), MATH_WARPS * ARRIVALS * (SPLIT - 1));
     }
     barrier_init_fence();
   }

@@ -476,7 +476,7 @@ static_assert(!GIVE_BACK_LATE || STAGES >= 2 * K_GROUPS, "a group holds one stag
 // A warp gives a stage back to the producers.
 DEVICE void give_back(const Shared& s, const Position& at, int stage) {
   if (GIVE_BACK_LATE) __syncwarp();  // else all lanes have just waited for the MMA
-  if (at.lane == 0) barrier_arrive(s.empty(stage));
+  if (at.lane < ARRIVALS) barrier_arrive(s.empty(stage));
 }
 
 #if PARTS == 1
@@ -810,7 +810,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) gemm_int4(const __grid_
     if (OUTPUT_TMA && !EXPERTS) prefetch_tensor_map(&p.output);
     for (int stage = 0; stage < STAGES; ++stage) {
       barrier_init(s.full(stage), ROW_GROUPS > 1 ? 4 : 3);
-      barrier_init(s.empty(stage), 4 * ROW_GROUPS);
+      barrier_init(s.empty(stage), 4 * ROW_GROUPS * ARRIVALS);
     }
     if constexpr (TOKEN_SCALES > 0) barrier_init(s.scales_ready(), 1);
     if constexpr (SPLIT > 1) {
