@@ -382,7 +382,7 @@ ROOMS: dict[str, Callable[[], Calls]] = {
     **{
         f"latents_{format}_{heads}": functools.partial(latents, format, heads)
         for format in FORMATS
-        for heads in (16, 20, 40, *((80,) if format in ("16bit", "int8") else ()))  # 16 bits, 80: CTAs in pairs
+        for heads in (16, 20, 40, 80)  # of 80 in 16 bits CTAs work in pairs
     },
     "latents_rank256": one_by_one(*(functools.partial(latents, format, 40, rank=256) for format in FORMATS)),
     "fp8_block_few": functools.partial(fp8_kinds, 13, BF16, 0, swapped),
