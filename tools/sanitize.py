@@ -3,6 +3,9 @@
 Every room of `small_calls.py` runs in processes of its own: first plainly, which compiles its kernels into the caches
 on disk, then under each tool of compute-sanitizer. A room fails where the tool reports anything, a result is wrong, or
 it takes too long. Exit code 0: every room is clean; 1: some are not; 2: there is no compute-sanitizer.
+
+racecheck sees neither copies through tensor maps nor what warpgroup MMAs read (DECISIONS.md, 0093): what goes wrong
+there shows in results.
 """
 
 from __future__ import annotations

@@ -417,8 +417,12 @@ ROOMS: dict[str, Callable[[], Calls]] = {
 def let_every_lane_arrive() -> None:
     """At barriers at which one lane arrives for its warp otherwise, see `ARRIVALS` in `common/sm90.cuh`."""
     options = nvrtc.Source.options
-    chosen = ["-DEVERY_LANE"]
-    nvrtc.Source.options = lambda self: options(self) + chosen * ("ARRIVALS" in self.text)  # type: ignore[method-assign]
+
+    def changed(source: nvrtc.Source) -> list[str]:
+        texts = source.text, *(text for name, text in source.headers.items() if name != "sm90.cuh")
+        return [*options(source), *(["-DEVERY_LANE"] if any("ARRIVALS" in text for text in texts) else [])]
+
+    nvrtc.Source.options = changed  # type: ignore[method-assign]
 
 
 def main() -> int:

@@ -37,7 +37,7 @@ DEVICE void barrier_arrive_expect(u32 barrier, u32 bytes) {
 }
 
 // Lanes that arrive for their warp when all of it has met: one. racecheck takes what the others have read for races, so
-// for it (tools/small_calls.py) all arrive.
+// for it all arrive (tools/small_calls.py; DECISIONS.md, 0093).
 #ifdef EVERY_LANE
 constexpr int ARRIVALS = 32;
 #else
