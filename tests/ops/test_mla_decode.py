@@ -249,7 +249,7 @@ def test_what_no_gpu_has_verified_is_refused_but_can_be_forced():
     many = importlib.import_module("quantlab_kernels.mla_decode.sm90_rows")
     assert many.supports(verified) == hopper.supports(verified)  # which asks for a compiler
     few = replace(verified, heads=16)
-    assert many.supports(few) == (many.able(few) or "16 rows, quicker from 33 on")
+    assert many.supports(few) == (many.able(few) or "sm90 is quicker with 16 rows a tile")
     assert "int8 latents of 512 channels, needs floats, E4M3, or INT4 of 512" in str(
         many.able(replace(verified, code="int8"))
     )
@@ -340,6 +340,24 @@ def test_parts_of_a_sequence():
     assert [backend.parts(pairs, 4096, 132) for pairs in (64, 70, 128, 132, 500)] == [2, 5, 1, 1, 1]
 
 
+def test_rows_of_a_tile():
+    """Few where a call is short: measured on an H200, each with the tile that was quickest."""
+    op = importlib.import_module("quantlab_kernels.mla_decode.op")
+    division = importlib.import_module("quantlab_kernels.mla_decode.division")
+
+    def tile(code: str, heads: int, batch: int, tokens: int, sq: int = 1) -> int:
+        return division.row_tile(op.Problem(batch, heads, sq, 512, 64, tokens, code))
+
+    assert [tile("e4m3", *call) for call in ((64, 1, 1024), (64, 16, 1024), (128, 16, 1024), (96, 8, 1024))] == [16] * 4
+    assert [tile("e4m3", *call) for call in ((64, 16, 4096), (128, 128, 4096), (128, 1, 65536))] == [64] * 3
+    assert [tile("e4m3", *call) for call in ((64, 64, 1024), (128, 32, 1024), (32, 128, 4096))] == [32] * 3
+    assert [tile("int4", *call) for call in ((64, 1, 8192), (64, 8, 1024), (64, 32, 4096))] == [16, 16, 64]
+    assert [tile("int8", *call) for call in ((48, 1, 1024), (64, 16, 2048), (128, 32, 4096))] == [16, 32, 32]
+    assert [tile("float", *call) for call in ((64, 1, 1024), (64, 16, 4096), (32, 8, 4096))] == [16, 64, 32]
+    assert tile("e4m3", 16, 128, 4096) == tile("e4m3", 1, 1, 64) == 16
+    assert tile("e4m3", 16, 16, 1024, sq=4) == tile("e4m3", 64, 16, 1024)
+
+
 V3 = {"rank": 512, "rope": 64}
 ON_A_GPU = [
     *(Case(name, (1500, 64, 1, 0), heads=heads, **V3) for name in FORMATS for heads in (5, 128)),
@@ -397,6 +415,30 @@ def test_every_element(backend: str, case: Case, dtype: torch.dtype, monkeypatch
     check(mla_decode, call, narrow, narrow and (backend, case.format) != ("sm90_rows", "int4"))
     first, second = call.run(mla_decode), call.run(mla_decode)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.gpu(sm=90)
+@pytest.mark.parametrize("heads", [40, 64])
+@pytest.mark.parametrize(
+    ("name", "tile"), [*((name, tile) for name in FORMATS for tile in (16, 32)), ("16bit", 48), ("int8", 48)]
+)
+def test_every_tile_of_rows(name: str, tile: int, heads: int):
+    """Also where the model of costs would choose another one."""
+    op, sm90 = (importlib.import_module(f"quantlab_kernels.mla_decode.{module}") for module in ("op", "sm90"))
+
+    def decode(
+        q_latent: Tensor, q_rope: Tensor, cache: PackedLatent, length: Tensor, *, scale: float, start: Tensor | None,
+        block_table: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        teams = 1 if tile == 48 or (name == "16bit" and tile == 32) else 3 if tile == 16 and name != "16bit" else 2
+        chosen = sm90.Config(tile, share=2 if teams == 1 else 1, teams=teams)
+        problem = op._problem(q_latent, cache, block_table, 1536, 90)
+        out, lse = op._empty(q_latent)
+        sm90.launch(problem, q_latent, q_rope, cache, length, start, block_table, scale, out, lse, chosen)
+        return out, lse
+
+    for case in (Case(name, (1500, 64, 1, 0), heads=heads, **V3), Case(name, (700, 65), heads=heads, page=64, **V3)):
+        check(decode, build(case, torch.bfloat16, "cuda"), name in ("fp8", "int4"))
 
 
 @pytest.mark.gpu(sm=80)

@@ -18,6 +18,7 @@ from quantlab_kernels.common.kv import Code
 from quantlab_kernels.common.latent import PackedLatent
 from quantlab_kernels.common.wgmma import wgmma_variant
 from quantlab_kernels.mla_decode import triton
+from quantlab_kernels.mla_decode.division import TILE, parts, row_tile
 
 if TYPE_CHECKING:
     from quantlab_kernels.mla_decode.op import Problem
@@ -26,12 +27,9 @@ FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _CODES: dict[Code, int] = {"float": 0, "e4m3": 1, "int8": 2, "int4": 3}
 _MAPPED = {torch.bfloat16: driver.BFLOAT16, torch.float16: driver.FLOAT16}
 _FOLDER = Path(__file__).parent
-TILE, CHUNK, ROPE = 64, 8192, 64  # tokens of a tile, bytes of 64 tokens in the ring, channels of the position
+CHUNK, ROPE = 8192, 64  # bytes of 64 tokens in the ring, channels of the position
 PARTS_AT_ONCE, MERGERS = 8, 512  # of a thread of the second kernel, threads of its CTA
 MANY_PARTS = 32  # from which on a CTA of the second kernel takes but 128 channels
-MOST_PARTS = 128
-START = 4  # tiles whose time a CTA takes to start and end
-SHORT, SHORTEST = 256, 128  # tokens that are worth a CTA, and that are where most processors are idle
 SHARED = 232448  # bytes of shared memory that a CTA may have
 
 
@@ -70,15 +68,16 @@ def supports(problem: Problem) -> str | None:
 
 @functools.cache
 def config(problem: Problem) -> Config:
-    """As many teams as registers and shared memory hold; beyond 32 rows two warpgroups divide the outputs."""
-    rows = problem.heads * problem.sq
-    if problem.code == "float":
-        return Config(16, teams=2) if rows <= 16 else Config(min(64, -(-rows // 16) * 16), share=2)
-    if rows <= 32:
-        return Config(max(16, -(-rows // 8) * 8), teams=3 if rows <= 16 else 2)
-    if problem.rank == 256 or problem.code != "int8":
-        return Config(32, teams=2)
-    return Config(min(64, -(-rows // 16) * 16), share=2)
+    """The tile of rows that `row_tile` chooses, and as many teams as registers and shared memory hold.
+
+    Where `sm90_rows` would be quicker but cannot run, beyond 32 rows, two warpgroups divide the outputs.
+    """
+    rows, tile = problem.heads * problem.sq, row_tile(problem)
+    if tile == 16:
+        return Config(16, teams=2 if problem.code == "float" else 3)
+    if problem.code == "float" or (tile > 32 and problem.code == "int8" and problem.rank > 256):
+        return Config(min(64, -(-rows // 16) * 16), share=2)
+    return Config(min(32, -(-rows // 8) * 8), teams=2)
 
 
 def source(config: Config, problem: Problem) -> nvrtc.Source:
@@ -134,20 +133,6 @@ def launch(
 def compiled_for(problem: Problem) -> Problem:
     """Of a problem what `source` reads."""
     return replace(problem, batch=0, heads=0, sq=0, longest=0)
-
-
-@functools.cache
-def parts(pairs: int, tokens: int, processors: int) -> int:
-    """Parts of the tokens of each of `pairs` of sequence and tile of rows, which have at most `tokens`.
-
-    The smallest number with the least time: waves of CTAs times what each takes, its tiles of tokens and START.
-    """
-    shortest = SHORTEST if pairs * -(-tokens // SHORTEST) <= processors // 2 else SHORT
-    most = max(1, min(MOST_PARTS, tokens // shortest, 4 * processors // pairs))
-    tiles = -(-tokens // TILE)
-    return min(
-        range(1, most + 1), key=lambda count: (-(-pairs * count // processors) * (-(-tiles // count) + START), count)
-    )
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,13 @@ from quantlab_kernels.common import driver, nvrtc
 from quantlab_kernels.common.latent import PackedLatent
 from quantlab_kernels.common.wgmma import wgmma_variant
 from quantlab_kernels.mla_decode import sm90
+from quantlab_kernels.mla_decode.division import TILE, row_tile
 
 if TYPE_CHECKING:
     from quantlab_kernels.mla_decode.op import Problem
 
 _FOLDER = Path(__file__).parent
 ROWS = 64
-FEW = 32  # rows for which the transposed schedule is as quick
 _FORMATS = {"float": 0, "e4m3": 1, "int4": 3}
 
 
@@ -41,8 +41,8 @@ class Config:
 
 
 def supports(problem: Problem) -> str | None:
-    rows = problem.heads * problem.sq
-    return able(problem) or (None if rows > FEW else f"{rows} rows, quicker from {FEW + 1} on")
+    tile = row_tile(problem)
+    return able(problem) or (None if tile == ROWS else f"sm90 is quicker with {tile} rows a tile")
 
 
 def able(problem: Problem) -> str | None:
@@ -69,7 +69,7 @@ def source(config: Config, problem: Problem) -> nvrtc.Source:
     p, c = problem, config
     macros = {
         "L": p.rank, "FORMAT": _FORMATS[p.code], "KEPT": sm90.FLOATS[p.kept], "QUERY": sm90.FLOATS[p.dtype], "N": ROWS,
-        "PAGED": int(p.page > 0), "BOX": math.gcd(p.page, sm90.TILE), "SHARED": sm90.SHARED, "HALVES": c.halves,
+        "PAGED": int(p.page > 0), "BOX": math.gcd(p.page, TILE), "SHARED": sm90.SHARED, "HALVES": c.halves,
         "ROPES": c.ropes, "SCORERS": c.scorers, "CLUSTER": c.cluster,
     }  # fmt: skip
     kept = "bf16" if p.kept == torch.bfloat16 else "f16"
