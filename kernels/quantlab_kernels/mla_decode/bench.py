@@ -13,7 +13,13 @@ from quantlab_kernels.common.latent import FORMATS, LatentFormat, PackedLatent
 from quantlab_kernels.mla_decode import op, reference
 
 RANK, ROPE, SCALE = 512, 64, 192**-0.5
-SHAPES = [(16, 16, 1024), (16, 128, 4096), (64, 16, 32768), (128, 128, 4096), (16, 1, 65536), (128, 1, 65536)]
+SHAPES = [
+    *((heads, 16, 1024) for heads in (16, 64, 128)),
+    *((heads, 16, 4096) for heads in (64, 128)),
+    *((heads, 1, 1024) for heads in (16, 64, 128)),
+    (16, 128, 4096), (64, 16, 32768), (128, 128, 4096),
+    *((heads, 1, 65536) for heads in (16, 64, 128)),
+]  # fmt: skip
 BENCHED: tuple[LatentFormat, ...] = ("16bit", "fp8", "int4")
 
 Operands = tuple[Tensor, Tensor, PackedLatent, Tensor]
