@@ -8,10 +8,10 @@ are float32. With w the exact weights and c_j the latents:
     d    u_q scale (|q| |c_j| + |q_rope| |r_j|), u_q and u_w twice the roundoff of the dtype
 
 With 8-bit MMA in the scores (``narrow``) a query is the sum of two E4M3 numbers, or an integer of 14 bits; sums of 512
-products are good to 2^-7 of their terms. INT4 in tiles of 64 rows has integers of 8 bits: a channel is off by up to 2^-8 of
-the largest, which over the channels of a row adds up to less than 2^-7 of the terms, unless the largest stands alone.
-With ``narrow_weights`` (all but INT4 in tiles of 64 rows) a weight, times its token's scale, is one E4M3 number, whose least
-step is 2^-9 where the row's largest product is 128 or more.
+products are good to 2^-7 of their terms. INT4 in tiles of 64 rows has integers of 8 bits: a channel is off by up to
+2^-8 of the largest, which over the channels of a row adds up to less than 2^-7 of the terms, unless the largest stands
+alone. With ``narrow_weights`` (all but INT4 in tiles of 64 rows) a weight, times its token's scale, is one E4M3 number,
+whose least step is 2^-9 where the row's largest product is 128 or more.
 """
 
 from __future__ import annotations
