@@ -64,9 +64,6 @@ def nans(m: int, n: int, dtype: torch.dtype) -> Tensor:
     return torch.full((m, n), torch.nan, dtype=dtype, device="cuda")
 
 
-# ---- products of FP8 ----
-
-
 def fp8_operands(m: int, row: int = 0) -> tuple[Tensor, ...]:
     if row:
         return *ql.quantize_fp8_token(randn(m, K)), *ql.quantize_fp8_token(randn(N, K))
@@ -160,9 +157,6 @@ def absorbed() -> Calls:
         yield of_op(f"{m} tokens, {rows} rows", run, randn(m, 3, 128), *ql.quantize_fp8_block(randn(3 * rows, K)))
 
 
-# ---- products of INT4 ----
-
-
 def int4_weight(bits: int, n: int = N) -> tuple[Tensor, Tensor]:
     """Tiles and scales."""
     words = pack_int4(torch.randint(-7, 8, (n, K), dtype=torch.int8))
@@ -248,9 +242,6 @@ def columns(scale: Tensor) -> Tensor:
     """Scales of all experts [E, N, G] as the columns of one matrix."""
     experts, n, _ = scale.shape
     return as_group_scale(scale.flatten(0, 1)).unflatten(0, (experts, n))
-
-
-# ---- attention ----
 
 
 def attend(label: str, q: Tensor, k: Tensor, v: Tensor, *others: Tensor, **options: Any) -> Call:

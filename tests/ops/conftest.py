@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import struct
 from collections.abc import Callable
 from dataclasses import replace
@@ -54,13 +55,19 @@ def late_results() -> Callable[[Callable[[Tensor, Tensor], None], Tensor, Tensor
 
 
 @pytest.fixture(scope="session")
-def without_wait() -> Callable[[nvrtc.Source], nvrtc.Source]:
-    """The same kernel, which never waits for the one before it."""
+def without_wait() -> Callable[[Callable[..., nvrtc.Source], str], Callable[..., driver.Kernel]]:
+    """``without_wait(source, name)``: a backend's `kernel` of the same sources, which waits for no kernel before."""
 
-    def change(source: nvrtc.Source) -> nvrtc.Source:
-        header = source.headers["sm90.cuh"]
-        assert header.count(_WAIT) == 1
-        assert _WAIT not in source.text
-        return replace(source, headers={**source.headers, "sm90.cuh": header.replace(_WAIT, "")})
+    def kernels(source: Callable[..., nvrtc.Source], name: str) -> Callable[..., driver.Kernel]:
+        @functools.cache
+        def kernel(*given: object) -> driver.Kernel:
+            found = source(*given)
+            header = found.headers["sm90.cuh"]
+            assert header.count(_WAIT) == 1
+            assert _WAIT not in found.text
+            hasty = replace(found, headers={**found.headers, "sm90.cuh": header.replace(_WAIT, "")})
+            return driver.Kernel(nvrtc.cubin(hasty), name)
 
-    return change
+        return kernel
+
+    return kernels

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import replace
 
 import pytest
 import torch
 
 from quantlab_kernels import gemm_int4, gemm_int4_fp8, prepare_int4, quantize_fp8_group, quantize_fp8_token
-from quantlab_kernels.common import driver, launches, nvrtc
+from quantlab_kernels.common import launches, nvrtc
 from quantlab_kernels.common.bounds import gemm_bound, worst
 from quantlab_kernels.common.gemm import as_group_scale
 from quantlab_kernels.common.int4 import Int4Problem, repack_int4, unrepack_int4
@@ -234,13 +233,9 @@ def test_tokens_that_are_written_late(m, x, config, waits, late_results, without
     expected = run(config, a, a_scale, tiles, b_scale)  # the weights are known from here on
     check(expected, a, a_scale, codes, b_scale)
 
-    @functools.cache
-    def hasty(*key) -> driver.Kernel:
-        return driver.Kernel(nvrtc.cubin(without_wait(sm90.source(*key))), "gemm_int4")
-
     monkeypatch.setattr(sm90, "_prepared", sm90._prepared.__wrapped__)  # which would remember the kernel
     if not waits:
-        monkeypatch.setattr(sm90, "kernel", hasty)
+        monkeypatch.setattr(sm90, "kernel", without_wait(sm90.source, "gemm_int4"))
     run(config, a, a_scale, tiles, b_scale)  # its code is loaded
     found = late_results(lambda late, out: sm90.launch(late, a_scale, tiles, b_scale, None, out, config), a, expected)
     assert all(found) if waits else not all(found)
