@@ -6,13 +6,14 @@ import os
 import re
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from quantlab.errors import PreflightError, UsageError
+from quantlab.errors import PreflightError, UsageError, one_line
 
 RANGE = 1 << 20  # bytes that one request for a header brings
 REQUESTS = 8  # at a time
@@ -72,20 +73,27 @@ def hub_headers(model: str, revision: str | None, ignored: list[str]) -> Iterato
         yield Path(folder) if fetched else None
 
 
-def side_file(folder: Path, name: str, model: str) -> Path | None:
-    """A file beside the weights of `model`, which lie in `folder`; in the hub's cache maybe they alone.
+def side_file(folder: Path, name: str) -> Path | None:
+    """A file beside the weights that lie in `folder`; in the hub's cache maybe they alone, then the hub is asked.
 
-    None where there is no such file, or nobody to ask.
+    None where there is no such file. Warns where nobody can say.
     """
     if (folder / name).is_file():
         return folder / name
     if folder.parent.name != "snapshots":  # where the cache has a folder for each commit
         return None
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
+    model, cache = folder.parents[1].name.removeprefix("models--").replace("--", "/"), folder.parents[2]
+    if try_to_load_from_cache(model, name, cache, revision=folder.name) is not None:  # the hub has said: no such file
+        return None
     try:
-        return Path(hf_hub_download(model, name, revision=folder.name))
-    except Exception:  # the network fails in many ways, and a file that is not there is one of them
+        return Path(hf_hub_download(model, name, revision=folder.name, cache_dir=cache))
+    except Exception as error:  # the network fails in many ways
+        if not isinstance(error, EntryNotFoundError) or isinstance(error, LocalEntryNotFoundError):
+            why = one_line(error)
+            warnings.warn(f"{model}: whether the hub has {name} is unknown ({why}); it is loaded without", stacklevel=2)
         return None
 
 

@@ -269,7 +269,7 @@ class KeepsQuantized(HfQuantizer):
     def _static_activations(self, model: Any) -> None:
         """Calibrated activation scales, where the side file says that they are meant to be used."""
         used = any(isinstance(module, Fp8BlockLinear) for module in model.modules())  # else the hub need not be asked
-        path = side_file(self.folder, ACTIVATION_SCALES, model.config._name_or_path) if used else None
+        path = side_file(self.folder, ACTIVATION_SCALES) if used else None
         if path is None:
             return
         with safe_open(path, "pt") as file:

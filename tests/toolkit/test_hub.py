@@ -107,7 +107,7 @@ class Hub(BaseHTTPRequestHandler):
 
     def send_file(self, path: Path) -> None:
         if not path.is_file():
-            self.answer(404, X_Error_Code="EntryNotFound")
+            self.answer(404, X_Error_Code="EntryNotFound", X_Repo_Commit=COMMIT)
             return
         data = path.read_bytes()
         facts = {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X_Repo_Commit": COMMIT, "Accept_Ranges": "bytes"}
@@ -142,10 +142,11 @@ def hub(tmp_path: Path, tiny: Any) -> Iterator[str]:
     server.server_close()
 
 
-def run(program: str, *arguments: str, hub: str, folder: Path) -> dict[str, Any]:
+def run(program: str, *arguments: str, hub: str, folder: Path, offline: bool = False) -> dict[str, Any]:
     """What a program prints as JSON, in a process whose hub is that one."""
     paths = os.pathsep.join(str(ROOT / part) for part in ("", "kernels", "calib"))
-    settings = {"HF_ENDPOINT": hub, "HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "0", "PYTHONPATH": paths}
+    settings = {"HF_ENDPOINT": hub, "HF_HOME": str(folder / "home"), "PYTHONPATH": paths}
+    settings["HF_HUB_OFFLINE"] = str(int(offline))
     settings |= dict.fromkeys(("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"), "")
     command = [sys.executable, "-c", program, *arguments]
     done = subprocess.run(command, env=os.environ | settings, cwd=folder, capture_output=True, text=True, check=False)
@@ -214,3 +215,41 @@ def test_a_checkpoint_on_the_hub_is_loaded_with_what_lies_beside_its_weights(hub
     assert found["alike"] == [True, True]
     assert found["verified"] == []
     assert found["written"].startswith("The river")
+
+
+LOAD_SOME = """
+import json, sys, warnings
+from transformers import AutoModelForCausalLM
+import quantlab
+
+found = {}
+for name in sys.argv[1:]:
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        model = AutoModelForCausalLM.from_pretrained(name)
+    scales = sum(getattr(module, "activation_scale", None) is not None for module in model.modules())
+    found[name] = scales, [str(warning.message) for warning in told if "activation_scales" in str(warning.message)]
+print(json.dumps(found))
+"""
+
+
+def test_scales_of_activations_that_the_hub_cannot_be_asked_for_are_named(hub: str, tmp_path: Path) -> None:
+    """Not where it has said before that there are none."""
+    recipe = Recipe(calibration=Calibration(samples=2, length=64, activations="static"))
+    for name, made in (("static", recipe), ("plain", "fp8-block")):
+        quantize(EMBEDDED, made, tmp_path / name, device="cpu")
+        Hub.models[name] = tmp_path / name
+    (tmp_path / "elsewhere").mkdir()
+    given = {"hub": hub, "folder": tmp_path / "elsewhere"}
+    fetched = "import transformers as t; t.AutoModelForCausalLM.from_pretrained('me/static'); print('0')"
+    run(fetched, **given)  # without `import quantlab`: weights and configs alone
+    assert run(LOAD_SOME, "me/plain", **given) == {"me/plain": [0, []]}
+    without = run(LOAD_SOME, "me/plain", "me/static", **given, offline=True)
+    assert without["me/plain"] == [0, []]
+    scales, (text,) = without["me/static"]
+    assert scales == 0
+    assert text.startswith("me/static: whether the hub has quantlab/activation_scales.safetensors is unknown (")
+    assert text.endswith("); it is loaded without")
+    scales, told = run(LOAD_SOME, "me/static", **given)["me/static"]
+    assert scales > 0
+    assert told == []
