@@ -7,6 +7,7 @@ early. Results are compared with the same call on the CPU, so that a kernel whic
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import os
@@ -14,6 +15,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -30,6 +32,8 @@ from quantlab_kernels.gemm_fp8_grouped import sm90 as sm90_grouped
 from quantlab_kernels.gemm_int4_fp8 import sm90 as sm90_int4
 from quantlab_kernels.gemm_int4_fp8 import sm90_configs as int4_configs
 from quantlab_kernels.gemm_int4_grouped import sm90 as sm90_int4_grouped
+from quantlab_kernels.mla_decode import sm90 as sm90_latents
+from quantlab_kernels.mla_decode import sm90_rows
 from quantlab_kernels.moe_route.op import Rule
 from quantlab_kernels.packing import pack_int4
 
@@ -278,6 +282,13 @@ def prefill_options() -> Calls:
         yield attend("packed", q, k, v, ends, ends, cu_seqlens_q=..., cu_seqlens_k=..., qk=form, causal=True)
 
 
+def places_of(table: Tensor, length: Tensor, tokens: int, page: int) -> Tensor:
+    """Slots in its pages of each sequence's newest `tokens`; -1 for those before its first."""
+    position = torch.arange(tokens, device=table.device) - (tokens - length.long()[:, None])
+    places = table.long().gather(1, position.clamp(0) // page) * page + position.clamp(0) % page
+    return torch.where(position < 0, -1, places)
+
+
 def decode(format: KVFormat, d: int) -> Calls:
     """A sequence for few CTAs, one for many, pages, and a ring with the newest tokens in 16 bits."""
 
@@ -287,9 +298,8 @@ def decode(format: KVFormat, d: int) -> Calls:
     ) -> Tensor:  # fmt: skip
         slots, places = k.shape[2], None
         if table is not None:
-            slots, position = 32, torch.arange(k.shape[2], device=k.device) - (k.shape[2] - length.long()[:, None])
-            places = table.long().gather(1, position.clamp(0) // slots) * slots + position.clamp(0) % slots
-            places = torch.where(position < 0, -1, places)
+            slots = 32
+            places = places_of(table, length, k.shape[2], slots)
         elif options.get("ring"):
             slots = 256
         rows = k.shape[0] if table is None else table.numel()
@@ -312,8 +322,18 @@ def decode(format: KVFormat, d: int) -> Calls:
     yield call("ring", 2, (500, 90), ring=True, first=4, newest=64, window=200)
 
 
-def latents(format: LatentFormat, heads: int, rank: int = 512) -> Calls:
-    """One sequence for two CTAs of many tiles, short ones, and pages."""
+@contextlib.contextmanager
+def tiles_of(rows: int) -> Iterator[None]:
+    """Latent attention in tiles of so many rows, whatever would be quickest; `sm90_rows` where 64 can run there."""
+    with (
+        mock.patch.object(sm90_latents, "row_tile", return_value=rows),
+        mock.patch.object(sm90_rows, "row_tile", return_value=rows),
+    ):
+        yield
+
+
+def latents(format: LatentFormat, heads: int, tile: int, rank: int = 512) -> Calls:
+    """One sequence for few CTAs of many tiles of tokens, short ones, and pages."""
 
     def run(
         q_latent: Tensor, q_rope: Tensor, latent: Tensor, rope: Tensor, length: Tensor, table: Tensor | None = None,
@@ -322,14 +342,13 @@ def latents(format: LatentFormat, heads: int, rank: int = 512) -> Calls:
         rows, slots, places = latent.shape[0], latent.shape[1], None
         if table is not None:
             rows, slots = table.numel(), 32
-            position = torch.arange(latent.shape[1], device=latent.device) - (latent.shape[1] - length.long()[:, None])
-            places = table.long().gather(1, position.clamp(0) // slots) * slots + position.clamp(0) % slots
-            places = torch.where(position < 0, -1, places)
+            places = places_of(table, length, latent.shape[1], slots)
         cache = ql.PackedLatent.empty(format, rows, slots, rank, 64, device=latent.device)
         ql.mla_append(latent, rope, cache, length, slots=places)
-        return ql.mla_decode(
-            q_latent, q_rope, cache, length, scale=1.2 / rank**0.5, block_table=table, longest=longest
-        )[0]  # fmt: skip
+        with tiles_of(tile):
+            return ql.mla_decode(
+                q_latent, q_rope, cache, length, scale=1.2 / rank**0.5, block_table=table, longest=longest
+            )[0]  # fmt: skip
 
     def call(label: str, lengths: tuple[int, ...], *table: Tensor, longest: int | None = None) -> Call:
         batch, tokens = len(lengths), max(lengths)
@@ -371,11 +390,11 @@ def one_by_one(*rooms: Callable[[], Calls]) -> Callable[[], Calls]:
 FORMATS: tuple[LatentFormat, ...] = ("16bit", "fp8", "int4", "int8")
 ROOMS: dict[str, Callable[[], Calls]] = {
     **{
-        f"latents_{format}_{heads}": functools.partial(latents, format, heads)
+        f"latents_{format}_{heads}_by_{tile}": functools.partial(latents, format, heads, tile)
         for format in FORMATS
-        for heads in (16, 20, 40, 80)  # of 80 in 16 bits CTAs work in pairs
+        for heads, tile in ((16, 16), (80, 16), (20, 32), (40, 64), (80, 64))  # 80 by 64 in 16 bits: CTAs in pairs
     },
-    "latents_rank256": one_by_one(*(functools.partial(latents, format, 40, rank=256) for format in FORMATS)),
+    "latents_rank256": one_by_one(*(functools.partial(latents, format, 40, 64, rank=256) for format in FORMATS)),
     "fp8_block_few": functools.partial(fp8_kinds, 13, BF16, 0, swapped),
     "fp8_block_64": functools.partial(fp8_kinds, 61, BF16, 0, of_64_rows),
     "fp8_block_many": functools.partial(fp8_kinds, 400, BF16, 0, straight),

@@ -393,6 +393,32 @@ ON_HOPPER = [
 ]
 
 
+def tiled_by_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`sm90` takes the largest tile that a call fills, not the quickest, which has 16 rows in nearly all cases here."""
+    sm90 = importlib.import_module("quantlab_kernels.mla_decode.sm90")
+
+    def tile(problem: object) -> int:
+        rows = problem.heads * problem.sq  # type: ignore[attr-defined]
+        return 16 if rows <= 16 else 32 if rows <= 32 else 64
+
+    monkeypatch.setattr(sm90, "row_tile", tile)
+    monkeypatch.setattr(sm90, "config", sm90.config.__wrapped__)  # which would remember
+
+
+def test_the_largest_tiles_are_those_of_the_number_of_rows(monkeypatch: pytest.MonkeyPatch):
+    op, sm90 = (importlib.import_module(f"quantlab_kernels.mla_decode.{module}") for module in ("op", "sm90"))
+    tiled_by_rows(monkeypatch)
+
+    def config(code: str, heads: int, rank: int = 512) -> tuple[int, int, int]:
+        chosen = sm90.config(op.Problem(2, heads, 1, rank, 64, 1024, code))
+        return chosen.rows, chosen.share, chosen.teams
+
+    assert [config("float", heads) for heads in (5, 20, 33, 64)] == [(16, 1, 2), (32, 2, 1), (48, 2, 1), (64, 2, 1)]
+    assert [config("int8", heads) for heads in (5, 20, 33, 64)] == [(16, 1, 3), (24, 1, 2), (48, 2, 1), (64, 2, 1)]
+    assert [config("e4m3", heads) for heads in (5, 20, 33, 64)] == [(16, 1, 3), (24, 1, 2), (32, 1, 2), (32, 1, 2)]
+    assert config("int8", 40, rank=256) == (32, 1, 2)
+
+
 @pytest.mark.gpu(sm=80)
 @pytest.mark.parametrize(
     ("backend", "case", "dtype"),
@@ -401,6 +427,7 @@ ON_HOPPER = [
         *(("triton", case, torch.float16) for case in ON_A_GPU[8:12]),
         *(("sm90", case, torch.bfloat16) for case in ON_HOPPER),
         *(("sm90", case, torch.float16) for case in ON_HOPPER[8:12]),
+        *(("sm90_by_cost", case, torch.bfloat16) for case in ON_HOPPER if case.heads * case.sq > 16),
         *(("sm90_rows", case, torch.bfloat16) for case in MANY_ROWS),
         *(("sm90_rows", case, torch.float16) for case in MANY_ROWS[:3]),
     ],
@@ -409,7 +436,9 @@ ON_HOPPER = [
 def test_every_element(backend: str, case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
     if backend.startswith("sm90") and torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("made for Hopper")
-    monkeypatch.setenv("QUANTLAB_MLA_DECODE_BACKEND", backend)
+    if backend == "sm90":
+        tiled_by_rows(monkeypatch)
+    monkeypatch.setenv("QUANTLAB_MLA_DECODE_BACKEND", backend.removesuffix("_by_cost"))
     call = build(case, dtype, "cuda")
     narrow = backend.startswith("sm90") and case.format in ("fp8", "int4")
     check(mla_decode, call, narrow, narrow and (backend, case.format) != ("sm90_rows", "int4"))
@@ -484,9 +513,10 @@ def test_queries_of_another_layout():
         *((name, heads, 32) for name in ("16bit", "fp8", "int4") for heads in (64, 128)),
     ],
 )
-def test_thousands_of_launches_agree(name: str, heads: int, batch: int):
+def test_thousands_of_launches_agree(name: str, heads: int, batch: int, monkeypatch: pytest.MonkeyPatch):
     """Copies overtake no reading of what they replace, and end in any order: who takes one round of a ring for another
     fails once in hundreds or thousands of launches."""
+    monkeypatch.setenv("QUANTLAB_MLA_DECODE_BACKEND", "sm90" if heads == 16 else "sm90_rows")
     q_latent, q_rope, cache, length = bench.build(name, heads, batch, 4096, torch.device("cuda"), 0)
     first = mla_decode(q_latent, q_rope, cache, length, scale=SCALE)[0].clone()
     differs = torch.zeros((), dtype=torch.bool, device="cuda")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import sys
 from pathlib import Path
 
@@ -53,6 +54,25 @@ def test_a_room_that_takes_too_long_is_ended_with_its_children(sanitize, tmp_pat
     assert found.reason == "not done after 1 s; 1 calls were"
     assert found.seconds < 30
     assert "FAILED" in sanitize.table([found])
+
+
+def test_rooms_of_latents_take_the_tiles_in_their_names(sanitize, monkeypatch: pytest.MonkeyPatch):
+    """The quickest tile of calls so short is nearly always the smallest: wider ones would never be checked."""
+    op, sm90, rows = (
+        importlib.import_module(f"quantlab_kernels.mla_decode.{name}") for name in ("op", "sm90", "sm90_rows")
+    )
+    small_calls = importlib.import_module("small_calls")
+    monkeypatch.setattr(sm90.nvrtc, "missing", lambda: None)
+    taken = {}
+    for code, heads, tile in itertools.product(("float", "e4m3", "int4", "int8"), (20, 80), (16, 32, 64)):
+        problem = op.Problem(1, heads, 1, 512, 64, 256, code)
+        with small_calls.tiles_of(tile):
+            taken[code, heads, tile] = (
+                "rows" if rows.supports(problem) is None else sm90.config.__wrapped__(problem).rows
+            )
+    assert [taken[code, 80, 64] for code in ("float", "e4m3", "int4", "int8")] == ["rows", "rows", "rows", 64]
+    assert [taken[code, 20, 32] for code in ("float", "e4m3", "int4", "int8")] == [32, 24, 24, 24]
+    assert {taken[code, 80, 16] for code in ("float", "e4m3", "int4", "int8")} == {16}
 
 
 def test_every_room_has_calls(sanitize, monkeypatch: pytest.MonkeyPatch):

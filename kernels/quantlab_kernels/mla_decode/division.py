@@ -48,8 +48,10 @@ def row_tile(problem: Problem) -> int:
     Few rows start at once and divide a short call among more CTAs; many read the tokens fewer times.
     """
     rows = problem.heads * problem.sq
-    choices = (16,) if rows <= 16 else (16, 32) if rows <= 32 else (16, 64) if problem.code == "float" else (16, 32, 64)
-    return min(choices, key=lambda tile: time_us(problem, tile))
+    if rows <= 16:
+        return 16
+    many = (64,) if problem.code == "float" else (32, 64)
+    return min((16, *((32,) if rows <= 32 else many)), key=lambda tile: time_us(problem, tile))
 
 
 def time_us(problem: Problem, tile: int) -> float:
