@@ -121,13 +121,6 @@ DEVICE void load_matrix_x4(u32 (&x)[4], u32 address) {
                : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(address) : "memory");
 }
 
-// Of [2][8] of 8 rows by 16 bytes, not swizzled.
-DEVICE u64 plain_descriptor(u32 address) {
-  u64 result;
-  asm("mov.b64 %0, {%1, %2};" : "=l"(result) : "r"((1024 / 16) << 16 | (address & 0x3FFFF) >> 4), "n"(128 / 16));
-  return result;
-}
-
 struct Scores {
   float x[32];
   u32 queries[STEPS - 1][4];  // for those of the last step there are no registers

@@ -174,14 +174,13 @@ struct Scores {
   }
 };
 
-// Without the bits that float16 has no room for: sums are of the weights that are multiplied.
-DEVICE float as_float16(float x) { return __uint_as_float(__float_as_uint(x) & 0xFFFFE000u); }
+constexpr int PIECE = 1024;  // of weights: 8 tokens of each row
 struct Weights {
   u32 pairs[16];
   DEVICE void make(Softmax& softmax, float (&x)[32], const Tokens& tokens) {
     const float inverse[2] = {reciprocal(tokens.scale[0]), reciprocal(tokens.scale[1])};
 #pragma unroll
-    for (int i = 0; i < 32; i++) x[i] = as_float16(exp2_(x[i]));
+    for (int i = 0; i < 32; i++) x[i] = exp2_(x[i]);
 #pragma unroll
     for (int i = 0; i < 16; i++) {
       const float a = x[i / 2 * 4 + i % 2], b = x[i / 2 * 4 + i % 2 + 2];
@@ -193,7 +192,7 @@ struct Weights {
 #pragma unroll
     for (int j = 0; j < 8; j += 2) {
       const int row = 8 * (j + me.lane / 16) + me.lane % 8, piece = 2 * me.warp + me.lane / 8 % 2;
-      store_matrix_x4_transposed(s.weights(slot) + swizzled(row, 16 * piece), pairs[2 * j], pairs[2 * j + 1],
+      store_matrix_x4_transposed(s.weights(slot) + piece * PIECE + 16 * row, pairs[2 * j], pairs[2 * j + 1],
                                  pairs[2 * j + 2], pairs[2 * j + 3]);
     }
   }
@@ -215,7 +214,6 @@ struct Outputs : Sums {
       word[i] = read<u32>(half + swizzled(16 * k + i / 2 * 8 + 2 * me.t + i % 2, 32 * me.warp + 4 * me.g));
   }
   DEVICE void add(u32 weights, u32 half, const Thread& me) {
-    const u32 b = descriptor_low(weights);
     u32 word[4], a[2][4];
     fetch(word, half, 0, me);
     add_weights(weights, me);
@@ -231,7 +229,8 @@ struct Outputs : Sums {
       pin(a[1]);
       wgmma_fence();
 #pragma unroll
-      for (int i = 0; i < 2; i++) wgmma_outputs(sum[unit % 2 * 2 + i], a[i], descriptor(b + 2 * (unit / 2)), 1);
+      for (int i = 0; i < 2; i++)
+        wgmma_outputs(sum[unit % 2 * 2 + i], a[i], plain_descriptor(weights + unit / 2 * 2 * PIECE), 1);
       wgmma_commit();
       if (unit % 2 && unit + 1 < UNITS) fetch(word, half, unit / 2 + 1, me);
     }
@@ -258,7 +257,7 @@ struct Outputs : Sums {
       u32 a[4];
       asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                    : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
-                   : "r"(weights + swizzled(row, 16 * piece)) : "memory");
+                   : "r"(weights + piece * PIECE + 16 * row) : "memory");
       asm volatile(
           "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %8}, "
           "{%0, %1, %2, %3};"

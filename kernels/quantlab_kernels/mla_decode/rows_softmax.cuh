@@ -1,7 +1,8 @@
 // From scores of tokens [64 of a tile, on the MMA's M] and rows [64] to weights, in powers of two.
 //
 // The weight of a token is 2^(score - zero), zero lying LOG2_WEIGHT below the reference of the row, which is raised
-// when a score exceeds it by more than LAZY. That is seldom, so that a tile mostly costs one vote of its warpgroup.
+// when a score exceeds it by more than LAZY. That is seldom, so that a tile mostly costs one vote of its warpgroup; when
+// one row is raised, so are all whose reference was exceeded, which would be the next.
 // Zeros lie in shared memory. Where two warpgroups take tiles in turns they vote in order of tiles, and each brings its
 // sums up to date with what the other has raised.
 
@@ -45,7 +46,6 @@ struct Softmax {
                     int tile) {
     if (SCORERS == 2 && tile > 0) barrier_wait(s.voted(tile % 2), (tile - 1) / 2 & 1);
     const float added[2] = {log2_(tokens.scale[0]), log2_(tokens.scale[1])};
-    float top = -INFINITE;
 #pragma unroll
     for (int j = 0; j < 8; j++) {
       const float4 row = read<float4>(s.base + OFFSET_ROWS + (8 * j + 2 * me.t) * 8);
@@ -55,10 +55,8 @@ struct Softmax {
     }
     const int position = work.begin + tile * TILE;
     if (position < work.low || position + TILE > work.length - sq + 1) hide(x, work, s, me, position);
-#pragma unroll
-    for (int i = 0; i < 32; i++) top = fmaxf(top, x[i]);
     if (SCORERS == 2 && tile > 0 && read<u32>(s.raised(tile - 1))) multiply(total, s.rescale(tile - 1), me);
-    const bool raised = group_any(me, top > HIGHEST || tile == 0);
+    const bool raised = group_any(me, largest_of(x) > HIGHEST || tile == 0);
     if (raised) move_zeros(x, s, me, tile);
     if (me.index == 0) write(s.raised(tile), __uint_as_float(raised));
     if (SCORERS == 2) barrier_arrive(s.voted((tile + 1) % 2));
@@ -83,6 +81,15 @@ struct Softmax {
   }
 
  private:
+  // In four chains: one would wait for every comparison.
+  static DEVICE float largest_of(const float (&x)[32]) {
+    float top[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) top[i] = fmaxf(x[i], x[i + 4]);
+#pragma unroll
+    for (int i = 8; i < 32; i++) top[i % 4] = fmaxf(top[i % 4], x[i]);
+    return fmaxf(fmaxf(top[0], top[1]), fmaxf(top[2], top[3]));
+  }
   static DEVICE void hide(float (&x)[32], const Work& work, const Shared& s, const Thread& me, int position) {
     const int token[2] = {position + 16 * me.warp + me.g, position + 16 * me.warp + me.g + 8};
 #pragma unroll
@@ -129,14 +136,14 @@ struct Softmax {
     return s.base + OFFSET_PARTIAL + warp * 256 + row * 4;
   }
 
-  // Of rows with a score that is too high, and of all in the first tile.
+  // Of rows with a score above their reference, and of all in the first tile.
   DEVICE void move_zeros(float (&x)[32], const Shared& s, const Thread& me, int tile) {
     float most[16];
 #pragma unroll
     for (int i = 0; i < 16; i++) most[i] = fmaxf(x[i / 2 * 4 + i % 2], x[i / 2 * 4 + i % 2 + 2]);
     reduce<true>(most, s, me);
     if (me.index < 64) {
-      const float top = over_warps<true>(s, me), limit = tile == 0 ? -INFINITE : HIGHEST;
+      const float top = over_warps<true>(s, me), limit = tile == 0 ? -INFINITE : LOG2_WEIGHT;
       const float up = top > limit ? top - LOG2_WEIGHT : 0.0f;
       const u32 zero = s.base + OFFSET_ROWS + 8 * me.index;
       write(zero, read<float>(zero) + up);

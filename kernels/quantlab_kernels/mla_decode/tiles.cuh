@@ -55,6 +55,13 @@ struct Thread {
 
 DEVICE void group_sync(const Thread& me) { named_barrier_sync(1 + me.group, 128); }
 
+// Of [k in 16 bytes][64 rows] of 16 bytes, not swizzled.
+DEVICE u64 plain_descriptor(u32 address) {
+  u64 result;
+  asm("mov.b64 %0, {%1, %2};" : "=l"(result) : "r"((1024 / 16) << 16 | (address & 0x3FFFF) >> 4), "n"(128 / 16));
+  return result;
+}
+
 // Where a row of queries lies, and the last token that it sees. All warps but the first take rows in turns, with little
 // code: what runs once waits for its instructions.
 struct Row {
