@@ -69,7 +69,7 @@ def run(tool: str, room: str, settings: Settings) -> Run:
                 process.wait()
     reason = judge(tool, code, log.read_text(errors="replace"), settings.limit_s)
     found = Run(tool, room, time.monotonic() - began, reason, log)
-    print(f"{found.seconds:6.1f} s  {tool:9s} {room:20s} {reason or 'clean'}", flush=True)
+    print(f"{found.seconds:6.1f} s  {tool:9s} {room:24s} {reason or 'clean'}", flush=True)
     return found
 
 
@@ -97,11 +97,11 @@ def table(runs: Iterable[Run]) -> str:
     runs = list(runs)
     tools = dict.fromkeys(run.tool for run in runs)
     found = {(run.tool, run.room): run for run in runs}
-    rows = [f"{'room':20s}" + "".join(f"{tool:>12s}" for tool in tools)]
+    rows = [f"{'room':24s}" + "".join(f"{tool:>12s}" for tool in tools)]
     for room in dict.fromkeys(run.room for run in runs):
         cells = [found.get((tool, room)) for tool in tools]
         texts = ("-" if cell is None else "FAILED" if cell.reason else f"{cell.seconds:.1f} s" for cell in cells)
-        rows.append(f"{room:20s}" + "".join(f"{text:>12s}" for text in texts))
+        rows.append(f"{room:24s}" + "".join(f"{text:>12s}" for text in texts))
     return "\n".join(rows)
 
 

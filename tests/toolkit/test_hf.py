@@ -268,7 +268,7 @@ def test_gpu_loads_and_agrees_with_cpu(quantized, name: str, scheme: str):
 @pytest.mark.gpu(sm=80)
 @pytest.mark.parametrize("scheme", ["fp8-block", "fp8-dynamic"])
 @pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
-@pytest.mark.filterwarnings("default::UserWarning")  # inductor warns of choices of its own, and of an empty graph
+@pytest.mark.filterwarnings("ignore::UserWarning:torch[.]_inductor", "ignore:The CUDA Graph is empty")
 def test_gpu_generates_with_a_static_cache(quantized, name: str, scheme: str):
     """`generate` compiles the decoding step, with CUDA graphs where it can."""
     source = quantized(name, scheme)

@@ -214,9 +214,7 @@ struct Rows {
         const i64 at = (static_cast<i64>(work.split) * p.batches + work.batch) * p.rows + row;
         p.sums[2 * at] = some ? reference : -INFINITE, p.sums[2 * at + 1] = sum;
       } else {
-        const int head = row % p.heads, query = row / p.heads;
-        p.lse[(static_cast<i64>(work.batch) * p.heads + head) * p.sq + query] =
-            some ? (reference + log2_(sum)) / LOG2E : -INFINITE;
+        p.lse[lse_of(p, work.batch, row)] = some ? (reference + log2_(sum)) / LOG2E : -INFINITE;
       }
     }
   }

@@ -32,12 +32,12 @@ struct Merged {
 extern "C" __global__ void __launch_bounds__(MERGERS) merge(const __grid_constant__ Params p) {
   __shared__ float4 partial[MERGERS];  // [groups][lanes]
   __shared__ float2 weights[MERGERS / 32];
-  const i64 pairs = static_cast<i64>(p.batches) * p.rows;
-  const int ctas = gridDim.x / static_cast<int>(pairs), lanes = L / 4 / ctas;  // of a row, of a CTA
+  const int pairs = p.batches * p.rows;
+  const int ctas = gridDim.x / pairs, lanes = L / 4 / ctas;  // of a row, of a CTA
   const int lane = threadIdx.x % lanes, group = threadIdx.x / lanes, groups = blockDim.x / lanes;
-  const i64 at = blockIdx.x / ctas;
+  const int at = blockIdx.x / ctas;
   const int channel = 4 * (blockIdx.x % ctas * lanes + lane);
-  const Part* from = reinterpret_cast<const Part*>(p.part) + (at * L + channel) / 4;
+  const Part* from = reinterpret_cast<const Part*>(p.part) + (static_cast<i64>(at) * L + channel) / 4;
   const float2* given = reinterpret_cast<const float2*>(p.sums) + at;
   wait_for_previous_kernel();
   let_next_kernel_start();
@@ -47,8 +47,8 @@ extern "C" __global__ void __launch_bounds__(MERGERS) merge(const __grid_constan
 #pragma unroll
   for (int i = 0; i < PARTS_AT_ONCE; i++) {
     const int part = group + i * groups;
-    sums[i] = part < p.splits ? given[part * pairs] : float2{-INFINITE, 0.0f};
-    values[i] = part < p.splits ? from[part * pairs * (L / 4)] : Part{};
+    sums[i] = part < p.splits ? given[static_cast<i64>(part) * pairs] : float2{-INFINITE, 0.0f};
+    values[i] = part < p.splits ? from[static_cast<i64>(part) * pairs * (L / 4)] : Part{};
   }
 #pragma unroll
   for (int i = 0; i < PARTS_AT_ONCE; i++) top = fmaxf(top, sums[i].x);
@@ -64,12 +64,11 @@ extern "C" __global__ void __launch_bounds__(MERGERS) merge(const __grid_constan
     all = {top == -INFINITE ? 0.0f : top};
     for (int i = 0; i < groups; i++) all.add(weights[i], partial[i * lanes + lane], all.top);
   }
-  const int row = at % p.rows, head = row % p.heads, query = row / p.heads;
-  const i64 batch = at / p.rows;
   const bool some = all.total > 0.0f;
   const float by = some ? 1.0f / all.total : 0.0f;
-  if (channel == 0)
-    p.lse[(batch * p.heads + head) * p.sq + query] = some ? (all.top + log2_(all.total)) / LOG2E : -INFINITE;
   const float four[4] = {all.x[0] * by, all.x[1] * by, all.x[2] * by, all.x[3] * by};
-  store_four<QUERY>(p.out, at * L + channel, four);
+  store_four<QUERY>(p.out, static_cast<i64>(at) * L + channel, four);
+  if (channel != 0) return;
+  const int batch = at / p.rows;
+  p.lse[lse_of(p, batch, at - batch * p.rows)] = some ? (all.top + log2_(all.total)) / LOG2E : -INFINITE;
 }

@@ -187,12 +187,9 @@ DEVICE void store(const Params& p, const Work& work, const Sums& sums, const Thr
   if (row >= p.rows) return;
   const bool some = whole > 0.0f, teller = me.part == 0 && me.warp == 0 && me.g == 0;
   if (p.splits == 1) {
-    const int head = row % p.heads, query = row / p.heads;
     const i64 at = static_cast<i64>(work.batch) * p.rows + row;
     store_column<QUERY>(p.out, at * L, sums, me, q / 2, q % 2, some ? 1.0f / (WEIGHT * whole) : 0.0f);
-    if (teller)
-      p.lse[(static_cast<i64>(work.batch) * p.heads + head) * p.sq + query] =
-          some ? (top + log2_(whole)) / LOG2E : -INFINITE;
+    if (teller) p.lse[lse_of(p, work.batch, row)] = some ? (top + log2_(whole)) / LOG2E : -INFINITE;
   } else {
     const i64 at = (static_cast<i64>(work.split) * p.batches + work.batch) * p.rows + row;
     store_column<0>(reinterpret_cast<char*>(p.part), at * L, sums, me, q / 2, q % 2, 1.0f / WEIGHT);

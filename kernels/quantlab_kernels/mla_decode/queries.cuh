@@ -79,7 +79,7 @@ struct Queries {
     for (int r = 0; r < ROWS; r++) {
       const int n = first + threadIdx.x / 32 + r * WARPS, row = work.first_row + n;
       some[r] = row < p.rows && n < N;
-      const int query = p.sq == 1 ? 0 : row / p.heads, head = row - query * p.heads;
+      const int query = query_of(p, row), head = row - query * p.heads;
       latents[r] = p.q_latent + BYTES * (work.batch * p.ql_batch + query * p.ql_token + head * p.ql_head + 4 * lane);
       ropes[r] = p.q_rope + BYTES * (work.batch * p.qr_batch + query * p.qr_token + head * p.qr_head + 2 * lane);
     }
@@ -121,7 +121,7 @@ struct Queries {
 #pragma unroll
         for (int i = 1; i < 32; i *= 2) sum += __shfl_xor_sync(~0u, sum, i);
       if (lane == 0) {
-        const int query = p.sq == 1 ? 0 : min(row / p.heads, p.sq - 1);
+        const int query = min(query_of(p, row), p.sq - 1);
         write(base + OFFSET_FACTOR + 4 * n, p.factor * __uint_as_float((exponent - 6) << 23));
         if (NIBBLES) write(base + OFFSET_BASE + 4 * n, sum);
         write(base + OFFSET_PLACE + 4 * n, static_cast<float>(work.length - p.sq + query));

@@ -36,15 +36,20 @@ DEVICE void write_numbers(u32 to, const float* x, float raised) {
   write(to + CHUNK, __uint_as_float(e4m3_four(rest)));
 }
 
+DEVICE u32 warp_max(u32 x) {
+  u32 r;
+  asm volatile("redux.sync.max.u32 %0, %1, 0xffffffff;" : "=r"(r) : "r"(x));
+  return r;
+}
+
 // The largest of a row near 128 by a power of two.
 DEVICE void stage_query(const float (&x)[L / 32], float2 turned, int n, int last, const Params& p, u32 base) {
   const int lane = threadIdx.x % 32;
-  float most = fmaxf(fabsf(turned.x), fabsf(turned.y));
+  float most[4] = {fabsf(turned.x), fabsf(turned.y), 0.0f, 0.0f};
 #pragma unroll
-  for (int i = 0; i < L / 32; i++) most = fmaxf(most, fabsf(x[i]));
-#pragma unroll
-  for (int i = 1; i < 32; i *= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, i));
-  const u32 exponent = max(__float_as_uint(most) >> 23, 27u);
+  for (int i = 0; i < L / 32; i++) most[i % 4] = fmaxf(most[i % 4], fabsf(x[i]));
+  const float of_lane = fmaxf(fmaxf(most[0], most[1]), fmaxf(most[2], most[3]));
+  const u32 exponent = max(warp_max(__float_as_uint(of_lane)) >> 23, 27u);
   const float raised = __uint_as_float((260 - exponent) << 23);
 #pragma unroll
   for (int i = 0; i < L / 256; i++) {

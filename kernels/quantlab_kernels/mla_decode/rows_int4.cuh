@@ -57,9 +57,10 @@ DEVICE void write_positions(u32 base, int n, uint4 piece, float raised) {
 DEVICE void stage_row(const uint4 (&latent)[PIECES], uint4 rope, int n, int last, const Params& p, u32 base) {
   constexpr float INTEGERS = 12582912.0f;  // 1.5 * 2^23, to which an integer is added as it is
   const int lane = threadIdx.x % 8;
-  u32 bits = 0;
+  u32 each[2] = {0, 0};
 #pragma unroll
-  for (int i = 0; i < PIECES; i++) bits = larger(bits, latent[i]);
+  for (int i = 0; i < PIECES; i++) each[i % 2] = larger(each[i % 2], latent[i]);
+  const u32 bits = larger(each[0], each[1]);
   const float most = fmaxf(largest(bits), 1e-30f), raised = raising(largest(larger(bits, rope))), by = 127.0f / most;
 #pragma unroll
   for (int i = 0; i < PIECES; i++) {
@@ -98,7 +99,7 @@ DEVICE void stage_queries(const Params& p, const Work& work, const Shared& s) {
     for (int i = 0; i < PIECES; i++)
       latent[i] = there ? read<uint4>(s.half(2) + n * ROW_BYTES + (8 * i + lane % 8) * 16) : uint4{0, 0, 0, 0};
     const uint4 rope = there ? read<uint4>(s.rope(1) + n * 128 + lane % 8 * 16) : uint4{0, 0, 0, 0};
-    stage_row(latent, rope, n, work.length - p.sq + min(row / p.heads, p.sq - 1), p, s.base);
+    stage_row(latent, rope, n, work.length - p.sq + min(query_of(p, row), p.sq - 1), p, s.base);
   }
 }
 

@@ -69,7 +69,7 @@ struct Row {
   const char *latent, *rope;
   int last;
   DEVICE Row(const Params& p, const Work& work, int n) {
-    const int row = work.first_row + n, query = row / p.heads, head = row - query * p.heads;
+    const int row = work.first_row + n, query = query_of(p, row), head = row - query * p.heads;
     there = row < p.rows;
     latent = p.q_latent + 2 * (work.batch * p.ql_batch + query * p.ql_token + head * p.ql_head);
     rope = p.q_rope + 2 * (work.batch * p.qr_batch + query * p.qr_token + head * p.qr_head);

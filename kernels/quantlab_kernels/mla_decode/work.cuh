@@ -20,6 +20,14 @@ struct Params {
   float factor;  // of scores, for powers of two
 };
 
+// Of a row (heads times queries); a division takes longer than all else that a row needs.
+DEVICE int query_of(const Params& p, int row) { return p.sq == 1 ? 0 : row / p.heads; }
+// Where the log-sum-exp of a row of a sequence lies.
+DEVICE i64 lse_of(const Params& p, int batch, int row) {
+  const int query = query_of(p, row);
+  return (static_cast<i64>(batch) * p.heads + row - query * p.heads) * p.sq + query;
+}
+
 constexpr int TILE = 64, CHUNK = TILE * 128, ROPE = 64;
 constexpr float LOG2E = 1.4426950408889634f;
 #define INFINITE __int_as_float(0x7f800000)
