@@ -247,7 +247,7 @@ def test_the_environment_turns_it_off(llama, monkeypatch):
 
 
 @pytest.mark.gpu(sm=80)
-@pytest.mark.filterwarnings("ignore::UserWarning:torch[.]_inductor")  # advice on TF32, and choices of its own
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of inductor: advice on TF32, and choices of its own
 def test_on_the_gpu_moved_and_compiled(llama):
     plain = copy.deepcopy(llama).to("cuda")
     fuse(llama)
