@@ -32,8 +32,8 @@ constexpr int OFFSET_TOTAL = OFFSET_LAST;                                // [64]
 constexpr int OFFSET_PARTIAL = OFFSET_LAST + 256;                        // [4][64] of warps
 constexpr int OFFSET_UNITS = OFFSET_PARTIAL + 1024;                      // [64] of INT4 scores
 constexpr int OFFSET_WEIGHTS = OFFSET_UNITS + (FORMAT == 3 ? 256 : 0);   // [2][64] sums of INT4's weights
-// By which sums of rows are multiplied in each of four tiles, and whether any is. Side by side for INT4 and apart for E4M3:
-// the other way, the compiler's code takes 3 % more time in either.
+// By which sums of rows are multiplied in each of four tiles, and whether any is. Side by side for INT4, apart for E4M3:
+// the other way the compiler's code takes 3 % more time, in either.
 constexpr int RESCALE = FORMAT == 3 ? 256 + 16 : 256, RAISED = FORMAT == 3 ? RESCALE : 4;
 constexpr int OFFSET_RESCALE = OFFSET_WEIGHTS + (FORMAT == 3 ? 512 : 0);  // [4] of [64]
 constexpr int OFFSET_RAISED = OFFSET_RESCALE + (FORMAT == 3 ? 256 : 4 * RESCALE);

@@ -1,8 +1,8 @@
 // From scores of tokens [64 of a tile, on the MMA's M] and rows [64] to weights, in powers of two.
 //
 // The weight of a token is 2^(score - zero), zero lying LOG2_WEIGHT below the reference of the row, which is raised
-// when a score exceeds it by more than LAZY. That is seldom, so that a tile mostly costs one vote of its warpgroup; when
-// one row is raised, so are all whose reference was exceeded, which would be the next.
+// when a score exceeds it by more than LAZY. That is seldom, so that a tile mostly costs one vote of its warpgroup. When
+// one row is raised, so are all whose reference is exceeded, which would be the next.
 // Zeros lie in shared memory. Where two warpgroups take tiles in turns they vote in order of tiles, and each brings its
 // sums up to date with what the other has raised.
 
