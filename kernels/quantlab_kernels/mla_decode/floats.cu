@@ -116,11 +116,6 @@ DEVICE void stage_queries(const Params& p, const Work& work, const Shared& s) {
 
 // ---- scores ----
 
-DEVICE void load_matrix_x4(u32 (&x)[4], u32 address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(address) : "memory");
-}
-
 struct Scores {
   float x[32];
   u32 queries[STEPS - 1][4];  // for those of the last step there are no registers

@@ -256,9 +256,7 @@ struct Outputs : Sums {
     for (int k = 0; k < 2; k++) {
       const int row = 16 * me.warp + me.lane % 16, piece = 4 * me.half() + 2 * k + me.lane / 16;
       u32 a[4];
-      asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                   : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
-                   : "r"(weights + piece * PIECE + 16 * row) : "memory");
+      load_matrix_x4(a, weights + piece * PIECE + 16 * row);
       asm volatile(
           "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %8}, "
           "{%0, %1, %2, %3};"
