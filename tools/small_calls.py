@@ -323,16 +323,17 @@ def decode(format: KVFormat, d: int) -> Calls:
 
 
 @contextlib.contextmanager
-def tiles_of(rows: int) -> Iterator[None]:
-    """Latent attention in tiles of so many rows, whatever would be quickest; `sm90_rows` where 64 can run there."""
+def tiles_of(rows: int, wide: bool) -> Iterator[None]:
+    """Latent attention in tiles of so many rows, whatever would be quickest; wide ones by `sm90_rows` where it can."""
     with (
         mock.patch.object(sm90_latents, "row_tile", return_value=rows),
         mock.patch.object(sm90_rows, "row_tile", return_value=rows),
+        mock.patch.object(sm90_rows, "wide_tiles", return_value=(rows,) if wide else ()),
     ):
         yield
 
 
-def latents(format: LatentFormat, heads: int, tile: int, rank: int = 512) -> Calls:
+def latents(format: LatentFormat, heads: int, tile: int, wide: bool, rank: int = 512) -> Calls:
     """One sequence for few CTAs of many tiles of tokens, short ones, and pages."""
 
     def run(
@@ -345,7 +346,7 @@ def latents(format: LatentFormat, heads: int, tile: int, rank: int = 512) -> Cal
             places = places_of(table, length, latent.shape[1], slots)
         cache = ql.PackedLatent.empty(format, rows, slots, rank, 64, device=latent.device)
         ql.mla_append(latent, rope, cache, length, slots=places)
-        with tiles_of(tile):
+        with tiles_of(tile, wide):
             return ql.mla_decode(
                 q_latent, q_rope, cache, length, scale=1.2 / rank**0.5, block_table=table, longest=longest
             )[0]  # fmt: skip
@@ -387,14 +388,18 @@ def one_by_one(*rooms: Callable[[], Calls]) -> Callable[[], Calls]:
     return lambda: itertools.chain.from_iterable(room() for room in rooms)
 
 
-FORMATS: tuple[LatentFormat, ...] = ("16bit", "fp8", "int4", "int8")
+WIDE: dict[LatentFormat, tuple[int, ...]] = {"16bit": (64,), "fp8": (24, 40, 64), "int4": (32, 48, 64), "int8": (64,)}
 ROOMS: dict[str, Callable[[], Calls]] = {
     **{
-        f"latents_{format}_{heads}_by_{tile}": functools.partial(latents, format, heads, tile)
-        for format in FORMATS
-        for heads, tile in ((16, 16), (80, 16), (20, 32), (40, 64), (80, 64))  # 80 by 64 in 16 bits: CTAs in pairs
+        f"latents_{format}_{heads}_by_{tile}": functools.partial(latents, format, heads, tile, wide)
+        for format, tiles in WIDE.items()
+        for wide, calls in (
+            (False, ((16, 16), (80, 16), (20, 32))),
+            (True, (*((40, tile) for tile in tiles), (80, 64))),  # 80 by 64 in 16 bits: CTAs in pairs
+        )
+        for heads, tile in calls
     },
-    "latents_rank256": one_by_one(*(functools.partial(latents, format, 40, 64, rank=256) for format in FORMATS)),
+    "latents_rank256": one_by_one(*(functools.partial(latents, format, 40, 64, True, rank=256) for format in WIDE)),
     "fp8_block_few": functools.partial(fp8_kinds, 13, BF16, 0, swapped),
     "fp8_block_64": functools.partial(fp8_kinds, 61, BF16, 0, of_64_rows),
     "fp8_block_many": functools.partial(fp8_kinds, 400, BF16, 0, straight),

@@ -340,6 +340,18 @@ def test_parts_of_a_sequence():
     assert [backend.parts(pairs, 4096, 132) for pairs in (64, 70, 128, 132, 500)] == [2, 5, 1, 1, 1]
 
 
+@pytest.mark.parametrize(("code", "fewest", "step"), [("e4m3", 24, 8), ("int4", 32, 16)])
+def test_even_tiles_hold_all_rows(code: str, fewest: int, step: int):
+    """With no more of them than there need be for what one holds, and nothing that an MMA does not take."""
+    op, division = (importlib.import_module(f"quantlab_kernels.mla_decode.{name}") for name in ("op", "division"))
+    for rows in range(1, 300):
+        tiles = division.even_tiles(op.Problem(1, rows, 1, 512, 64, 1024, code))
+        assert all(fewest <= tile <= 64 and tile % step == 0 for tile in tiles)
+        for tile in tiles[1:]:
+            assert -(-rows // tile) * (tile - step) < rows
+        assert -(-rows // tiles[-1]) == -(-rows // 64)
+
+
 def test_rows_of_a_tile():
     """Few where a call is short: measured on an H200, each with the tile that was quickest."""
     op = importlib.import_module("quantlab_kernels.mla_decode.op")
@@ -383,6 +395,20 @@ MANY_ROWS = [
     Case("16bit", (2500, 2400, 700), heads=128, page=16, start=(100, 0, 650), **V3),
     Case("16bit", (300, 17, 700), heads=80, page=64, rank=256, rope=64),
 ]
+FEWER_ROWS = [  # of a tile, in all of them or all but the last
+    *(
+        (tile, case)
+        for name, tiles in (("fp8", (24, 32, 40, 48, 56)), ("int4", (32, 48)))
+        for tile in tiles
+        for case in (
+            Case(name, (1500, 64, 1, 0), heads=tile, **V3),
+            Case(name, (700, 65), heads=33, sq=2, page=64, **V3),
+            Case(name, (100, 60), heads=20, sq=3, page=16, start=(70, 7), **V3),
+            Case(name, (2500, 2400, 700), heads=64, sq=3, start=(100, 0, 650), **V3),
+        )
+    ),
+    (40, Case("fp8", (300, 17), heads=80, rank=256, rope=64)),
+]
 ON_HOPPER = [
     *ON_A_GPU[:-3],
     *(Case(name, (700, 65), heads=heads, **V3) for name in FORMATS for heads in (1, 16, 20, 33, 64)),
@@ -403,6 +429,13 @@ def tiled_by_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(sm90, "row_tile", tile)
     monkeypatch.setattr(sm90, "config", sm90.config.__wrapped__)  # which would remember
+
+
+def tiled_by(monkeypatch: pytest.MonkeyPatch, tile: int) -> None:
+    """`sm90_rows` takes tiles of so many rows."""
+    rows = importlib.import_module("quantlab_kernels.mla_decode.sm90_rows")
+    monkeypatch.setattr(rows, "wide_tiles", lambda problem: (tile,))
+    monkeypatch.setattr(rows, "config", rows.config.__wrapped__)
 
 
 def test_the_largest_tiles_are_those_of_the_number_of_rows(monkeypatch: pytest.MonkeyPatch):
@@ -428,8 +461,10 @@ def test_the_largest_tiles_are_those_of_the_number_of_rows(monkeypatch: pytest.M
         *(("sm90", case, torch.bfloat16) for case in ON_HOPPER),
         *(("sm90", case, torch.float16) for case in ON_HOPPER[8:12]),
         *(("sm90_by_cost", case, torch.bfloat16) for case in ON_HOPPER if case.heads * case.sq > 16),
-        *(("sm90_rows", case, torch.bfloat16) for case in MANY_ROWS),
-        *(("sm90_rows", case, torch.float16) for case in MANY_ROWS[:3]),
+        *(("sm90_rows by 64", case, torch.bfloat16) for case in MANY_ROWS),
+        *(("sm90_rows by 64", case, torch.float16) for case in MANY_ROWS[:3]),
+        *((f"sm90_rows by {tile}", case, torch.bfloat16) for tile, case in FEWER_ROWS),
+        *(("sm90_rows", case, torch.float16) for case in MANY_ROWS[:6]),
     ],
     ids=str,
 )
@@ -438,6 +473,9 @@ def test_every_element(backend: str, case: Case, dtype: torch.dtype, monkeypatch
         pytest.skip("made for Hopper")
     if backend == "sm90":
         tiled_by_rows(monkeypatch)
+    backend, _, tile = backend.partition(" by ")
+    if tile:
+        tiled_by(monkeypatch, int(tile))
     monkeypatch.setenv("QUANTLAB_MLA_DECODE_BACKEND", backend.removesuffix("_by_cost"))
     call = build(case, dtype, "cuda")
     narrow = backend.startswith("sm90") and case.format in ("fp8", "int4")
@@ -511,6 +549,7 @@ def test_queries_of_another_layout():
     [
         *((name, 16, 128) for name in FORMATS),
         *((name, heads, 32) for name in ("16bit", "fp8", "int4") for heads in (64, 128)),
+        *((name, 40, 64) for name in ("fp8", "int4")),
     ],
 )
 def test_thousands_of_launches_agree(name: str, heads: int, batch: int, monkeypatch: pytest.MonkeyPatch):

@@ -64,15 +64,20 @@ def test_rooms_of_latents_take_the_tiles_in_their_names(sanitize, monkeypatch: p
     small_calls = importlib.import_module("small_calls")
     monkeypatch.setattr(sm90.nvrtc, "missing", lambda: None)
     taken = {}
-    for code, heads, tile in itertools.product(("float", "e4m3", "int4", "int8"), (20, 80), (16, 32, 64)):
+    calls = (20, 32, False), (80, 16, False), (80, 64, True), (40, 48, True)
+    for code, (heads, tile, wide) in itertools.product(("float", "e4m3", "int4", "int8"), calls):
         problem = op.Problem(1, heads, 1, 512, 64, 256, code)
-        with small_calls.tiles_of(tile):
-            taken[code, heads, tile] = (
-                "rows" if rows.supports(problem) is None else sm90.config.__wrapped__(problem).rows
-            )
-    assert [taken[code, 80, 64] for code in ("float", "e4m3", "int4", "int8")] == ["rows", "rows", "rows", 64]
-    assert [taken[code, 20, 32] for code in ("float", "e4m3", "int4", "int8")] == [32, 24, 24, 24]
-    assert {taken[code, 80, 16] for code in ("float", "e4m3", "int4", "int8")} == {16}
+        with small_calls.tiles_of(tile, wide):
+            chosen = rows if rows.supports(problem) is None else sm90
+            name = chosen.__name__.rpartition(".")[2]
+            taken[code, heads, tile] = name, chosen.config.__wrapped__(problem).rows
+    assert [taken[code, 20, 32] for code in ("float", "e4m3", "int4", "int8")] == [
+        ("sm90", 32), ("sm90", 24), ("sm90", 24), ("sm90", 24),
+    ]  # fmt: skip
+    assert {taken[code, 80, 16] for code in ("float", "e4m3", "int4", "int8")} == {("sm90", 16)}
+    assert {taken[code, 80, 64] for code in ("float", "e4m3", "int4")} == {("sm90_rows", 64)}
+    assert {taken[code, 40, 48] for code in ("e4m3", "int4")} == {("sm90_rows", 48)}
+    assert taken["int8", 80, 64] == ("sm90", 64)
 
 
 def test_every_room_has_calls(sanitize, monkeypatch: pytest.MonkeyPatch):

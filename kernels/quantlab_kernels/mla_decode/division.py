@@ -11,19 +11,22 @@ if TYPE_CHECKING:
     from quantlab_kernels.mla_decode.op import Problem
 
 TILE = 64  # tokens
+LARGEST = 64  # rows of a tile
 MOST_PARTS = 128
 START = 4  # tiles whose time a CTA takes to start and end
 SHORT, SHORTEST = 256, 128  # tokens that are worth a CTA, and that are where most processors are idle
 
-# Microseconds that a CTA takes to start and end, and for each tile of tokens, by its rows: 16 and 32 in `sm90`, 64 in
-# `sm90_rows` (INT8: `sm90`). Fitted to the times of 101 shapes of 20 to 256 heads on an H200, 512 latent channels; 64
-# rows of E4M3 and INT4, which have become quicker, to ten.
+# Microseconds that a CTA takes to start and end, and for each tile of tokens, by its rows. 16 rows are `sm90`'s, as are
+# 32 of floats and all of INT8; the others are `sm90_rows`'s, of E4M3 and INT4 any number between and below, in
+# proportion. Fitted to times on an H200, 512 latent channels: of 101 shapes of 20 to 256 heads; E4M3 and INT4 beyond 16
+# rows, 105 and 88 times of 30 shapes of 16 to 128 heads.
 COSTS: dict[Code, dict[int, tuple[float, float]]] = {
     "float": {16: (4.7, 1.21), 32: (5.7, 1.99), 64: (5.8, 1.81)},
-    "e4m3": {16: (5.3, 0.86), 32: (7.0, 1.39), 64: (9.0, 1.85)},
-    "int4": {16: (6.0, 0.88), 32: (7.9, 1.55), 64: (9.1, 1.80)},
+    "e4m3": {16: (5.3, 0.86), 32: (7.3, 1.14), 64: (10.2, 1.68)},
+    "int4": {16: (6.0, 0.88), 32: (6.4, 1.19), 64: (10.2, 1.58)},
     "int8": {16: (5.2, 1.08), 32: (7.5, 1.63), 64: (11.2, 3.27)},
 }
+EVEN: dict[Code, tuple[int, int]] = {"e4m3": (24, 8), "int4": (32, 16)}  # fewest rows of `sm90_rows`, and steps
 MERGE, MERGE_ROWS = 2.0, 1 / 512  # microseconds of the second kernel, and for each row of the call
 PROCESSORS = 132  # of the GPU that was measured
 
@@ -44,20 +47,39 @@ def parts(pairs: int, tokens: int, processors: int) -> int:
 
 @functools.cache
 def row_tile(problem: Problem) -> int:
-    """16, 32 or 64 rows of a CTA, or what is left of the last two: what `time_us` expects to take the least time.
+    """Rows of a CTA, with which `time_us` expects the least time: 16, or an even share of E4M3 and INT4, or 32 or 64 of
+    which the last tile may fill less.
 
     Few rows start at once and divide a short call among more CTAs; many read the tokens fewer times.
     """
     rows = problem.heads * problem.sq
     if rows <= 16:
         return 16
-    many = (64,) if problem.code == "float" else (32, 64)
-    return min((16, *((32,) if rows <= 32 else many)), key=lambda tile: time_us(problem, tile))
+    if problem.code in EVEN:
+        many = even_tiles(problem)
+    else:
+        many = (32,) if rows <= 32 else (64,) if problem.code == "float" else (32, 64)
+    return min((16, *many), key=lambda tile: time_us(problem, tile))
+
+
+def even_tiles(problem: Problem) -> tuple[int, ...]:
+    """Of up to 64 rows, each an even share of the call's, rounded up to what the MMA of E4M3 or INT4 takes."""
+    rows, (fewest, step) = problem.heads * problem.sq, EVEN[problem.code]
+    counts = range(-(-rows // LARGEST), -(-rows // fewest) + 1)
+    return tuple(sorted({max(-(-rows // (count * step)) * step, fewest) for count in counts}))
+
+
+def _cost(code: Code, tile: int) -> tuple[float, float]:
+    if tile in COSTS[code]:
+        return COSTS[code][tile]
+    low, high = COSTS[code][32], COSTS[code][64]
+    share = (tile - 32) / 32
+    return low[0] + share * (high[0] - low[0]), low[1] + share * (high[1] - low[1])
 
 
 def time_us(problem: Problem, tile: int) -> float:
     """Expected time of a call with tiles of so many rows."""
-    p, (start, each) = problem, COSTS[problem.code][tile]
+    p, (start, each) = problem, _cost(problem.code, tile)
     rows = p.heads * p.sq
     pairs = p.batch * -(-rows // tile)
     count = parts(pairs, p.longest, PROCESSORS)

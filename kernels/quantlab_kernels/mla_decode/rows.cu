@@ -1,4 +1,4 @@
-// Absorbed attention over latents in codes for 64 rows (heads times queries) a tile.
+// Absorbed attention over latents in codes for many rows (heads times queries) a tile, N of them.
 //
 // Scorers compute scores, tokens on the M of the MMA, and hand weights through shared memory to two warpgroups that add
 // the products with half of the channels each. E4M3 has one scorer, beside outputs that need sums of a tile of their
@@ -6,7 +6,7 @@
 // the next one to its place. How codes are multiplied says rows_codes.cuh, and rows_softmax.cuh, how scores become
 // weights.
 //
-// Macros: L, FORMAT (1 E4M3, 3 INT4), KEPT, QUERY, PAGED, BOX, SHARED as in sm90.cu;   SCORERS, CLUSTER (1) as in
+// Macros: N  up to 64, a multiple of 8, of 16 for INT4;   L, FORMAT (1 E4M3, 3 INT4), KEPT, QUERY, PAGED, BOX, SHARED as in sm90.cu;   SCORERS, CLUSTER (1) as in
 //   tiles.cuh;   HALVES  of tiles, by channels, in the ring;   ROPES  position parts
 #include "sm90.cuh"
 #include "attention.cuh"
@@ -21,12 +21,13 @@ constexpr int HALF_CHUNKS = BYTES / 256, HALF = HALF_CHUNKS * CHUNK;  // of chan
 constexpr int CHUNKS = 2 * HALF_CHUNKS;
 #include "tiles.cuh"
 constexpr int SLOTS = 2, SLOT = FORMAT == 1 ? 64 : CHUNK;  // of weights: E4M3 side by side, or float16
-constexpr int QUERY_CHUNKS = 2 * CHUNKS + 1;               // the last is the position
+constexpr int QUERY_CHUNKS = 2 * CHUNKS + 1;               // of N rows; the last is the position
+constexpr int QUERY_CHUNK = N * 128;
 
 constexpr int OFFSET_ROPE = HALVES * HALF;
 constexpr int OFFSET_P = OFFSET_ROPE + ROPES * CHUNK;
 constexpr int OFFSET_QUERIES = OFFSET_P + (FORMAT == 1 ? CHUNK : SLOTS * SLOT);
-constexpr int OFFSET_ROWS = OFFSET_QUERIES + QUERY_CHUNKS * CHUNK;       // [64] of (zero, factor): rows_softmax.cuh
+constexpr int OFFSET_ROWS = OFFSET_QUERIES + QUERY_CHUNKS * QUERY_CHUNK;       // [64] of (zero, factor): rows_softmax.cuh
 constexpr int OFFSET_LAST = OFFSET_ROWS + 512;                           // [64] last token that a row sees; at the end,
 constexpr int OFFSET_TOTAL = OFFSET_LAST;                                // [64] what sums are multiplied by
 constexpr int OFFSET_PARTIAL = OFFSET_LAST + 256;                        // [4][64] of warps
@@ -69,7 +70,7 @@ DEVICE void initialize_barriers(const Shared& s) {
     barrier_init(s.weights_empty(i), 8);
   }
   barrier_init(s.totals_full(), FORMAT == 1 ? 128 : 128 + 256);
-  barrier_init(s.queries_full(), 64);
+  barrier_init(s.queries_full(), N);
   barrier_init(s.total_full(), 128);
   for (int i = 0; i < 2; i++) barrier_init(s.voted(i), 128);
   barrier_init_fence();
@@ -142,7 +143,7 @@ DEVICE void score(const Params& p, const Work& work, const Shared& s, const Thre
 #pragma unroll 1
   for (int tile = me.group; tile < work.count; tile += SCORERS) {
     const Turn at(tile, SLOTS);
-    float x[32];
+    float x[N / 2];
     Weights weights;
     tokens.advance();
     tokens.prefetch(p, work, me, tile + SCORERS);

@@ -4,11 +4,11 @@
 // side are brought together by permutations of bytes.
 
 // Positions of the tile, which are added to the scores; a group of its own.
-DEVICE void multiply_positions(float (&x)[32], const Shared& s, int tile) {
+DEVICE void multiply_positions(float (&x)[N / 2], const Shared& s, int tile) {
   const Turn at(tile, ROPES);
   barrier_wait(s.rope_full(at.slot), at.parity);
   const u32 rope = descriptor_low(s.rope(at.slot));
-  const u32 queries = descriptor_low(s.base + OFFSET_QUERIES + (QUERY_CHUNKS - 1) * CHUNK);
+  const u32 queries = descriptor_low(s.base + OFFSET_QUERIES + (QUERY_CHUNKS - 1) * QUERY_CHUNK);
   pin(x);
   wgmma_fence();
 #pragma unroll
@@ -19,16 +19,16 @@ DEVICE void multiply_positions(float (&x)[32], const Shared& s, int tile) {
 constexpr int BLOCKS = L / 128;  // of 64 channels, of a warpgroup that adds outputs
 DEVICE void pin(u32 (&x)[4]) { asm volatile("" : "+r"(x[0]), "+r"(x[1]), "+r"(x[2]), "+r"(x[3])::"memory"); }
 
-// [64 channels of a block, 64 rows]
+// [64 channels of a block, N rows]
 struct Sums {
-  float sum[BLOCKS][32];
+  float sum[BLOCKS][N / 2];
   DEVICE void clear() {
 #pragma unroll
-    for (int i = 0; i < 32 * BLOCKS; i++) sum[i / 32][i % 32] = 0.0f;
+    for (int i = 0; i < N / 2 * BLOCKS; i++) sum[i / (N / 2)][i % (N / 2)] = 0.0f;
   }
   DEVICE void rescale(u32 from, const Thread& me) {
 #pragma unroll
-    for (int j = 0; j < 8; j++) {
+    for (int j = 0; j < N / 8; j++) {
       const float2 by = read<float2>(from + (8 * j + 2 * me.t) * 4);
 #pragma unroll
       for (int i = 0; i < 4 * BLOCKS; i++) sum[i / 4][4 * j + i % 4] *= i % 2 ? by.y : by.x;

@@ -33,7 +33,7 @@ DEVICE void write_numbers(u32 to, const float* x, float raised) {
   const float2 low = e4m3_floats(static_cast<u16>(first)), high = e4m3_floats(static_cast<u16>(first >> 16));
   rest[0] = four[0] - low.x, rest[1] = four[1] - low.y, rest[2] = four[2] - high.x, rest[3] = four[3] - high.y;
   write(to, __uint_as_float(first));
-  write(to + CHUNK, __uint_as_float(e4m3_four(rest)));
+  write(to + QUERY_CHUNK, __uint_as_float(e4m3_four(rest)));
 }
 
 DEVICE u32 warp_max(u32 x) {
@@ -53,12 +53,12 @@ DEVICE void stage_query(const float (&x)[L / 32], float2 turned, int n, int last
   const float raised = __uint_as_float((260 - exponent) << 23);
 #pragma unroll
   for (int i = 0; i < L / 256; i++) {
-    const u32 to = base + OFFSET_QUERIES + 2 * (2 * i + lane / 16) * CHUNK + swizzled(n, lane % 16 * 8);
+    const u32 to = base + OFFSET_QUERIES + 2 * (2 * i + lane / 16) * QUERY_CHUNK + swizzled(n, lane % 16 * 8);
     write_numbers(to, x + 8 * i, raised);
     write_numbers(to + 4, x + 8 * i + 4, raised);
   }
   const u32 both = pack<KEPT>(turned.x * raised, turned.y * raised);
-  write(base + OFFSET_QUERIES + 2 * CHUNKS * CHUNK + swizzled(n, 4 * lane), __uint_as_float(both));
+  write(base + OFFSET_QUERIES + 2 * CHUNKS * QUERY_CHUNK + swizzled(n, 4 * lane), __uint_as_float(both));
   if (lane == 0) write_row(base, n, last, p.factor / raised);
 }
 
@@ -67,7 +67,7 @@ DEVICE void stage_queries(const Params& p, const Work& work, const Shared& s) {
   if (threadIdx.x < 32) return;
   Query next(p, work, threadIdx.x / 32 - 1);
 #pragma unroll 1
-  for (int n = threadIdx.x / 32 - 1; n < 64; n += STAGERS) {
+  for (int n = threadIdx.x / 32 - 1; n < N; n += STAGERS) {
     const Query now = next;
     next = Query(p, work, n + STAGERS);
     float x[L / 32];
@@ -87,7 +87,7 @@ DEVICE void stage_queries(const Params& p, const Work& work, const Shared& s) {
 constexpr int STEPS = 4 * CHUNKS;  // of 32 channels
 
 struct Scores {
-  float both[64];  // with the first and the second number of the queries
+  float both[N];  // with the first and the second number of the queries
   // Products of a tile.
   DEVICE void multiply(const Shared& s, const Thread&, int tile) {
     constexpr int HALF_STEPS = 4 * HALF_CHUNKS;
@@ -100,7 +100,7 @@ struct Scores {
       if (step % HALF_STEPS == 0) barrier_wait(s.half_full(at.slot), at.parity);
       const int i = step % HALF_STEPS;
       const u32 latents = descriptor_low(s.half(at.slot)) + i / 4 * (CHUNK / 16) + 2 * (i % 4);
-      const u32 numbers = queries + step / 4 * (2 * CHUNK / 16) + 2 * (step % 4);
+      const u32 numbers = queries + step / 4 * (2 * QUERY_CHUNK / 16) + 2 * (step % 4);
       wgmma_scores(both, descriptor(latents), descriptor(numbers), step > 0);
     }
     wgmma_commit();
@@ -110,14 +110,14 @@ struct Scores {
     pin(both);
   }
   // In units of the rows' factors; positions are on their way.
-  DEVICE void take(float (&x)[32], const Tokens& tokens, const Shared& s, const Thread&, int tile) {
+  DEVICE void take(float (&x)[N / 2], const Tokens& tokens, const Shared& s, const Thread&, int tile) {
     drop();
 #pragma unroll
-    for (int i = 0; i < 32; i++) x[i] = (both[i] + both[32 + i]) * tokens.scale[i / 2 % 2];
+    for (int i = 0; i < N / 2; i++) x[i] = (both[i] + both[N / 2 + i]) * tokens.scale[i / 2 % 2];
     pin(both);
     multiply_positions(x, s, tile);
   }
-  DEVICE void wait_for_positions(float (&x)[32]) {
+  DEVICE void wait_for_positions(float (&x)[N / 2]) {
     wgmma_wait<0>();
     pin(x);
   }
@@ -126,11 +126,11 @@ struct Scores {
 // Tokens g and g + 8 of a warp lie side by side. Sums are of rounded weights, which are free of the roundings that all
 // tokens share.
 struct Weights {
-  u32 four[8];  // both tokens of two rows
-  DEVICE void make(Softmax& softmax, const float (&x)[32], const Tokens& tokens) {
+  u32 four[(N + 31) / 32 * 4];  // both tokens of two rows; four words are stored at a time
+  DEVICE void make(Softmax& softmax, const float (&x)[N / 2], const Tokens& tokens) {
     const float inverse[2] = {reciprocal(tokens.scale[0]), reciprocal(tokens.scale[1])};
 #pragma unroll
-    for (int j = 0; j < 8; j++) {
+    for (int j = 0; j < N / 8; j++) {
 #pragma unroll
       for (int i = 0; i < 2; i++) {
         const u16 pair = e4m3_pair(exp2_(x[4 * j + i]), exp2_(x[4 * j + i + 2]));
@@ -139,10 +139,12 @@ struct Weights {
         four[j] = i == 0 ? pair : four[j] | static_cast<u32>(pair) << 16;
       }
     }
+#pragma unroll
+    for (int j = N / 8; j % 4 != 0; j++) four[j] = 0;
   }
   DEVICE void store(const Shared& s, int slot, const Thread& me) const {
 #pragma unroll
-    for (int j = 0; j < 8; j += 4)
+    for (int j = 0; j < N / 8; j += 4)
       store_matrix_x4_transposed(s.weights(0) + swizzled(8 * j + me.lane, 64 * slot + 16 * me.warp), four[j],
                                  four[j + 1], four[j + 2], four[j + 3]);
   }
@@ -177,9 +179,9 @@ struct Outputs : Sums {
       }
     }
   }
-  static DEVICE void add_products(float (&sum)[32], u32 (&a)[2][4], u32 weights) {
+  static DEVICE void add_products(float (&sum)[N / 2], u32 (&a)[2][4], u32 weights) {
     const u32 b = descriptor_low(weights);
-    float x[32];
+    float x[N / 2];
     pin(a[0]);
     pin(a[1]);
     pin(x);
@@ -192,7 +194,7 @@ struct Outputs : Sums {
     pin(a[0]);
     pin(a[1]);
 #pragma unroll
-    for (int i = 0; i < 32; i++) sum[i] += x[i];
+    for (int i = 0; i < N / 2; i++) sum[i] += x[i];
   }
   DEVICE void finish(const Shared&, const Thread&) {}
 
@@ -202,7 +204,7 @@ struct Outputs : Sums {
     const int left = p.rows - work.first_row - 2 * me.t;
     char* at = to + ((first + 2 * me.t) * L + channel) * 2;
 #pragma unroll
-    for (int j = 0; j < 8; j++) {
+    for (int j = 0; j < N / 8; j++) {
       const float2 both = read<float2>(s.base + OFFSET_TOTAL + (8 * j + 2 * me.t) * 4);
 #pragma unroll
       for (int i = 0; i < BLOCKS; i++) {

@@ -5,11 +5,11 @@
 
 // Queries come all at once as they are, to where later tiles will lie, and go from there to what the MMA takes.
 constexpr int STAGING_WARPS = THREADS / 32, ROW_BYTES = 2 * L, PIECES = L / 64;  // pieces of 16 bytes that a lane takes
-static_assert(64 * ROW_BYTES <= (HALVES - 2) * HALF && ROPES > 1, "queries lie behind the first tile");
+static_assert(N * ROW_BYTES <= (HALVES - 2) * HALF && ROPES > 1, "queries lie behind the first tile");
 
 DEVICE void fetch_queries(const Params& p, const Work& work, const Shared& s) {
   const int n = threadIdx.x / 32 + threadIdx.x % 32 * STAGING_WARPS;
-  if (n >= 64) return;
+  if (n >= N) return;
   const Row row(p, work, n);
   if (row.there) {
     barrier_arrive_expect(s.queries_full(), ROW_BYTES + 128);
@@ -48,7 +48,7 @@ DEVICE void unpack_piece(float (&x)[8], uint4 piece) {
 DEVICE void write_positions(u32 base, int n, uint4 piece, float raised) {
   float x[8];
   unpack_piece(x, piece);
-  write(base + OFFSET_QUERIES + (QUERY_CHUNKS - 1) * CHUNK + swizzled(n, threadIdx.x % 8 * 16),
+  write(base + OFFSET_QUERIES + (QUERY_CHUNKS - 1) * QUERY_CHUNK + swizzled(n, threadIdx.x % 8 * 16),
         uint4{pack<KEPT>(x[0] * raised, x[1] * raised), pack<KEPT>(x[2] * raised, x[3] * raised),
               pack<KEPT>(x[4] * raised, x[5] * raised), pack<KEPT>(x[6] * raised, x[7] * raised)});
 }
@@ -75,7 +75,7 @@ DEVICE void stage_row(const uint4 (&latent)[PIECES], uint4 rope, int n, int last
       const u32 low = __byte_perm(code[0], code[1], 0x0040), high = __byte_perm(code[2], code[3], 0x0040);
       const int step = piece % 32 / 16 * 8 + piece % 4 * 2 + j;
       const int column = step % 4 * 32 + piece / 32 * 16 + piece % 16 / 4 * 4;
-      write(base + OFFSET_QUERIES + step / 4 * CHUNK + swizzled(n, column), __byte_perm(low, high, 0x5410));
+      write(base + OFFSET_QUERIES + step / 4 * QUERY_CHUNK + swizzled(n, column), __byte_perm(low, high, 0x5410));
     }
   }
   write_positions(base, n, rope, raised);
@@ -91,7 +91,7 @@ DEVICE void stage_queries(const Params& p, const Work& work, const Shared& s) {
   barrier_wait(s.queries_full(), 0);
   const int lane = threadIdx.x % 32;
 #pragma unroll 1
-  for (int n = threadIdx.x / 32 * 4 + lane / 8; n < 64; n += 4 * STAGING_WARPS) {
+  for (int n = threadIdx.x / 32 * 4 + lane / 8; n < N; n += 4 * STAGING_WARPS) {
     const int row = work.first_row + n;
     const bool there = row < p.rows;
     uint4 latent[PIECES];
@@ -104,7 +104,7 @@ DEVICE void stage_queries(const Params& p, const Work& work, const Shared& s) {
 }
 
 struct Scores {
-  int sums[32];
+  int sums[N / 2];
   u32 a[2][4];
   // Products of a tile: 16 bytes of each of two tokens are four steps of 32 channels, two of which are made at a time.
   DEVICE void multiply(const Shared& s, const Thread& me, int tile) {
@@ -131,7 +131,7 @@ struct Scores {
         wgmma_fence();
 #pragma unroll
         for (int j = 0; j < 2; j++)
-          wgmma_scores(sums, a[j], descriptor(queries + part * (CHUNK / 16) + 2 * (i + j)), part + i + j > 0);
+          wgmma_scores(sums, a[j], descriptor(queries + part * (QUERY_CHUNK / 16) + 2 * (i + j)), part + i + j > 0);
         wgmma_commit();
       }
     }
@@ -147,10 +147,10 @@ struct Scores {
     pin_operands();
   }
   // In units of the factor; positions are on their way.
-  DEVICE void take(float (&x)[32], const Tokens& tokens, const Shared& s, const Thread& me, int tile) {
+  DEVICE void take(float (&x)[N / 2], const Tokens& tokens, const Shared& s, const Thread& me, int tile) {
     drop();
 #pragma unroll
-    for (int j = 0; j < 8; j++) {
+    for (int j = 0; j < N / 8; j++) {
       const float2 unit = read<float2>(s.base + OFFSET_UNITS + (8 * j + 2 * me.t) * 4);
 #pragma unroll
       for (int i = 0; i < 4; i++)
@@ -158,17 +158,17 @@ struct Scores {
     }
     multiply_positions(x, s, tile);
   }
-  DEVICE void wait_for_positions(float (&x)[32]) {
+  DEVICE void wait_for_positions(float (&x)[N / 2]) {
     wgmma_wait<0>();
     pin(x);
   }
 
  private:
-  static DEVICE void pin(int (&x)[32]) {
+  static DEVICE void pin(int (&x)[N / 2]) {
 #pragma unroll
-    for (int i = 0; i < 32; i++) asm volatile("" : "+r"(x[i])::"memory");
+    for (int i = 0; i < N / 2; i++) asm volatile("" : "+r"(x[i])::"memory");
   }
-  static DEVICE void pin(float (&x)[32]) { ::pin(x); }
+  static DEVICE void pin(float (&x)[N / 2]) { ::pin(x); }
   DEVICE void pin_operands() {
 #pragma unroll
     for (int i = 0; i < 8; i++) asm volatile("" : "+r"(a[i / 4][i % 4])::"memory");
@@ -177,13 +177,13 @@ struct Scores {
 
 constexpr int PIECE = 1024;  // of weights: 8 tokens of each row
 struct Weights {
-  u32 pairs[16];
-  DEVICE void make(Softmax& softmax, float (&x)[32], const Tokens& tokens) {
+  u32 pairs[N / 4];
+  DEVICE void make(Softmax& softmax, float (&x)[N / 2], const Tokens& tokens) {
     const float inverse[2] = {reciprocal(tokens.scale[0]), reciprocal(tokens.scale[1])};
 #pragma unroll
-    for (int i = 0; i < 32; i++) x[i] = exp2_(x[i]);
+    for (int i = 0; i < N / 2; i++) x[i] = exp2_(x[i]);
 #pragma unroll
-    for (int i = 0; i < 16; i++) {
+    for (int i = 0; i < N / 4; i++) {
       const float a = x[i / 2 * 4 + i % 2], b = x[i / 2 * 4 + i % 2 + 2];
       softmax.total[i] += a * inverse[0] + b * inverse[1];
       pairs[i] = pack<2>(x[2 * i], x[2 * i + 1]);
@@ -191,7 +191,7 @@ struct Weights {
   }
   DEVICE void store(const Shared& s, int slot, const Thread& me) const {
 #pragma unroll
-    for (int j = 0; j < 8; j += 2) {
+    for (int j = 0; j < N / 8; j += 2) {
       const int row = 8 * (j + me.lane / 16) + me.lane % 8, piece = 2 * me.warp + me.lane / 8 % 2;
       store_matrix_x4_transposed(s.weights(slot) + piece * PIECE + 16 * row, pairs[2 * j], pairs[2 * j + 1],
                                  pairs[2 * j + 2], pairs[2 * j + 3]);
@@ -277,7 +277,7 @@ struct Outputs : Sums {
     const int channel = me.half() * 128 + 32 * me.warp + 4 * me.g, left = p.rows - work.first_row - 2 * me.t;
     char* at = to + ((first + 2 * me.t) * L + channel) * 2;
 #pragma unroll
-    for (int j = 0; j < 8; j++) {
+    for (int j = 0; j < N / 8; j++) {
       const u32 rows = (8 * j + 2 * me.t) * 4, weights = s.base + OFFSET_WEIGHTS + rows;
       const float2 both = read<float2>(s.base + OFFSET_TOTAL + rows);
       const float2 even = read<float2>(weights), odd = read<float2>(weights + 256);

@@ -1,4 +1,4 @@
-// From scores of tokens [64 of a tile, on the MMA's M] and rows [64] to weights, in powers of two.
+// From scores of tokens [64 of a tile, on the MMA's M] and rows [N] to weights, in powers of two.
 //
 // The weight of a token is 2^(score - zero), zero lying LOG2_WEIGHT below the reference of the row, which is raised
 // when a score exceeds it by more than LAZY. That is seldom, so that a tile mostly costs one vote of its warpgroup. When
@@ -35,19 +35,19 @@ struct Tokens {
 };
 
 struct Softmax {
-  float total[16];  // of rows 8 j + 2 t + {0, 1} and this thread's tokens
+  float total[N / 4];  // of rows 8 j + 2 t + {0, 1} and this thread's tokens
   DEVICE Softmax() {
 #pragma unroll
-    for (int i = 0; i < 16; i++) total[i] = 0.0f;
+    for (int i = 0; i < N / 4; i++) total[i] = 0.0f;
   }
 
   // From scores [8 j + 2 t + {0, 1} rows, g and g + 8 tokens] to exponents of weights.
-  DEVICE void raise(float (&x)[32], const Tokens& tokens, const Work& work, const Shared& s, const Thread& me, int sq,
+  DEVICE void raise(float (&x)[N / 2], const Tokens& tokens, const Work& work, const Shared& s, const Thread& me, int sq,
                     int tile) {
     if (SCORERS == 2 && tile > 0) barrier_wait(s.voted(tile % 2), (tile - 1) / 2 & 1);
     const float added[2] = {log2_(tokens.scale[0]), log2_(tokens.scale[1])};
 #pragma unroll
-    for (int j = 0; j < 8; j++) {
+    for (int j = 0; j < N / 8; j++) {
       const float4 row = read<float4>(s.base + OFFSET_ROWS + (8 * j + 2 * me.t) * 8);
 #pragma unroll
       for (int i = 0; i < 4; i++)
@@ -70,7 +70,7 @@ struct Softmax {
     }
     if (SCORERS == 2 && me.group == 0) barrier_wait(s.total_full(), 0);
     reduce<false>(total, s, me);
-    if (me.index < 64) {
+    if (me.index < N) {
       const float sum = over_warps<false>(s, me);
       if (SCORERS == 2 && me.group == 1)
         write(s.base + OFFSET_TOTAL + 4 * me.index, sum);
@@ -82,18 +82,18 @@ struct Softmax {
 
  private:
   // In four chains: one would wait for every comparison.
-  static DEVICE float largest_of(const float (&x)[32]) {
+  static DEVICE float largest_of(const float (&x)[N / 2]) {
     float top[4];
 #pragma unroll
     for (int i = 0; i < 4; i++) top[i] = fmaxf(x[i], x[i + 4]);
 #pragma unroll
-    for (int i = 8; i < 32; i++) top[i % 4] = fmaxf(top[i % 4], x[i]);
+    for (int i = 8; i < N / 2; i++) top[i % 4] = fmaxf(top[i % 4], x[i]);
     return fmaxf(fmaxf(top[0], top[1]), fmaxf(top[2], top[3]));
   }
-  static DEVICE void hide(float (&x)[32], const Work& work, const Shared& s, const Thread& me, int position) {
+  static DEVICE void hide(float (&x)[N / 2], const Work& work, const Shared& s, const Thread& me, int position) {
     const int token[2] = {position + 16 * me.warp + me.g, position + 16 * me.warp + me.g + 8};
 #pragma unroll
-    for (int j = 0; j < 8; j++) {
+    for (int j = 0; j < N / 8; j++) {
       const float2 last = read<float2>(s.base + OFFSET_LAST + (8 * j + 2 * me.t) * 4);  // bits of integers
 #pragma unroll
       for (int i = 0; i < 4; i++) {
@@ -102,26 +102,26 @@ struct Softmax {
       }
     }
   }
-  static DEVICE void multiply(float (&x)[16], u32 from, const Thread& me) {
+  static DEVICE void multiply(float (&x)[N / 4], u32 from, const Thread& me) {
 #pragma unroll
-    for (int j = 0; j < 8; j++) {
+    for (int j = 0; j < N / 8; j++) {
       const float2 by = read<float2>(from + (8 * j + 2 * me.t) * 4);
       x[2 * j] *= by.x, x[2 * j + 1] *= by.y;
     }
   }
   // The largest, or the sum, of a warp's tokens for each row.
   template <bool LARGEST>
-  static DEVICE void reduce(float (&x)[16], const Shared& s, const Thread& me) {
+  static DEVICE void reduce(float (&x)[N / 4], const Shared& s, const Thread& me) {
 #pragma unroll
     for (int step = 4; step < 32; step *= 2) {
 #pragma unroll
-      for (int i = 0; i < 16; i++) {
+      for (int i = 0; i < N / 4; i++) {
         const float other = __shfl_xor_sync(~0u, x[i], step);
         x[i] = LARGEST ? fmaxf(x[i], other) : x[i] + other;
       }
     }
 #pragma unroll
-    for (int i = 0; i < 16; i++)
+    for (int i = 0; i < N / 4; i++)
       if (me.g == 0) write(partial(s, me.warp, i / 2 * 8 + 2 * me.t + i % 2), x[i]);
     group_sync(me);
   }
@@ -137,12 +137,12 @@ struct Softmax {
   }
 
   // Of rows with a score above their reference, and of all in the first tile.
-  DEVICE void move_zeros(float (&x)[32], const Shared& s, const Thread& me, int tile) {
-    float most[16];
+  DEVICE void move_zeros(float (&x)[N / 2], const Shared& s, const Thread& me, int tile) {
+    float most[N / 4];
 #pragma unroll
-    for (int i = 0; i < 16; i++) most[i] = fmaxf(x[i / 2 * 4 + i % 2], x[i / 2 * 4 + i % 2 + 2]);
+    for (int i = 0; i < N / 4; i++) most[i] = fmaxf(x[i / 2 * 4 + i % 2], x[i / 2 * 4 + i % 2 + 2]);
     reduce<true>(most, s, me);
-    if (me.index < 64) {
+    if (me.index < N) {
       const float top = over_warps<true>(s, me), limit = tile == 0 ? -INFINITE : LOG2_WEIGHT;
       const float up = top > limit ? top - LOG2_WEIGHT : 0.0f;
       const u32 zero = s.base + OFFSET_ROWS + 8 * me.index;
@@ -153,7 +153,7 @@ struct Softmax {
     group_sync(me);
     multiply(total, s.rescale(tile), me);
 #pragma unroll
-    for (int j = 0; j < 8; j++) {
+    for (int j = 0; j < N / 8; j++) {
       const float2 up = read<float2>(partial(s, 0, 8 * j + 2 * me.t));
 #pragma unroll
       for (int i = 0; i < 4; i++) x[4 * j + i] -= i % 2 ? up.y : up.x;

@@ -15,23 +15,23 @@ from quantlab_kernels.common import driver, nvrtc
 from quantlab_kernels.common.latent import PackedLatent
 from quantlab_kernels.common.wgmma import wgmma_variant
 from quantlab_kernels.mla_decode import sm90
-from quantlab_kernels.mla_decode.division import TILE, row_tile
+from quantlab_kernels.mla_decode.division import EVEN, LARGEST, TILE, even_tiles, row_tile, time_us
 
 if TYPE_CHECKING:
     from quantlab_kernels.mla_decode.op import Problem
 
 _FOLDER = Path(__file__).parent
-ROWS = 64
 _FORMATS = {"float": 0, "e4m3": 1, "int4": 3}
 
 
 @dataclass(frozen=True)
 class Config:
-    """halves of tiles of latents in the ring, and position parts: `ropes`; warpgroups that score: `scorers`; CTAs that
-    bring tiles to each other: `cluster`."""
+    """halves of tiles of latents in the ring, and position parts: `ropes`; rows of a tile (heads times queries), 64 in
+    16 bits; warpgroups that score: `scorers`; CTAs that bring tiles to each other: `cluster`."""
 
     halves: int
     ropes: int = 2
+    rows: int = LARGEST
     scorers: int = 1
     cluster: int = 1
 
@@ -44,7 +44,7 @@ def supports(problem: Problem) -> str | None:
     if reason := able(problem):
         return reason
     tile = row_tile(problem)
-    return None if tile == ROWS else f"sm90 is quicker with {tile} rows a tile"
+    return None if tile in wide_tiles(problem) else f"sm90 is quicker with {tile} rows a tile"
 
 
 def able(problem: Problem) -> str | None:
@@ -57,12 +57,23 @@ def able(problem: Problem) -> str | None:
     return sm90.supports(problem)
 
 
+def wide_tiles(problem: Problem) -> tuple[int, ...]:
+    """Rows of a tile that it can have."""
+    return even_tiles(problem) if problem.code in EVEN else (LARGEST,)
+
+
 @functools.cache
 def config(problem: Problem) -> Config:
-    """As much in the ring as shared memory holds; CTAs in pairs where a sequence has an even number of row tiles."""
-    tiles = -(-problem.heads * problem.sq // ROWS)
+    """The quickest of its tiles; CTAs in pairs where a sequence has an even number of row tiles.
+
+    As much is in the ring as shared memory holds beside queries of 64 rows. More for fewer rows takes no less time, nor
+    do two warpgroups that score E4M3, for which up to 48 rows leave registers.
+    """
+    rows = min(wide_tiles(problem), key=lambda tile: time_us(problem, tile))
+    tiles = -(-problem.heads * problem.sq // rows)
     return {
-        "float": Config(6, cluster=1 if tiles % 2 else 2), "e4m3": Config(8), "int4": Config(12, ropes=6, scorers=2),
+        "float": Config(6, cluster=1 if tiles % 2 else 2), "e4m3": Config(8, rows=rows),
+        "int4": Config(12, ropes=6, rows=rows, scorers=2),
     }[problem.code]  # fmt: skip
 
 
@@ -70,25 +81,25 @@ def source(config: Config, problem: Problem) -> nvrtc.Source:
     """What is compiled for a configuration."""
     p, c = problem, config
     macros = {
-        "L": p.rank, "FORMAT": _FORMATS[p.code], "KEPT": sm90.FLOATS[p.kept], "QUERY": sm90.FLOATS[p.dtype], "N": ROWS,
+        "L": p.rank, "FORMAT": _FORMATS[p.code], "KEPT": sm90.FLOATS[p.kept], "QUERY": sm90.FLOATS[p.dtype], "N": c.rows,
         "PAGED": int(p.page > 0), "BOX": math.gcd(p.page, TILE), "SHARED": sm90.SHARED, "HALVES": c.halves,
         "ROPES": c.ropes, "SCORERS": c.scorers, "CLUSTER": c.cluster,
     }  # fmt: skip
     kept = "bf16" if p.kept == torch.bfloat16 else "f16"
     if p.code == "float":
         wgmma = [
-            wgmma_variant("wgmma_scores", ROWS, "f32", kept, kept, registers=True),
-            wgmma_variant("wgmma_rest", ROWS, "f32", kept, kept, registers=False),
+            wgmma_variant("wgmma_scores", LARGEST, "f32", kept, kept, registers=True),
+            wgmma_variant("wgmma_rest", LARGEST, "f32", kept, kept, registers=False),
             wgmma_variant("wgmma_outputs", p.rank // 2, "f32", kept, kept, registers=False, turned_b=True),
         ]
     else:
         scores = ("s32", "s8", "s8") if p.code == "int4" else ("f32", "e4m3", "e4m3")
-        columns = ROWS if p.code == "int4" else 2 * ROWS  # both numbers of a query at once
+        columns = c.rows if p.code == "int4" else 2 * c.rows  # both numbers of a query at once
         weights = "f16" if p.code == "int4" else "e4m3"
         wgmma = [
-            wgmma_variant("wgmma_rope", ROWS, "f32", kept, kept, registers=False),
+            wgmma_variant("wgmma_rope", c.rows, "f32", kept, kept, registers=False),
             wgmma_variant("wgmma_scores", columns, *scores, registers=p.code == "int4"),
-            wgmma_variant("wgmma_outputs", ROWS, "f32", weights, weights, registers=True),
+            wgmma_variant("wgmma_outputs", c.rows, "f32", weights, weights, registers=True),
         ]
     headers = {name: (_FOLDER.parent / "common" / name).read_text() for name in ("sm90.cuh", "attention.cuh")}
     own = ("work.cuh", "tiles.cuh", "rows_softmax.cuh", "rows_codes.cuh", "rows_e4m3.cuh", "rows_int4.cuh", "merge.cuh")
@@ -111,5 +122,5 @@ def launch(
 ) -> None:  # fmt: skip
     """As `sm90.launch`."""
     c = chosen or config(problem)
-    pair, grid = kernels(c, sm90.compiled_for(problem)), sm90.Grid(ROWS, c.threads, cluster=c.cluster)
+    pair, grid = kernels(c, sm90.compiled_for(problem)), sm90.Grid(c.rows, c.threads, cluster=c.cluster)
     sm90.run(pair, grid, problem, q_latent, q_rope, cache, length, start, table, scale, out, lse)
