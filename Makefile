@@ -11,7 +11,7 @@ TESTS ?= tests
 OLDER = transformers==5.17.0
 RUN = $(VENV)/bin/python
 
-.PHONY: setup check test test-older gpu sanitize bench tune demo
+.PHONY: setup check test test-older gpu gpus sanitize bench tune demo
 
 setup: $(VENV)/.installed
 
@@ -37,6 +37,10 @@ test-older:
 # On a machine with a GPU, with the python that has torch there: a test that skips fails.
 gpu:
 	PYTHONPATH=.:kernels:calib $(PYTHON) -m pytest -m gpu --require-gpu
+
+# The same on a machine with two.
+gpus:
+	PYTHONPATH=.:kernels:calib $(PYTHON) -m pytest -m gpus --require-gpu
 
 # Out-of-bounds accesses and races of the CUDA kernels; compute-sanitizer comes with the CUDA toolkit.
 sanitize:

@@ -26,11 +26,12 @@ COLLECTIONS = {
 }
 
 
-def kernel_room(room: str, dry_run: bool, *, only: str = "", unchecked: bool = False) -> Table:
+def kernel_room(room: str, dry_run: bool, *, only: str = "", unchecked: bool = False, sustained: float = 0.0) -> Table:
     """Time a kernel room or a collection on the present GPU, or list what would be timed after a small call of it.
 
     only       cases whose name contains this; nothing else is measured
     unchecked  times without the rooms' tests, for a run right after them
+    sustained  seconds that each variant of a kernel runs by itself before it is timed; 0: they take turns
 
     Raises UsageError for an unknown room, where no case is left, and for times without a GPU.
     """
@@ -54,16 +55,16 @@ def kernel_room(room: str, dry_run: bool, *, only: str = "", unchecked: bool = F
         return f"{room}: inputs build, it runs", ("case",), [(name,) for name in names + wanted]
     if wanted and not torch.cuda.is_available():
         raise UsageError(bench.NO_GPU)
-    rows = [row for each in rooms for row in _room(each, only, unchecked)]
+    rows = [row for each in rooms for row in _room(each, only, unchecked=unchecked, sustained=sustained)]
     return room, HEADER, rows + (list(at_work.run(only)) if wanted else [])
 
 
-def _room(room: str, only: str, unchecked: bool) -> Iterator[tuple[Any, ...]]:
+def _room(room: str, only: str, **given: Any) -> Iterator[tuple[Any, ...]]:
     """Rows of a room that has such cases."""
     from quantlab_kernels import bench
 
     try:
-        rows = list(bench.run(room, only=only, unchecked=unchecked))
+        rows = list(bench.run(room, only=only, **given))
     except RuntimeError as error:
         raise UsageError(str(error)) from None
     for row in rows:

@@ -28,18 +28,21 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    marker = item.get_closest_marker("gpu")
-    if marker is None:
-        return
-    needed = marker.kwargs.get("sm", 80)
-    present = (
-        10 * torch.cuda.get_device_capability()[0] + torch.cuda.get_device_capability()[1]
-        if torch.cuda.is_available()
-        else 0
-    )
-    if present < needed:
-        found = f"found sm_{present}" if present else "no CUDA device"
-        pytest.skip(f"needs sm_{needed}, {found}")
+    one, several = item.get_closest_marker("gpu"), item.get_closest_marker("gpus")
+    if several:
+        _need(90, several.args[0])
+    elif one:
+        _need(one.kwargs.get("sm", 80), 1)
+
+
+def _need(sm: int, count: int) -> None:
+    present = [
+        10 * torch.cuda.get_device_capability(i)[0] + torch.cuda.get_device_capability(i)[1]
+        for i in range(torch.cuda.device_count())
+    ]
+    if sum(each >= sm for each in present) < count:
+        found = " and ".join(f"sm_{each}" for each in present) or "no CUDA device"
+        pytest.skip(f"needs {f'{count} of ' if count > 1 else ''}sm_{sm}, found {found}")
 
 
 @pytest.hookimpl(hookwrapper=True)

@@ -1,4 +1,4 @@
-"""Benchmark a room: ``python -m quantlab_kernels.bench ROOM [--dry-run] [--case TEXT]``.
+"""Benchmark a room: ``python -m quantlab_kernels.bench ROOM [--dry-run] [--case TEXT] [--sustained SECONDS]``.
 
 Prints a line per case and appends the same as JSON to the room's ``results/``. No number is printed while the room's
 tests are red: a wrong kernel is not fast. `--dry-run` builds small inputs on any device and calls the reference once,
@@ -73,28 +73,30 @@ def dry_run(room: str, only: str = "") -> list[str]:
     return [case.name for case in wanted]
 
 
-def run(room: str, *, only: str = "", unchecked: bool = False, rounds: int = 15) -> Iterator[Row]:
+def run(
+    room: str, *, only: str = "", unchecked: bool = False, rounds: int = 15, sustained: float = 0.0
+) -> Iterator[Row]:
     """Measure the room's cases on the present GPU and append them to its results.
 
     Raises RuntimeError without a GPU and when the room's tests fail. `unchecked` skips the tests, for a run right after
-    them; the results then say so.
+    them; the results then say so. `sustained`: as in `timing.measure`.
     """
     if not torch.cuda.is_available():
         raise RuntimeError(NO_GPU)
     everything = cases(room, only)
     if not unchecked:
         check(room)
-    about = environment() | {"room": room, "checked": not unchecked}
+    about = environment() | {"room": room, "checked": not unchecked, "sustained": sustained}
     path = PACKAGE / room / "results" / f"{gpu().slug}.jsonl"
     path.parent.mkdir(exist_ok=True)
     for case in everything:
-        row = measure_case(room, case, rounds)
+        row = measure_case(room, case, rounds, sustained)
         with path.open("a") as file:
             file.write(json.dumps(about | asdict(row)) + "\n")
         yield row
 
 
-def measure_case(room: str, case: Case, rounds: int = 15) -> Row:
+def measure_case(room: str, case: Case, rounds: int = 15, sustained: float = 0.0) -> Row:
     """Time our op, its able backends and the peers on the same inputs."""
     device = torch.device("cuda")
     present = {name: peer for name, peer in case.peers.items() if not isinstance(peer, str)}
@@ -102,7 +104,7 @@ def measure_case(room: str, case: Case, rounds: int = 15) -> Row:
     backends = {f"quantlab/{name}": call for name, call in case.backends.items()}
     sets = [case.build(device, seed) for seed in range(rotations(case.bytes, gpu().l2_bytes))]
     variants = {"quantlab": case.ours, **backends, **present}
-    times = measure({name: _bind(call, sets) for name, call in variants.items()}, rounds=rounds)
+    times = measure({name: _bind(call, sets) for name, call in variants.items()}, rounds=rounds, sustained=sustained)
     return _row(room, case, times, absent)
 
 
@@ -178,13 +180,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--case", default="", help="only cases whose name contains this")
     parser.add_argument("--dry-run", action="store_true", help="build inputs, call the reference; needs no GPU")
     parser.add_argument("--unchecked", action="store_true", help="skip the room's tests; the results say so")
+    parser.add_argument(
+        "--sustained", type=float, default=0.0, metavar="SECONDS",
+        help="every variant runs by itself for so long before it is timed: times at the clock that it can keep",
+    )  # fmt: skip
     options = parser.parse_args(arguments)
     try:
         if options.dry_run:
             print("\n".join(dry_run(options.room, options.case)))
             return 0
         rows = []
-        for row in run(options.room, only=options.case, unchecked=options.unchecked):
+        given = {"unchecked": options.unchecked, "sustained": options.sustained}
+        for row in run(options.room, only=options.case, **given):
             print(line(row), flush=True)
             rows.append(row)
         print(f"geometric mean of {len(rows)} cases: {times_ours(means(rows))}")

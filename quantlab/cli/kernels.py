@@ -81,6 +81,9 @@ def bench(
         bool, Option("--together", help="Models of generation compile at the same time, and share the GPU's memory.")
     ] = False,
     unchecked: Annotated[bool, Option("--unchecked", help="Times kernels without their tests before.")] = False,
+    sustained: Annotated[
+        float, Option(min=0.0, metavar="SECONDS", help="Each kernel runs by itself for so long before it is timed.")
+    ] = 0.0,
     dry_run: Annotated[
         bool, Option("--dry-run", help="Build the inputs and call the reference once; works on a CPU.")
     ] = False,
@@ -89,8 +92,9 @@ def bench(
     """Time kernels beside the roofline and the peers, or a whole job on a random checkpoint of a real shape."""
     from quantlab import benchmarks
 
-    if room in benchmarks.JOBS and (dry_run or unchecked):
-        raise UsageError(f"--dry-run and --unchecked are for rooms of kernels, {room} is a whole job; leave them out")
+    if room in benchmarks.JOBS and (dry_run or unchecked or sustained):
+        options = "--dry-run, --unchecked and --sustained"
+        raise UsageError(f"{options} are for rooms of kernels, {room} is a whole job; leave them out")
     if room in benchmarks.JOBS:
         with progress(format is Format.human) as callback:
             title, header, rows = benchmarks.JOBS[room](
@@ -107,7 +111,7 @@ def bench(
         raise UsageError(f"--case was given {len(case)} times; for {room} give it once")
     else:
         only = case[0] if case else ""
-        title, header, rows = benchmarks.kernel_room(room, dry_run, only=only, unchecked=unchecked)
+        title, header, rows = benchmarks.kernel_room(room, dry_run, only=only, unchecked=unchecked, sustained=sustained)
     if format is Format.json:
         print_json([dict(zip(header, row, strict=True)) for row in rows])
     else:

@@ -210,7 +210,7 @@ def test_what_int4_is_calibrated_on(options: tuple[str, ...], calibration: Calib
     assert recipes == [Recipe("int4-fp8", calibration=calibration)]
 
 
-@pytest.mark.parametrize("option", ["--dry-run", "--unchecked"])
+@pytest.mark.parametrize("option", ["--dry-run", "--unchecked", "--sustained=1"])
 def test_whole_jobs_take_no_options_of_rooms(option: str, capsys, monkeypatch):
     code, text = fails(capsys, monkeypatch, "bench", "generation", option)
     assert code == 2

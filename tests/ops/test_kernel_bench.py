@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 
 from quantlab_kernels import bench, tune
 from quantlab_kernels.common.hardware import RATES, Gpu
-from quantlab_kernels.common.timing import rotations
+from quantlab_kernels.common.timing import measure, rotations
 
 
 @pytest.mark.parametrize("room", bench.ROOMS)
@@ -54,6 +56,16 @@ def test_no_number_while_the_tests_are_red(monkeypatch):
     monkeypatch.setattr(bench.subprocess, "run", lambda *_, **__: Red())
     with pytest.raises(RuntimeError, match="tests of quantize_fp8 fail, no number is printed:\n1 failed"):
         bench.check("quantize_fp8")
+
+
+@pytest.mark.gpu
+def test_sustained_times_are_taken_after_so_long():
+    x = torch.randn(1 << 24, device="cuda")
+    begun = time.perf_counter()
+    (timing,) = measure({"copy": [x.clone, x.clone]}, rounds=5, sustained=0.3).values()
+    assert time.perf_counter() - begun > 0.3
+    assert timing.graph
+    assert 20 < timing.median_us < 2000  # 134 MB, at 4 TB/s 31 us
 
 
 def test_a_row_as_text():

@@ -25,7 +25,7 @@ from quantlab_kernels import bench
 from quantlab_kernels.attention_prefill import errors
 from quantlab_kernels.common import timing
 
-PICKED = {"only": "qwen3", "unchecked": True}
+PICKED = {"only": "qwen3", "unchecked": True, "sustained": 0.5}
 
 
 @pytest.fixture(scope="module")
@@ -247,7 +247,7 @@ def test_experts_of_a_layer_are_timed(monkeypatch):
 def test_a_room_ends_with_its_mean(monkeypatch):
     row = bench.Row("1 qwen3-30b", "triton", 10.0, 9.0, 11.0, 800.0, 100.0, 0.5, {"quantlab": 10.0, "steps": 20.0})
     monkeypatch.setattr(bench, "run", lambda room, **options: iter([row] if options == PICKED else []))
-    _, header, rows = benchmarks.kernel_room("moe_route", dry_run=False, only="qwen3", unchecked=True)
+    _, header, rows = benchmarks.kernel_room("moe_route", dry_run=False, **PICKED)
     assert rows[0] == ("1 qwen3-30b", "triton", "10.0", "800", "100", "50%", "steps 2.00x")
     assert rows[1] == ("geometric mean of 1", *[""] * 5, "steps 2.00x")
     assert len(header) == len(rows[1])

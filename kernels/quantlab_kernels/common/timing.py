@@ -3,11 +3,16 @@
 A graph takes Python's launch overhead out. Inputs rotate through more memory than the L2 holds, as a model's weights
 do. Variants are timed in turns, so that clocks that drift under load touch all of them alike. Inputs must be real
 data: zeros draw less power and run faster.
+
+Kernels that draw as much power as the GPU may slow each other down in turns: what draws less then runs at the clock
+that another one has left it. Sustained times are of each by itself, at the clock that it can keep.
 """
 
 from __future__ import annotations
 
+import itertools
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -33,12 +38,16 @@ def rotations(bytes_per_call: int, l2_bytes: int) -> int:
     return max(2, min(64, -(-3 * l2_bytes // max(bytes_per_call, 1))))
 
 
-def measure(variants: Mapping[str, Sequence[Call]], *, rounds: int = 15) -> dict[str, Timing]:
+def measure(variants: Mapping[str, Sequence[Call]], *, rounds: int = 15, sustained: float = 0.0) -> dict[str, Timing]:
     """Time each variant, a sequence of calls that do the same work on different inputs; per call.
+
+    sustained  seconds that each runs by itself before it is timed, not in turns with others; 0: in turns
 
     Needs a CUDA device. Each call is made once before, so compilation is not timed, and weights are settled.
     """
     regions = {name: _region(calls) for name, calls in variants.items()}
+    if sustained > 0:
+        return {name: _timing(_after(sustained, *region[:2], rounds), region[2]) for name, region in regions.items()}
     samples: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(rounds):
         for lead, _, _ in list(regions.values())[:1]:
@@ -54,6 +63,23 @@ def measure(variants: Mapping[str, Sequence[Call]], *, rounds: int = 15) -> dict
         for name, (start, end) in marks.items():
             samples[name].append(start.elapsed_time(end) * 1e3 / regions[name][1])
     return {name: _timing(samples[name], regions[name][2]) for name in variants}
+
+
+def _after(seconds: float, region: Call, calls: int, rounds: int) -> list[float]:
+    """Microseconds of a call, once its region has run for so long."""
+    begun = time.perf_counter()
+    while time.perf_counter() - begun < seconds:
+        for _ in range(8):  # the device waits for the host once in so many
+            region()
+        torch.cuda.synchronize()
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(rounds + 1)]
+    region()  # untimed: the device has work while the host gets ahead
+    marks[0].record()
+    for mark in marks[1:]:
+        region()
+        mark.record()
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) * 1e3 / calls for start, end in itertools.pairwise(marks)]
 
 
 def _region(calls: Sequence[Call]) -> tuple[Call, int, str]:

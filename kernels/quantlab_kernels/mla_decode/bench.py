@@ -15,7 +15,7 @@ from quantlab_kernels.mla_decode import op, reference
 RANK, ROPE, SCALE = 512, 64, 192**-0.5
 SHAPES = [
     *((heads, 16, 1024) for heads in (16, 64, 128)),
-    *((heads, 16, 4096) for heads in (64, 128)),
+    *((heads, 16, 4096) for heads in (32, 40, 64, 96, 128)),
     *((heads, 1, 1024) for heads in (16, 64, 128)),
     (16, 128, 4096), (64, 16, 32768), (128, 128, 4096),
     *((heads, 1, 65536) for heads in (16, 64, 128)),

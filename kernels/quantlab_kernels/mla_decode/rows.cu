@@ -6,8 +6,9 @@
 // the next one to its place. How codes are multiplied says rows_codes.cuh, and rows_softmax.cuh, how scores become
 // weights.
 //
-// Macros: N  up to 64, a multiple of 8, of 16 for INT4;   L, FORMAT (1 E4M3, 3 INT4), KEPT, QUERY, PAGED, BOX, SHARED as in sm90.cu;   SCORERS, CLUSTER (1) as in
-//   tiles.cuh;   HALVES  of tiles, by channels, in the ring;   ROPES  position parts
+// Macros: L, FORMAT (1 E4M3, 3 INT4), KEPT, QUERY, PAGED, BOX, SHARED as in sm90.cu;   SCORERS, CLUSTER (1) as in
+//   tiles.cuh;   N  rows of a tile: up to 64, a multiple of 8, of INT4 of 16;   HALVES  of tiles, by channels, in the
+//   ring;   ROPES  position parts
 #include "sm90.cuh"
 #include "attention.cuh"
 #include "wgmma.cuh"
@@ -27,7 +28,7 @@ constexpr int QUERY_CHUNK = N * 128;
 constexpr int OFFSET_ROPE = HALVES * HALF;
 constexpr int OFFSET_P = OFFSET_ROPE + ROPES * CHUNK;
 constexpr int OFFSET_QUERIES = OFFSET_P + (FORMAT == 1 ? CHUNK : SLOTS * SLOT);
-constexpr int OFFSET_ROWS = OFFSET_QUERIES + QUERY_CHUNKS * QUERY_CHUNK;       // [64] of (zero, factor): rows_softmax.cuh
+constexpr int OFFSET_ROWS = OFFSET_QUERIES + QUERY_CHUNKS * QUERY_CHUNK;  // [64] of (zero, factor): rows_softmax.cuh
 constexpr int OFFSET_LAST = OFFSET_ROWS + 512;                           // [64] last token that a row sees; at the end,
 constexpr int OFFSET_TOTAL = OFFSET_LAST;                                // [64] what sums are multiplied by
 constexpr int OFFSET_PARTIAL = OFFSET_LAST + 256;                        // [4][64] of warps

@@ -71,7 +71,7 @@ def config(problem: Problem) -> Config:
     """The tile of rows that `row_tile` chooses, and as many teams as registers and shared memory hold.
 
     For more than 16 rows of latents in 16 bits, and more than 32 of INT8, two warpgroups divide the outputs. Other
-    codes take 32 where `sm90_rows` would be quicker with 64 but cannot run.
+    codes take 32 where `sm90_rows` would be quicker with more than 16 but cannot run.
     """
     rows, tile = problem.heads * problem.sq, row_tile(problem)
     if tile == 16:

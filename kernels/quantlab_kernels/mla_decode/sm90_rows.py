@@ -81,9 +81,9 @@ def source(config: Config, problem: Problem) -> nvrtc.Source:
     """What is compiled for a configuration."""
     p, c = problem, config
     macros = {
-        "L": p.rank, "FORMAT": _FORMATS[p.code], "KEPT": sm90.FLOATS[p.kept], "QUERY": sm90.FLOATS[p.dtype], "N": c.rows,
-        "PAGED": int(p.page > 0), "BOX": math.gcd(p.page, TILE), "SHARED": sm90.SHARED, "HALVES": c.halves,
-        "ROPES": c.ropes, "SCORERS": c.scorers, "CLUSTER": c.cluster,
+        "L": p.rank, "FORMAT": _FORMATS[p.code], "KEPT": sm90.FLOATS[p.kept], "QUERY": sm90.FLOATS[p.dtype],
+        "PAGED": int(p.page > 0), "BOX": math.gcd(p.page, TILE), "SHARED": sm90.SHARED, "N": c.rows,
+        "HALVES": c.halves, "ROPES": c.ropes, "SCORERS": c.scorers, "CLUSTER": c.cluster,
     }  # fmt: skip
     kept = "bf16" if p.kept == torch.bfloat16 else "f16"
     if p.code == "float":

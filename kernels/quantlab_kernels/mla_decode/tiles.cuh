@@ -1,4 +1,4 @@
-// What the kernels of 64 rows a tile share: a ring's places, boxes of a tile, queries' rows, threads' places.
+// What the kernels of many rows a tile share: a ring's places, boxes of a tile, queries' rows, threads' places.
 // Macros: SCORERS  warpgroups that score;   CLUSTER  CTAs that bring tiles to each other, 1 or 2
 
 constexpr int THREADS = 128 * (SCORERS + 2);
