@@ -36,13 +36,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def _need(sm: int, count: int) -> None:
-    present = [
-        10 * torch.cuda.get_device_capability(i)[0] + torch.cuda.get_device_capability(i)[1]
-        for i in range(torch.cuda.device_count())
-    ]
-    if sum(each >= sm for each in present) < count:
-        found = " and ".join(f"sm_{each}" for each in present) or "no CUDA device"
-        pytest.skip(f"needs {f'{count} of ' if count > 1 else ''}sm_{sm}, found {found}")
+    """The first GPUs, so many, are the ones that tests use."""
+    found = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
+    present = [10 * major + minor for major, minor in found]
+    if len(present) < count or min(present[:count]) < sm:
+        names = " and ".join(f"sm_{each}" for each in present) or "no CUDA device"
+        pytest.skip(f"needs {f'{count} of ' if count > 1 else ''}sm_{sm}, found {names}")
 
 
 @pytest.hookimpl(hookwrapper=True)
