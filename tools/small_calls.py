@@ -34,6 +34,7 @@ from quantlab_kernels.gemm_int4_fp8 import sm90_configs as int4_configs
 from quantlab_kernels.gemm_int4_grouped import sm90 as sm90_int4_grouped
 from quantlab_kernels.mla_decode import sm90 as sm90_latents
 from quantlab_kernels.mla_decode import sm90_rows
+from quantlab_kernels.mla_decode.op import BACKENDS as LATENT_BACKENDS
 from quantlab_kernels.moe_route.op import Rule
 from quantlab_kernels.packing import pack_int4
 
@@ -324,12 +325,14 @@ def decode(format: KVFormat, d: int) -> Calls:
 
 @contextlib.contextmanager
 def tiles_of(rows: int, wide: bool) -> Iterator[None]:
-    """Latent attention in tiles of so many rows, whatever would be quickest; wide ones by `sm90_rows` where it can."""
-    with (
-        mock.patch.object(sm90_latents, "row_tile", return_value=rows),
-        mock.patch.object(sm90_rows, "row_tile", return_value=rows),
-        mock.patch.object(sm90_rows, "wide_tiles", return_value=(rows,) if wide else ()),
-    ):
+    """Latent attention in tiles of so many rows, whatever would be quickest or was chosen for such a call before; wide
+    ones by `sm90_rows` where it can."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.dict(LATENT_BACKENDS._chosen, clear=True))
+        for module in (sm90_latents, sm90_rows):
+            stack.enter_context(mock.patch.object(module, "row_tile", return_value=rows))
+            stack.enter_context(mock.patch.object(module, "config", module.config.__wrapped__))
+        stack.enter_context(mock.patch.object(sm90_rows, "wide_tiles", return_value=(rows,) if wide else ()))
         yield
 
 

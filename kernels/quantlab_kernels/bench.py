@@ -190,8 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print("\n".join(dry_run(options.room, options.case)))
             return 0
         rows = []
-        given = {"unchecked": options.unchecked, "sustained": options.sustained}
-        for row in run(options.room, only=options.case, **given):
+        for row in run(options.room, only=options.case, unchecked=options.unchecked, sustained=options.sustained):
             print(line(row), flush=True)
             rows.append(row)
         print(f"geometric mean of {len(rows)} cases: {times_ours(means(rows))}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ import torch
 import quantlab
 from quantlab.pipeline import quantize
 
-TOOLS = Path(__file__).parents[2] / "tools"
 pytestmark = pytest.mark.gpus(2)
 FIRST, SECOND = torch.device("cuda", 0), torch.device("cuda", 1)
 OVER_BOTH = {
@@ -31,9 +29,7 @@ def _the_first_is_current():
 
 def rooms() -> dict[str, Any]:
     """Those that call ops. The others launch kernels themselves, on the current device."""
-    sys.path.insert(0, str(TOOLS))
     found = importlib.import_module("small_calls").ROOMS
-    sys.path.remove(str(TOOLS))
     ops = ("latents", "absorbed", "prefill", "decode", "route")
     return {name: room for name, room in found.items() if name.startswith(ops) or name.endswith("by_itself")}
 

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import importlib
 import itertools
-import sys
-from pathlib import Path
 
 import pytest
 
-TOOLS = Path(__file__).parents[2] / "tools"
 CLEAN = "========= COMPUTE-SANITIZER\nright 1e-03: 3 tokens\n"
 NO_HAZARD = "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)\n"
 HAZARD = "========= Error: Race reported between Write access at few+0x10\n"
@@ -20,9 +17,7 @@ WRONG = "WRONG nan: 16 tokens\n"
 
 @pytest.fixture(scope="module")
 def sanitize():
-    sys.path.insert(0, str(TOOLS))
-    yield importlib.import_module("sanitize")
-    sys.path.remove(str(TOOLS))
+    return importlib.import_module("sanitize")
 
 
 @pytest.mark.parametrize(
@@ -58,9 +53,7 @@ def test_a_room_that_takes_too_long_is_ended_with_its_children(sanitize, tmp_pat
 
 def test_rooms_of_latents_take_the_tiles_in_their_names(sanitize, monkeypatch: pytest.MonkeyPatch):
     """The quickest tile of calls so short is nearly always the smallest: wider ones would never be checked."""
-    op, sm90, rows = (
-        importlib.import_module(f"quantlab_kernels.mla_decode.{name}") for name in ("op", "sm90", "sm90_rows")
-    )
+    op, sm90 = (importlib.import_module(f"quantlab_kernels.mla_decode.{name}") for name in ("op", "sm90"))
     small_calls = importlib.import_module("small_calls")
     monkeypatch.setattr(sm90.nvrtc, "missing", lambda: None)
     taken = {}
@@ -68,9 +61,9 @@ def test_rooms_of_latents_take_the_tiles_in_their_names(sanitize, monkeypatch: p
     for code, (heads, tile, wide) in itertools.product(("float", "e4m3", "int4", "int8"), calls):
         problem = op.Problem(1, heads, 1, 512, 64, 256, code)
         with small_calls.tiles_of(tile, wide):
-            chosen = rows if rows.supports(problem) is None else sm90
+            chosen = op.BACKENDS.select(problem)
             name = chosen.__name__.rpartition(".")[2]
-            taken[code, heads, tile] = name, chosen.config.__wrapped__(problem).rows
+            taken[code, heads, tile] = name, chosen.config(problem).rows
     assert [taken[code, 20, 32] for code in ("float", "e4m3", "int4", "int8")] == [
         ("sm90", 32), ("sm90", 24), ("sm90", 24), ("sm90", 24),
     ]  # fmt: skip

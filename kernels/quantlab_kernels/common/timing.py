@@ -47,7 +47,10 @@ def measure(variants: Mapping[str, Sequence[Call]], *, rounds: int = 15, sustain
     """
     regions = {name: _region(calls) for name, calls in variants.items()}
     if sustained > 0:
-        return {name: _timing(_after(sustained, *region[:2], rounds), region[2]) for name, region in regions.items()}
+        return {
+            name: _timing(_after(sustained, region, calls, rounds), note)
+            for name, (region, calls, note) in regions.items()
+        }
     samples: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(rounds):
         for lead, _, _ in list(regions.values())[:1]:
