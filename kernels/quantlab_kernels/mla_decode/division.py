@@ -18,12 +18,12 @@ SHORT, SHORTEST = 256, 128  # tokens that are worth a CTA, and that are where mo
 
 # Microseconds that a CTA takes to start and end, and for each tile of tokens, by its rows. 16 rows are `sm90`'s, as are
 # 32 of floats and all of INT8; the others are `sm90_rows`'s, of E4M3 and INT4 any number between and below, in
-# proportion. Fitted to times on an H200, 512 latent channels: of 101 shapes of 20 to 256 heads; E4M3 and INT4 beyond 16
-# rows, 105 and 88 times of 24 shapes of 16 to 128 heads.
+# proportion. Fitted to times on an H200, 512 latent channels: of 101 shapes of 20 to 256 heads; E4M3 and INT4, of 85
+# shapes of 20 to 192 heads.
 COSTS: dict[Code, dict[int, tuple[float, float]]] = {
     "float": {16: (4.7, 1.21), 32: (5.7, 1.99), 64: (5.8, 1.81)},
-    "e4m3": {16: (5.3, 0.86), 32: (7.3, 1.14), 64: (10.2, 1.68)},
-    "int4": {16: (6.0, 0.88), 32: (6.4, 1.19), 64: (10.2, 1.58)},
+    "e4m3": {16: (4.7, 0.78), 32: (6.6, 1.16), 64: (11.4, 1.45)},
+    "int4": {16: (5.9, 0.82), 32: (5.4, 1.15), 64: (9.0, 1.60)},
     "int8": {16: (5.2, 1.08), 32: (7.5, 1.63), 64: (11.2, 3.27)},
 }
 EVEN: dict[Code, tuple[int, int]] = {"e4m3": (24, 8), "int4": (32, 16)}  # fewest rows of `sm90_rows`, and steps

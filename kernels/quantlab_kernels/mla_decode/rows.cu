@@ -15,7 +15,7 @@
 #include "work.cuh"
 
 // Together no more than there are at launch, 168 or, of 512 threads, 128 each: who asks for more waits for ever.
-constexpr int SCORE_REGISTERS = SCORERS == 2 ? 88 : 104, OUTPUT_REGISTERS = SCORERS == 2 ? 168 : 200;
+constexpr int SCORE_REGISTERS = SCORERS == 2 ? 88 : 136, OUTPUT_REGISTERS = SCORERS == 2 ? 168 : 184;
 static_assert(SCORERS * SCORE_REGISTERS + 2 * OUTPUT_REGISTERS <= (SCORERS == 2 ? 4 * 128 : 3 * 168), "see above");
 constexpr int BYTES = FORMAT == 1 ? L : L / 2;                        // of a token's latent
 constexpr int HALF_CHUNKS = BYTES / 256, HALF = HALF_CHUNKS * CHUNK;  // of channels of a tile
@@ -137,13 +137,49 @@ DEVICE void write_row(u32 base, int n, int last, float factor) {
 #include "rows_softmax.cuh"
 #include "rows_codes.cuh"
 
-DEVICE void score(const Params& p, const Work& work, const Shared& s, const Thread& me) {
-  Softmax softmax;
+DEVICE void hand_over(const Weights& weights, const Shared& s, const Thread& me, int tile) {
+  const Turn at(tile, SLOTS);
+  barrier_wait(s.weights_empty(at.slot), at.parity ^ 1);
+  weights.store(s, at.slot, me);
+  async_proxy_fence();
+  announce(me, s.weights_full(at.slot));
+}
+
+#if SCORERS == 1 && N > 32
+// Weights are handed over once the next tile's products have been issued, so that outputs run beside exponentials more
+// than beside MMA. After the last tile it multiplies that again, for nothing: a branch would make the compiler wait for
+// every MMA.
+DEVICE void score_tiles(Softmax& softmax, const Params& p, const Work& work, const Shared& s, const Thread& me) {
+  Tokens tokens(p, work, me);
+  Scores scores;
+  float x[N / 2];
+  if (work.count > 0) {
+    tokens.advance();
+    tokens.prefetch(p, work, me, 1);
+    scores.multiply(s, me, 0);
+    scores.take(x, tokens, s, me, 0);
+    scores.wait_for_positions(x);
+  }
+#pragma unroll 1
+  for (int tile = 0; tile < work.count; tile++) {
+    const int next = min(tile + 1, work.count - 1);
+    Weights weights;
+    softmax.raise(x, tokens, work, s, me, p.sq, tile);
+    weights.make(softmax, x, tokens);
+    scores.multiply(s, me, next);
+    hand_over(weights, s, me, tile);
+    tokens.advance();
+    tokens.prefetch(p, work, me, tile + 2);
+    scores.take(x, tokens, s, me, next);
+    scores.wait_for_positions(x);
+  }
+}
+#else
+DEVICE void score_tiles(Softmax& softmax, const Params& p, const Work& work, const Shared& s, const Thread& me) {
   Tokens tokens(p, work, me);
   Scores scores;
 #pragma unroll 1
   for (int tile = me.group; tile < work.count; tile += SCORERS) {
-    const Turn at(tile, SLOTS);
     float x[N / 2];
     Weights weights;
     tokens.advance();
@@ -153,11 +189,14 @@ DEVICE void score(const Params& p, const Work& work, const Shared& s, const Thre
     scores.wait_for_positions(x);
     softmax.raise(x, tokens, work, s, me, p.sq, tile);
     weights.make(softmax, x, tokens);
-    barrier_wait(s.weights_empty(at.slot), at.parity ^ 1);
-    weights.store(s, at.slot, me);
-    async_proxy_fence();
-    announce(me, s.weights_full(at.slot));
+    hand_over(weights, s, me, tile);
   }
+}
+#endif
+
+DEVICE void score(const Params& p, const Work& work, const Shared& s, const Thread& me) {
+  Softmax softmax;
+  score_tiles(softmax, p, work, s, me);
   softmax.finish(p, work, s, me);
   if (me.group == 0) barrier_arrive(s.totals_full());
 }

@@ -1,7 +1,13 @@
 // E4M3 latents as operands of 8-bit MMA: in the scores where they lie, queries being sums of two E4M3 numbers; in the
 // outputs turned on their way to registers, weights being one E4M3 number, in the order in which the scorers have them.
 
-DEVICE u32 e4m3_four(const float* x) { return e4m3_pair(x[0], x[1]) | static_cast<u32>(e4m3_pair(x[2], x[3])) << 16; }
+// Of two pairs of float16 numbers.
+DEVICE u32 e4m3_four(u32 low, u32 high) {
+  u32 r;
+  asm("{\n.reg .b16 a, b;\ncvt.rn.satfinite.e4m3x2.f16x2 a, %1;\ncvt.rn.satfinite.e4m3x2.f16x2 b, %2;\n"
+      "mov.b32 %0, {a, b};\n}" : "=r"(r) : "r"(low), "r"(high));
+  return r;
+}
 
 // Eight channels of each 256 of a query, and two of its position.
 struct Query {
@@ -24,16 +30,12 @@ DEVICE float2 query_floats(u32 x) {
   return {Float16::unpack(low), Float16::unpack(high)};
 }
 
-// Four channels of a query, raised, as sums of two numbers.
+// Four channels of a query, raised, as sums of two numbers. What float16 would round is beneath both.
 DEVICE void write_numbers(u32 to, const float* x, float raised) {
-  float four[4], rest[4];
-#pragma unroll
-  for (int k = 0; k < 4; k++) four[k] = x[k] * raised;
-  const u32 first = e4m3_four(four);
-  const float2 low = e4m3_floats(static_cast<u16>(first)), high = e4m3_floats(static_cast<u16>(first >> 16));
-  rest[0] = four[0] - low.x, rest[1] = four[1] - low.y, rest[2] = four[2] - high.x, rest[3] = four[3] - high.y;
-  write(to, __uint_as_float(first));
-  write(to + QUERY_CHUNK, __uint_as_float(e4m3_four(rest)));
+  const u32 low = Float16::pack(x[0] * raised, x[1] * raised), high = Float16::pack(x[2] * raised, x[3] * raised);
+  const u32 first = e4m3_four(low, high);
+  write(to, first);
+  write(to + QUERY_CHUNK, e4m3_four(minus(low, fp8_pair(first)), minus(high, fp8_pair(first >> 16))));
 }
 
 DEVICE u32 warp_max(u32 x) {
@@ -42,7 +44,7 @@ DEVICE u32 warp_max(u32 x) {
   return r;
 }
 
-// The largest of a row near 128 by a power of two.
+// The largest of a row near 128 by a power of two, `raised`, whose inverse is `lowered`.
 DEVICE void stage_query(const float (&x)[L / 32], float2 turned, int n, int last, const Params& p, u32 base) {
   const int lane = threadIdx.x % 32;
   float most[4] = {fabsf(turned.x), fabsf(turned.y), 0.0f, 0.0f};
@@ -50,7 +52,7 @@ DEVICE void stage_query(const float (&x)[L / 32], float2 turned, int n, int last
   for (int i = 0; i < L / 32; i++) most[i % 4] = fmaxf(most[i % 4], fabsf(x[i]));
   const float of_lane = fmaxf(fmaxf(most[0], most[1]), fmaxf(most[2], most[3]));
   const u32 exponent = max(warp_max(__float_as_uint(of_lane)) >> 23, 27u);
-  const float raised = __uint_as_float((260 - exponent) << 23);
+  const float raised = __uint_as_float((260 - exponent) << 23), lowered = __uint_as_float((exponent - 6) << 23);
 #pragma unroll
   for (int i = 0; i < L / 256; i++) {
     const u32 to = base + OFFSET_QUERIES + 2 * (2 * i + lane / 16) * QUERY_CHUNK + swizzled(n, lane % 16 * 8);
@@ -59,7 +61,7 @@ DEVICE void stage_query(const float (&x)[L / 32], float2 turned, int n, int last
   }
   const u32 both = pack<KEPT>(turned.x * raised, turned.y * raised);
   write(base + OFFSET_QUERIES + 2 * CHUNKS * QUERY_CHUNK + swizzled(n, 4 * lane), __uint_as_float(both));
-  if (lane == 0) write_row(base, n, last, p.factor / raised);
+  if (lane == 0) write_row(base, n, last, p.factor * lowered);
 }
 
 // A warp takes a row, the next one under way. The first fetches latents.
@@ -152,31 +154,25 @@ struct Weights {
 
 // Matrix units add 8-bit products with 13 bits or so: the products of a tile are added to float32 sums by themselves.
 struct Outputs : Sums {
-  // Codes of 4 channels of tokens 16 w + 2 t + {0, 8, 1, 9} become words of 4 tokens of each channel.
-  static DEVICE void turn(u32 (&channel)[4][4], u32 chunk, const Thread& me) {
+  // Of 32 tokens by 16 bytes: bytes 2 g and 2 g + 1 of tokens 2 t + {0, 8, 1, 9}, then of the same 16 below. Every lane
+  // gives the address of a token's.
+  static DEVICE void turn(u32 (&byte)[4], u32 token) {
+    u32 pairs[4];
+    load_matrix_x4_transposed(pairs, token);
 #pragma unroll
-    for (int w = 0; w < 4; w++) {
-      u32 word[4];
-#pragma unroll
-      for (int i = 0; i < 4; i++)
-        word[i] = read<u32>(chunk + swizzled(16 * w + i % 2 * 8 + 2 * me.t + i / 2, 32 * me.warp + 4 * me.g));
-      const u32 a = __byte_perm(word[0], word[1], 0x5140), b = __byte_perm(word[2], word[3], 0x5140);
-      const u32 c = __byte_perm(word[0], word[1], 0x7362), d = __byte_perm(word[2], word[3], 0x7362);
-      channel[0][w] = __byte_perm(a, b, 0x5410), channel[1][w] = __byte_perm(a, b, 0x7632);
-      channel[2][w] = __byte_perm(c, d, 0x5410), channel[3][w] = __byte_perm(c, d, 0x7632);
+    for (int i = 0; i < 4; i += 2) {
+      byte[i] = __byte_perm(pairs[i], pairs[i + 1], 0x6240);
+      byte[i + 1] = __byte_perm(pairs[i], pairs[i + 1], 0x7351);
     }
   }
   DEVICE void add(u32 weights, u32 half, const Thread& me) {
 #pragma unroll
-    for (int c = 0; c < HALF_CHUNKS; c++) {
-      u32 channel[4][4], a[2][4];
-      turn(channel, half + c * CHUNK, me);
-#pragma unroll
-      for (int k = 0; k < 2; k++) {
-#pragma unroll
-        for (int i = 0; i < 8; i++) a[i / 4][i % 4] = channel[2 * k + i % 2][i / 2];
-        add_products(sum[2 * c + k], a, weights);
-      }
+    for (int i = 0; i < BLOCKS; i++) {
+      const u32 codes = half + i / 2 * CHUNK + swizzled(me.lane, 32 * me.warp + i % 2 * 16);
+      u32 a[2][4];
+      turn(a[0], codes);
+      turn(a[1], codes + 32 * 128);
+      add_products(sum[i], a, weights);
     }
   }
   static DEVICE void add_products(float (&sum)[N / 2], u32 (&a)[2][4], u32 weights) {
@@ -200,18 +196,21 @@ struct Outputs : Sums {
 
   // Averages of rows from the `first`th on.
   DEVICE void store(char* to, const Params& p, const Work& work, const Shared& s, const Thread& me, i64 first) const {
-    const int channel = me.half() * (L / 2) + 32 * me.warp + 4 * me.g;
+    const int channel = me.half() * (L / 2) + 32 * me.warp + 2 * me.g;
     const int left = p.rows - work.first_row - 2 * me.t;
     char* at = to + ((first + 2 * me.t) * L + channel) * 2;
 #pragma unroll
     for (int j = 0; j < N / 8; j++) {
       const float2 both = read<float2>(s.base + OFFSET_TOTAL + (8 * j + 2 * me.t) * 4);
 #pragma unroll
-      for (int i = 0; i < BLOCKS; i++) {
-        const int r = i % 2, c = i / 2;
-        const float by = r ? both.y : both.x, *low = sum[2 * c] + 4 * j + r, *high = sum[2 * c + 1] + 4 * j + r;
-        const float four[4] = {low[0] * by, low[2] * by, high[0] * by, high[2] * by};
-        if (8 * j + r < left) store_four<QUERY>(at, (8 * j + r) * L + c * 128, four);
+      for (int r = 0; r < 2; r++) {
+        if (8 * j + r >= left) continue;
+        const float by = r ? both.y : both.x;
+#pragma unroll
+        for (int i = 0; i < BLOCKS; i++) {
+          const float* x = sum[i] + 4 * j + r;
+          store_two<QUERY>(at, (8 * j + r) * L + i / 2 * 128 + i % 2 * 16, x[0] * by, x[2] * by);
+        }
       }
     }
   }

@@ -208,15 +208,14 @@ struct Outputs : Sums {
     weight[0] *= read<float>(from + (16 * me.warp + me.g) * 4);
     weight[2] *= read<float>(from + (16 * me.warp + me.g + 8) * 4);
   }
-  // Codes of 4 bytes of tokens 16 k + 2 t + {0, 1, 8, 9}.
-  static DEVICE void fetch(u32 (&word)[4], u32 half, int k, const Thread& me) {
-#pragma unroll
-    for (int i = 0; i < 4; i++)
-      word[i] = read<u32>(half + swizzled(16 * k + i / 2 * 8 + 2 * me.t + i % 2, 32 * me.warp + 4 * me.g));
+  // Bytes 16 (i / 2) + 2 g and + 1 of tokens 16 k + 8 (i % 2) + 2 t and + 1.
+  static DEVICE void fetch(u32 (&pairs)[4], u32 half, int k, const Thread& me) {
+    const int token = 16 * k + me.lane % 16, byte = 32 * me.warp + me.lane / 16 * 16;
+    load_matrix_x4_transposed(pairs, half + swizzled(token, byte));
   }
   DEVICE void add(u32 weights, u32 half, const Thread& me) {
-    u32 word[4], a[2][4];
-    fetch(word, half, 0, me);
+    u32 pairs[4], a[2][4];
+    fetch(pairs, half, 0, me);
     add_weights(weights, me);
 #pragma unroll
     for (int i = 0; i < BLOCKS; i++) pin(sum[i]);
@@ -225,7 +224,7 @@ struct Outputs : Sums {
       if (unit > 0) wgmma_wait<0>();
       pin(a[0]);
       pin(a[1]);
-      make_operands(a, word, unit % 2);
+      make_operands(a, pairs, unit % 2);
       pin(a[0]);
       pin(a[1]);
       wgmma_fence();
@@ -233,7 +232,7 @@ struct Outputs : Sums {
       for (int i = 0; i < 2; i++)
         wgmma_outputs(sum[unit % 2 * 2 + i], a[i], plain_descriptor(weights + unit / 2 * 2 * PIECE), 1);
       wgmma_commit();
-      if (unit % 2 && unit + 1 < UNITS) fetch(word, half, unit / 2 + 1, me);
+      if (unit % 2 && unit + 1 < UNITS) fetch(pairs, half, unit / 2 + 1, me);
     }
     wgmma_wait<0>();
 #pragma unroll
@@ -241,11 +240,11 @@ struct Outputs : Sums {
     pin(a[0]);
     pin(a[1]);
   }
-  // Bytes 2 part and 2 part + 1 of words: low nibbles, and high ones.
-  static DEVICE void make_operands(u32 (&a)[2][4], const u32 (&word)[4], int part) {
+  // Low nibbles of half of the bytes, and high ones.
+  static DEVICE void make_operands(u32 (&a)[2][4], const u32 (&pairs)[4], int part) {
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-      const u32 w = __byte_perm(word[2 * i], word[2 * i + 1], part ? 0x7632 : 0x5410);
+      const u32 w = pairs[2 * part + i];
       a[0][2 * i] = w & 0x000F000Fu, a[0][2 * i + 1] = w >> 8 & 0x000F000Fu;
       a[1][2 * i] = w & 0x00F000F0u, a[1][2 * i + 1] = w >> 8 & 0x00F000F0u;
     }
@@ -274,7 +273,7 @@ struct Outputs : Sums {
   // Averages of rows from the `first`th on.
   DEVICE void store(char* to, const Params& p, const Work& work, const Shared& s, const Thread& me, i64 first) const {
     constexpr float UNIT[2] = {33554432.0f, 2097152.0f};  // 2^25, 2^21
-    const int channel = me.half() * 128 + 32 * me.warp + 4 * me.g, left = p.rows - work.first_row - 2 * me.t;
+    const int channel = me.half() * 128 + 32 * me.warp + 2 * me.g, left = p.rows - work.first_row - 2 * me.t;
     char* at = to + ((first + 2 * me.t) * L + channel) * 2;
 #pragma unroll
     for (int j = 0; j < N / 8; j++) {
@@ -286,8 +285,10 @@ struct Outputs : Sums {
         const int r = i % 2, nibble = i / 2;
         const float total = r ? both.y : both.x, less = 15.0f * (r ? even.y + odd.y : even.x + odd.x) * total;
         const float by = total * UNIT[nibble], *low = sum[nibble] + 4 * j + r, *high = sum[nibble + 2] + 4 * j + r;
-        const float four[4] = {low[0] * by - less, low[2] * by - less, high[0] * by - less, high[2] * by - less};
-        if (8 * j + r < left) store_four<QUERY>(at, (8 * j + r) * L + nibble * (L / 2), four);
+        const int to = (8 * j + r) * L + nibble * (L / 2);
+        if (8 * j + r >= left) continue;
+        store_two<QUERY>(at, to, low[0] * by - less, low[2] * by - less);
+        store_two<QUERY>(at, to + 16, high[0] * by - less, high[2] * by - less);
       }
     }
   }

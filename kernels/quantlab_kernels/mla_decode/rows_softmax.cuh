@@ -54,9 +54,9 @@ struct Softmax {
         x[4 * j + i] = fmaf(x[4 * j + i], i % 2 ? row.w : row.y, added[i / 2] - (i % 2 ? row.z : row.x));
     }
     const int position = work.begin + tile * TILE;
-    if (position < work.low || position + TILE > work.length - sq + 1) hide(x, work, s, me, position);
+    if (uniform(position < work.low || position + TILE > work.length - sq + 1)) hide(x, work, s, me, position);
     if (SCORERS == 2 && tile > 0 && read<u32>(s.raised(tile - 1))) multiply(total, s.rescale(tile - 1), me);
-    const bool raised = group_any(me, largest_of(x) > HIGHEST || tile == 0);
+    const bool raised = uniform(group_any(me, largest_of(x) > HIGHEST || tile == 0));
     if (raised) move_zeros(x, s, me, tile);
     if (me.index == 0) write(s.raised(tile), __uint_as_float(raised));
     if (SCORERS == 2) barrier_arrive(s.voted((tile + 1) % 2));

@@ -105,6 +105,11 @@ DEVICE void store_four(char* base, i64 index, const float (&x)[4]) {
   if (KIND == 0) *reinterpret_cast<float4*>(base + 4 * index) = {x[0], x[1], x[2], x[3]};
   if (KIND != 0) *reinterpret_cast<uint2*>(base + 2 * index) = {pack<KIND>(x[0], x[1]), pack<KIND>(x[2], x[3])};
 }
+template <int KIND>
+DEVICE void store_two(char* base, i64 index, float low, float high) {
+  if (KIND == 0) *reinterpret_cast<float2*>(base + 4 * index) = {low, high};
+  if (KIND != 0) *reinterpret_cast<u32*>(base + 2 * index) = pack<KIND>(low, high);
+}
 
 struct Work {
   u32 per_split;  // 2^32 / splits, rounded up
