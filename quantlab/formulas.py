@@ -22,6 +22,11 @@ def is_silu(act: Any) -> bool:
     return isinstance(act, nn.SiLU) or type(act).__name__ == "SiLUActivation"
 
 
+def untouched(module: nn.Module, forward: Any = None) -> bool:
+    """Whether calling a module is nothing but its `forward`: its class's, or the one that it was given."""
+    return vars(module).get("forward") is forward and not (module._forward_hooks or module._forward_pre_hooks)
+
+
 def epsilon(norm: Any) -> float | None:
     """What a norm adds to the mean of squares; None where it does not say."""
     eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,12 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from quantlab.attention import share_keys
-from quantlab.formulas import epsilon, is_silu, norm_offset
+from quantlab.formulas import epsilon, is_silu, norm_offset, untouched
 from quantlab.int4_linear import Int4Linear
 from quantlab.linear import Fp8BlockLinear, QuantizedLinear
 from quantlab.placement import unhook_blocks
 from quantlab.rotary import fuse_rotary
-from quantlab.source_patterns import gated_mlp, shared_inputs
+from quantlab.source_patterns import GatedMlp, gated_mlp, shared_inputs
 from quantlab_kernels import rmsnorm, rmsnorm_quantize, swiglu_quantize
 from quantlab_kernels.common.int4 import ROWS
 
@@ -253,18 +252,31 @@ def _fuse_mlp(module: nn.Module, joins: dict[tuple[str, ...], Join]) -> bool:
     takes_codes = isinstance(down, QuantizedLinear) and down.grouped(1) is not None
     if not takes_codes or getattr(down, "activation_scale", None) is not None or not is_silu(act):
         return False
-    module.forward = FusedMlp(module.forward, join, down)
+    module.forward = FusedMlp(module, join, mlp)
     return True
 
 
 class FusedMlp:
-    """The `forward` of a gated MLP: the product of its halves goes from registers into codes."""
+    """The `forward` of a gated MLP: the product of its halves goes from registers into codes.
 
-    def __init__(self, own: Callable[[Tensor], Tensor], join: Join, down: QuantizedLinear) -> None:
-        self.own, self.join, self.down = own, join, down
+    It calls none of the module's children, so the module's own takes over where one of them was replaced, by an adapter
+    around it for example, or has hooks.
+    """
+
+    def __init__(self, module: nn.Module, join: Join, names: GatedMlp) -> None:
+        self.module, self.own, self.join = module, module.forward, join
+        self.down: QuantizedLinear = getattr(module, names.down)
+        called = {names.gate, names.up, names.act, names.down}
+        self.children = {name: child for name, child in module.named_children() if name in called}
+        self.forwards = {name: vars(child).get("forward") for name, child in self.children.items()}
+
+    def untouched(self) -> bool:
+        """Whether the module's own forward would do what is done here: call these children, as they were."""
+        now, forwards = self.module._modules, self.forwards
+        return all(now.get(name) is child and untouched(child, forwards[name]) for name, child in self.children.items())
 
     def __call__(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled() or not self.join.connected():
+        if torch.is_grad_enabled() or not self.untouched() or not self.join.connected():
             return self.own(x)
         gate_up = self.join.compute(x)
         flat = gate_up.reshape(-1, gate_up.shape[-1])

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantlab.formulas import alike, epsilon, norm_offset
+from quantlab.formulas import alike, epsilon, norm_offset, untouched
 from quantlab.latent import Absorbed, LatentHandle, LatentLayer, modules
 from quantlab_kernels import mla_decode, mla_turn
 from quantlab_kernels.mla_append.reference import normalized, turned_pairs
@@ -184,7 +184,7 @@ class PlainJoin:
     @classmethod
     def of(cls, first: Any, second: Any) -> PlainJoin | None:
         layers = first, second
-        if not all(type(layer) is nn.Linear and layer.bias is None and _untouched(layer) for layer in layers):
+        if not all(type(layer) is nn.Linear and layer.bias is None and untouched(layer) for layer in layers):
             return None
         alike = first.weight.dtype == second.weight.dtype and first.weight.device == second.weight.device
         return cls(first, second) if alike and first.weight.is_floating_point() else None
@@ -197,14 +197,10 @@ class PlainJoin:
             return self.weight.device == first.weight.device
         parts = self.weight.split(self.sizes)
         here = all(layer.weight.data_ptr() == x.data_ptr() for layer, x in zip(self.layers, parts, strict=True))
-        return here and all(map(_untouched, self.layers))
+        return here and all(map(untouched, self.layers))
 
     def __call__(self, x: Tensor) -> Any:
         return nn.functional.linear(x, self.weight).split(self.sizes, -1)
-
-
-def _untouched(layer: nn.Module) -> bool:
-    return not (layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer))
 
 
 def _angles(positions: Any, rope: int) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ Weights stay float32 where a router rounds them to 16 bits.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import product
@@ -60,14 +60,16 @@ class Route:
 
     def __init__(self, router: Any, rule: Rule, rounded: bool) -> None:
         self.router, self.rule, self.rounded = router, rule, rounded
+        self.sharing: Callable[[], bool] | None = None
 
-    def share(self, experts: int) -> None:
-        """Let so many further experts be every token's last choices."""
-        self.rule = replace(self.rule, shared=experts)
+    def share(self, experts: int, sharing: Callable[[], bool]) -> None:
+        """Let so many further experts be every token's last choices, whenever `sharing` says so."""
+        self.rule, self.sharing = replace(self.rule, shared=experts), sharing
 
     def chooses(self, hidden_states: Tensor) -> bool:
         """Whether it is the rule that chooses, and not the router's own forward."""
-        return not torch.is_grad_enabled() and bool(hidden_states.dtype == self.router.weight.dtype)
+        fits = not torch.is_grad_enabled() and bool(hidden_states.dtype == self.router.weight.dtype)
+        return fits and (self.sharing is None or self.sharing())
 
     def __call__(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         router: Any = self.router

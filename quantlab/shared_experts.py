@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from quantlab.errors import VerificationError
 from quantlab.experts import Fp8Experts
-from quantlab.formulas import alike
+from quantlab.formulas import alike, untouched
 from quantlab.fusion import FusedMlp
 from quantlab.int4_experts import Int4Fp8Experts
 from quantlab.linear import QuantizedLinear
@@ -50,8 +50,8 @@ def append(block: Any, layers: Layers) -> bool:
         routed = experts(x[0], *reversed(router(x[0])[1:])) + block.shared_experts(x)[0]
         if not isinstance(expected, Tensor) or not alike(routed, expected[0], _ALIKE):
             return False  # the block does more, so copies would be for nothing
-        router.forward.share(experts.append(*layers))
         block.forward = FusedBlock(block)
+        router.forward.share(experts.append(*layers), block.forward.untouched)
         if not alike(block(x), expected, _WRONG):
             raise VerificationError(
                 f"shared experts give other results among the routed ones on {experts.device}; "
@@ -86,10 +86,15 @@ def _layers(block: Any) -> Layers | None:
 
 
 class FusedBlock:
-    """The `forward` of a block whose experts include the shared ones."""
+    """The `forward` of a block whose experts include the shared ones, as long as these are as they were copied: with
+    adapters or hooks they are called again, and the router chooses the routed ones alone."""
 
     def __init__(self, block: Any) -> None:
-        self.block = block
+        self.block, self.shared, self.mlp = block, block.shared_experts, block.shared_experts.forward
+
+    def untouched(self) -> bool:
+        same = self.block.shared_experts is self.shared and untouched(self.shared, self.mlp)
+        return same and bool(self.mlp.untouched())
 
     def __call__(self, hidden_states: Tensor) -> Any:
         if not self.block.gate.forward.chooses(hidden_states):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from accelerate.hooks import AlignDevicesHook, ModelHook, add_hook_to_module
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, WhisperConfig, WhisperModel
 
 from quantlab.fusion import FusedNorm, Fusion, Join, Mailbox, fuse
@@ -129,6 +129,54 @@ def test_a_norm_that_feeds_no_codes_is_one_launch(llama, offset):
     found = norm(x)
     torch.testing.assert_close(found.float(), expected, atol=1e-2, rtol=2**-6)
     assert torch.equal(found, rmsnorm(x, norm.weight, norm.variance_epsilon, offset=offset))
+
+
+class Adapter(torch.nn.Module):
+    """Around a layer, as PEFT puts them."""
+
+    def __init__(self, layer: torch.nn.Module) -> None:
+        super().__init__()
+        self.base_layer = layer
+
+    def forward(self, x):
+        return 2 * self.base_layer(x)
+
+
+def adapted(model: torch.nn.Module, name: str) -> torch.nn.Module:
+    """The model with an adapter around that layer of every block."""
+    for block in model.model.layers:
+        block.set_submodule(name, Adapter(block.get_submodule(name)))
+    return model
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("name", ["self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.act_fn", "mlp.down_proj"])
+def test_adapters_are_called(llama, name, compiled):
+    expected = logits(adapted(copy.deepcopy(llama), name))
+    fuse(llama)
+    before = logits(llama)
+    model = adapted(llama, name)
+    if compiled:
+        model = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert (before - expected).norm() > 0.1 * expected.norm()
+    assert (logits(model) - expected).norm() < 0.02 * expected.norm()
+
+
+@pytest.mark.parametrize("name", ["gate_proj", "up_proj", "act_fn", "down_proj"])
+def test_hooks_of_a_gated_mlp_are_called(llama, name):
+    fuse(llama)
+    mlp, x = llama.model.layers[0].mlp, torch.randn(1, 3, 256)
+    layer, called = mlp.get_submodule(name), []
+    with torch.no_grad():
+        fast = mlp(x)
+        for register in (layer.register_forward_hook, layer.register_forward_pre_hook):
+            hook = register(lambda *given: called.append(name))
+            mlp(x)
+            hook.remove()
+        assert called == [name, name]
+        assert torch.equal(mlp(x), fast), "without hooks as before"
+        add_hook_to_module(layer, ModelHook())
+        assert not mlp.forward.untouched(), "hooks of accelerate replace the layer's forward"
 
 
 def test_bias_and_tied_directions():

@@ -107,6 +107,31 @@ def test_copies_in_the_layout_of_hopper(tmp_path, shared: int, monkeypatch: pyte
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
+@pytest.mark.parametrize("name", ["shared_experts", "shared_experts.gate_proj", "shared_experts.down_proj"])
+@torch.no_grad()
+def test_shared_experts_that_were_touched_are_called(tmp_path, name: str):
+    block = model_of(tmp_path, "fp8-block", 1).model.layers[1].mlp
+    own = copy.deepcopy(block)
+    assert shared_experts.append(block, shared_experts._layers(block))
+    x = torch.randn(2, 9, 128, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
+    fast, called = block(x), []
+    twin = copy.deepcopy(block)
+    hook = twin.get_submodule(name).register_forward_hook(lambda *given: called.append(name))
+    assert relative(twin(x), fast) < 0.03
+    assert called == [name]
+    hook.remove()
+    assert torch.equal(twin(x), fast), "without hooks as before"
+    for module in (own, block):
+        module.set_submodule(name, torch.nn.Sequential(module.get_submodule(name), Double()))
+    assert relative(fast, own(x)) > 0.1
+    assert relative(block(x), own(x)) < 0.01
+
+
+class Double(torch.nn.Module):
+    def forward(self, x):
+        return 2 * x
+
+
 @torch.no_grad()
 def test_a_block_that_does_more_is_left_alone(tmp_path):
     model = model_of(tmp_path, "fp8-block", 1)
