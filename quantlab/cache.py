@@ -85,6 +85,9 @@ def use(model: Any, kv: KV | str | None, tokens: Tensor | None = None, keys: dic
     tokens  [pieces, length] int64: texts to measure keys on, by default random tokens
     keys    what was measured before, from `load_keys`; then nothing is measured
 
+    Masks may hide anything. In a forward that was compiled whole (`torch.compile(model)`; `generate` compiles steps
+    alone) only left padding, all of it in a sequence's first call: what else a mask hides, later steps attend to.
+
     A cache that is given to `generate` or to the model itself stays what it is; `new_cache` makes one of ours. The
     model's `save_pretrained` carries what was measured. Returns the model. Raises UsageError for models whose attention
     cannot read a quantized cache.

@@ -189,16 +189,28 @@ class PackedLayer(CacheLayerMixin):
         raise NotImplementedError
 
     def begin(self, key: Tensor, mask: Tensor | None) -> None:
-        """Learn from a mask where padding ends."""
-        visible, queries = masks.visible_of(mask), key.shape[2]
-        if queries > 1 and mask is not None and not torch.compiler.is_compiling():
-            bounds = None if visible is None else visible.key_range
-            if visible is None or visible.cu_seqlens is not None or visible.right != 0:
-                self.irregular = True
-            elif bounds is not None:
-                self.irregular |= bool((bounds[:, 1] != visible.keys).any())
-                if not self.filled:
-                    self.start.copy_(bounds[:, 0])
+        """Learn from a mask where padding ends. A compiled graph learns that of a sequence's first call, and nothing of
+        what else a mask hides (`cache.use` says so)."""
+        queries = key.shape[2]
+        if mask is None:
+            return
+        if torch.compiler.is_compiling():
+            if not self.filled:
+                self.start.copy_(masks.leading_padding(mask, queries))
+        elif queries > 1:
+            self._read(masks.visible_of(mask))
+        elif not self.filled:
+            self.irregular = bool(masks.leading_padding(mask, 1).any())  # where it ends later calls would have to say
+
+    def _read(self, visible: masks.Visible | None) -> None:
+        """`begin` of several tokens outside of graphs."""
+        bounds = None if visible is None else visible.key_range
+        if visible is None or visible.cu_seqlens is not None or visible.right != 0:
+            self.irregular = True
+        elif bounds is not None:
+            self.irregular |= bool((bounds[:, 1] != visible.keys).any())
+            if not self.filled:
+                self.start.copy_(bounds[:, 0])
 
     def reads_packed(self, queries: int, mask: Tensor | None) -> bool:
         """Whether attention of so many queries may go over the packed tokens."""

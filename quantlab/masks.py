@@ -144,6 +144,14 @@ def _padding(given: dict[str, Any], keys: int) -> Tensor | None:
     return mask[:, offset : offset + keys].bool()
 
 
+def leading_padding(mask: Tensor, tokens: int) -> Tensor:
+    """[B]: how many of a sequence's first tokens are padding, which does not even see itself, by the mask of the call
+    that brings them: [B, keys], or [B, heads, tokens, keys], bool or additive. Does not wait for the GPU."""
+    seen = mask == 0 if mask.is_floating_point() else mask.bool()
+    own = seen[:, :tokens] if mask.ndim == 2 else seen[:, 0].diagonal(dim1=1, dim2=2)
+    return (~own).int().cumprod(1).sum(1)
+
+
 def ranges(padding: Tensor) -> tuple[Tensor, bool, bool]:
     """([B, 2] int32 start and end of the True run of each row, whether every row has one run, whether all is True)."""
     length = padding.shape[1]

@@ -5,10 +5,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
+from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import AutoModelForCausalLM
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
-from quantlab import cache
+from quantlab import cache, masks
 from quantlab.cache import KV
 from quantlab.cache_layers import DynamicPackedLayer, Handle, StaticPackedLayer, WindowPackedLayer
 from quantlab.errors import PreflightError, UsageError
@@ -240,6 +241,50 @@ def test_masks_that_are_more_than_left_padding_go_another_way_and_are_right():
         assert all(layer.irregular for layer in found.past_key_values.layers)
         torch.testing.assert_close(ours, logits, atol=2e-6, rtol=0)
         cache.use(model, None)
+
+
+def padded_steps(model, call):
+    """Logits of the last of a left-padded prompt and of two steps, over a static cache."""
+    past = cache.prepared(model).like(StaticCache(config=model.config, max_cache_len=24))
+    inputs = prompts()
+    mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 2), value=1)
+    ids = torch.cat((inputs["input_ids"], torch.tensor([[5, 6], [7, 8]])), 1)
+    place, found = (mask.cumsum(1) - 1).clamp(min=0), []
+    for begin, end in ((0, 13), (13, 14), (14, 15)):
+        given = {"input_ids": ids[:, begin:end], "position_ids": place[:, begin:end], "attention_mask": mask[:, :end]}
+        with torch.no_grad():  # strides that differ from step to step would be compiled anew
+            out = call(**{name: x.contiguous() for name, x in given.items()}, past_key_values=past)
+        found.append(out.logits[:, -1])
+    assert [layer.start.tolist() for layer in past.layers] == [[4, 0]] * 2
+    return torch.stack(found, 1)
+
+
+@pytest.mark.parametrize("name", ["Llama", "Gemma2"])  # one with windows
+def test_a_compiled_forward_learns_where_padding_ends(name):
+    model = cache.use(tiny(name), "int8")
+    expected = padded_steps(model, model)
+    torch._dynamo.reset()
+    graphs = CompileCounterWithBackend("aot_eager")
+    found = padded_steps(model, torch.compile(model, fullgraph=True, backend=graphs))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    assert name == "Gemma2" or graphs.frame_count == 2, "a prompt and a step"
+
+
+@pytest.mark.parametrize("implementation", [None, "static"])
+def test_padding_of_a_prompt_that_is_read_one_token_at_a_time(implementation):
+    model = tiny("Llama")
+    _, logits = generate(model, prompts())
+    _, ours = generate(cache.use(model, "16bit"), prompts(), cache_implementation=implementation, prefill_chunk_size=1)
+    torch.testing.assert_close(ours, logits, atol=2e-6, rtol=0)
+
+
+def test_leading_padding_is_what_does_not_see_itself():
+    rows = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1], [0, 0, 0, 0], [0, 1, 0, 1]]).bool()
+    seen = rows[:, None, None] & torch.ones(4, 6).tril().bool()[:, :4]
+    seen = torch.nn.functional.pad(seen, (0, 2))  # slots of a static cache
+    window = seen & torch.ones(4, 6).triu(-1).bool()
+    for mask in (rows, seen, window, torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)):
+        assert masks.leading_padding(mask, 4).tolist() == [2, 0, 4, 1]
 
 
 def test_prompts_attend_to_what_the_cache_will_hold_if_asked_to():

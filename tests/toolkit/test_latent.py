@@ -412,6 +412,14 @@ def test_a_decoding_step_compiles_whole(checkpoint, codes):
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
+def test_a_compiled_forward_learns_where_padding_ends():
+    model = cache.use(tiny("DeepseekV2"), "fp8")
+    _, expected = generate(model, tokens=2, cache_implementation="static")
+    model.forward = torch.compile(model.forward, backend="aot_eager")
+    _, found = generate(model, tokens=2, cache_implementation="static")
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.gpu(sm=80)
 @pytest.mark.parametrize(("format", "bound"), [("16bit", 0.02), ("fp8", 0.03), ("int8", 0.02), ("int4", 0.08)])
 @pytest.mark.parametrize("implementation", [None, "static"])
