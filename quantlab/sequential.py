@@ -12,6 +12,7 @@ import json
 import re
 import statistics
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -217,7 +218,7 @@ class Sequential:
         for name, weight in layers.items():
             for module in self.int4[name]:
                 info = self._parts[module]
-                row = first_row(weight, self.lazy.source.reader.read(info, (0, 1)), info.shape[0])
+                row = first_row(weight, partial(self.lazy.source.reader.read, info), info.shape[0])
                 if row is not None:
                     places[module] = Place(store.file(block), name, row)
 
@@ -253,12 +254,20 @@ def plain_targets(lazy: LazyModel, plan: Plan) -> dict[str, str]:
     return {parameter: tensors[0] for parameter, tensors in found.items() if len(tensors) == 1 and tensors[0]}
 
 
-def first_row(weight: Tensor, row: Tensor, rows: int) -> int | None:
-    """Where in a layer's weight the rows of a part begin, by the part's first row; None where it is not there."""
+def first_row(weight: Tensor, read: Callable[[tuple[int, int] | None], Tensor], rows: int) -> int | None:
+    """Where in a layer's weight a part of so many rows begins; None where it is not there.
+
+    `read` reads rows of the part, or all of it for None: its first one, and all where that occurs several times, as one
+    of zeros may.
+    """
     if len(weight) == rows:
         return 0
-    same = (weight == row.to(weight.device, weight.dtype)).all(dim=1).nonzero()
-    return int(same[0]) if len(same) else None
+    first = read((0, 1)).to(weight.device, weight.dtype)
+    found: list[int] = (weight[: max(len(weight) - rows + 1, 0)] == first).all(dim=1).nonzero().flatten().tolist()
+    if len(found) > 1:
+        part = read(None).to(weight.device, weight.dtype)
+        found = [row for row in found if torch.equal(weight[row : row + rows], part)]
+    return found[0] if found else None
 
 
 class Store:

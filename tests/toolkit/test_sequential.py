@@ -200,8 +200,18 @@ def test_blocks_that_were_made_otherwise_do_not_count(tmp_path):
     assert Store(tmp_path, tokens, Steps()).read("layers.3") is None
 
 
-def test_parts_of_a_fused_weight_are_found_by_their_first_row():
+def test_parts_of_a_fused_weight_are_found():
+    """By their first row, of which there may be several: dead channels are zeros."""
     weight = torch.randn(6, 8)
-    assert first_row(weight, weight[2:3], 4) == 2
-    assert first_row(weight, weight[:1], 6) == 0
-    assert first_row(weight, torch.zeros(1, 8), 4) is None
+
+    def found(part):
+        return first_row(weight, lambda rows: part if rows is None else part[slice(*rows)], len(part))
+
+    assert found(weight[2:6]) == 2
+    assert found(weight[:6]) == 0
+    assert found(torch.zeros(4, 8)) is None
+    weight[[1, 3]] = 0
+    assert found(weight[3:6]) == 3
+    assert found(weight[1:3]) == 1
+    assert found(torch.zeros(2, 8)) is None
+    assert found(torch.zeros(7, 8)) is None
