@@ -49,7 +49,7 @@ def _what_stays(decisions: list[Decision], source: Source, recipe: Recipe) -> It
         if exact:
             yield f"the recipe wants {exact[0].module} as {rule.scheme}, but it stays ({exact[0].reason})"
     if source.left_out:
-        yield f"not carried over, weights in other formats: {', '.join(map(str, source.left_out[:5]))}"
+        yield f"not carried over, weights that are not the model's: {', '.join(map(str, source.left_out[:5]))}"
 
 
 def about_shapes(decisions: list[Decision]) -> Iterator[str]:

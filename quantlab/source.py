@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,6 +20,8 @@ from quantlab.shards import ShardReader, TensorInfo, read_header
 PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 OTHER_WEIGHTS = PICKLES | {".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".ot", ".tflite", ".mlmodel", ".npz"}
 OTHER_WEIGHT_FOLDERS = {"original", "metal", "onnx", "openvino", "gguf", "coreml", "mlx", OURS}
+# What transformers calls weights, shards and variants (`model.fp16.safetensors`) of them.
+_WEIGHTS = re.compile(r"model(\.\w+)?(-\d+-of-\d+)?\.safetensors")
 NOT_DOWNLOADED = [*(f"*{suffix}" for suffix in OTHER_WEIGHTS), *(f"{name}/*" for name in OTHER_WEIGHT_FOLDERS - {OURS})]
 
 
@@ -31,7 +34,7 @@ class Source:
     config      config.json
     tensors     by name, in the order of shards and of positions in them
     side_files  relative paths of all files that belong to the model and are not its weights
-    left_out    relative paths of weights in other formats, which nobody reads once there are safetensors
+    left_out    relative paths of weights once more: in other formats, of an older save, of another precision
     """
 
     model: str
@@ -125,6 +128,11 @@ def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
     if (folder / INDEX).is_file():
         index = _read_index(folder / INDEX)
         shards = [folder / name for name in sorted(set(index.values()))]
+        if (folder / SINGLE).is_file() and folder / SINGLE not in shards:
+            raise PreflightError(
+                f"{folder}: holds {SINGLE} and {INDEX}, which does not name it; transformers would load the first, "
+                "vLLM what the second names: remove what is not the model (an older save?)"
+            )
         for shard in shards:
             if not shard.is_file():
                 raise PreflightError(f"{folder / INDEX}: names {shard.name}, which is missing (download it again)")
@@ -186,7 +194,7 @@ def _collect(folder: Path, shards: list[Path], index: dict[str, str] | None) -> 
 
 
 def _side_files(folder: Path, shards: Sequence[Path]) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
-    """All other files of the model, and those that are its weights once more in another format."""
+    """All other files of the model, and those that are its weights once more (`Source.left_out`)."""
     side: list[Path] = []
     left_out: list[Path] = []
     written_anew = {CONFIG, INDEX, *(shard.name for shard in shards)}
@@ -196,7 +204,10 @@ def _side_files(folder: Path, shards: Sequence[Path]) -> tuple[tuple[Path, ...],
         if str(relative) in written_anew or any(part.startswith(".") for part in relative.parts) or top == OURS:
             continue
         another = len(relative.parts) == 1 and (
-            path.suffix in OTHER_WEIGHTS or path.name.startswith("consolidated") or path.name.endswith(".index.json")
+            path.suffix in OTHER_WEIGHTS
+            or path.name.startswith("consolidated")
+            or path.name.endswith(".index.json")
+            or _WEIGHTS.fullmatch(path.name)
         )
         (left_out if another or top in OTHER_WEIGHT_FOLDERS else side).append(relative)
     return tuple(side), tuple(left_out)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -166,6 +167,19 @@ def test_index_and_shards_disagree(raw_checkpoint: Make) -> None:
     refused(folder, PreflightError, f"{path}: names {second}, which is missing (download it again)")
 
 
+def test_two_sets_of_weights_in_one_folder(raw_checkpoint: Make) -> None:
+    """transformers takes the one file, others what the index names; an index that names the file is no other set."""
+    folder = raw_checkpoint(shards=2)
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    shards = sorted(folder.glob("model-*.safetensors"))
+    shutil.copy(shards[0], single)
+    refused(folder, PreflightError, "holds model.safetensors and model.safetensors.index.json, which does not name it")
+    shards[0].unlink()
+    refused(folder, PreflightError, "remove what is not the model")
+    index.write_text(index.read_text().replace(shards[0].name, single.name))
+    assert len(Source.open(folder).tensors) == 21
+
+
 def test_one_name_in_two_shards(raw_checkpoint: Make) -> None:
     folder = raw_checkpoint(shards=2)
     (folder / "model.safetensors.index.json").unlink()
@@ -214,6 +228,9 @@ def test_side_files_are_carried_over_byte_for_byte_and_other_weights_are_not(
         "pytorch_model.bin",
         "original/consolidated.00.pth",
         "consolidated.safetensors",
+        "model-00001-of-00002.safetensors",
+        "model.fp32-00001-of-00002.safetensors",
+        "model.fp16.safetensors",
         ".git/HEAD",
         "onnx/m.onnx",
     ]
@@ -223,7 +240,7 @@ def test_side_files_are_carried_over_byte_for_byte_and_other_weights_are_not(
     summary = quantize(folder, "fp8-block", tmp_path / "out", device="cpu")
     assert all((tmp_path / "out" / name).read_bytes() == content for name, content in kept.items())
     assert not any((tmp_path / "out" / name).exists() for name in dropped)
-    assert any("pytorch_model.bin" in warning for warning in summary.warnings)
+    assert any("model.fp16.safetensors" in warning for warning in summary.warnings)
 
 
 def test_opening_reads_no_weight(raw_checkpoint: Make, monkeypatch: pytest.MonkeyPatch) -> None:
