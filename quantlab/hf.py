@@ -259,10 +259,17 @@ def warm_up(model: Any, tokens: tuple[int, ...] = (1, 16, 128)) -> None:
 
 
 def _require_ours(path: str | Path, model: Any) -> None:
+    from quantlab.linear import MovesWithoutCasting
+
     quantizer = getattr(model, "hf_quantizer", None)  # gone where transformers dequantized the model
     reason = getattr(quantizer, "reason", "transformers took its own path, and said why in its log")
     if reason is not None:
         raise VerificationError(f"{path}: is not for our layers ({reason}); transformers' from_pretrained loads it")
+    if not any(isinstance(module, MovesWithoutCasting) for module in model.modules()):
+        raise VerificationError(
+            f"{path}: config.json says that it is quantized, but no weight of the model is; take "
+            "quantization_config out if that is meant, else get the checkpoint again"
+        )
 
 
 def _require_complete(path: str | Path, info: dict[str, Any]) -> None:

@@ -163,6 +163,14 @@ def test_load_refuses_what_transformers_would_run(quantized, edited, tmp_path: P
         quantlab.load(folder)
 
 
+def test_load_refuses_weights_that_are_not_quantized_after_all(quantized, tiny, tmp_path: Path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny("llama").folder, folder)
+    shutil.copy(quantized("llama", "fp8-block").folder / "config.json", folder)
+    with pytest.raises(VerificationError, match="says that it is quantized, but no weight of the model is"):
+        quantlab.load(folder)
+
+
 def test_load_without_a_checkpoint(tmp_path: Path):
     with pytest.raises(UsageError, match=r"/none: no such folder"):
         quantlab.load(tmp_path / "none")
