@@ -24,6 +24,7 @@ from torch import Tensor
 
 from quantlab import sequential
 from quantlab.architecture import load_targets
+from quantlab.baselines import digest
 from quantlab.checkpoint import ACTIVATION_SCALES, Stored
 from quantlab.errors import PreflightError, UsageError
 from quantlab.kinds import context_length
@@ -61,6 +62,7 @@ class Statistics:
     notes    what the user should know: layers without data, the way the model was run
     replacements  tensors of the source that are to be written with other values: none
     folder   holds the `Feedback` of each layer, and goes with this object; `files` says in which file, under which name
+    digest   of the tokens
     """
 
     plan: Plan
@@ -71,6 +73,7 @@ class Statistics:
     replacements: dict[str, Tensor] = field(default_factory=dict)
     files: dict[str, tuple[Path, str]] = field(default_factory=dict)
     folder: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="quantlab-calibration-")))
+    digest: str = ""
 
     def __post_init__(self) -> None:
         weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
@@ -161,7 +164,7 @@ def run(
     if asked and plan.stored.weight.format is not INT4:
         reasons.append(f"effort and steps are of INT4, {plan.recipe.scheme} takes one pass over the original model")
     for blocks in dict.fromkeys((listed, None)):
-        statistics = Statistics(plan, calibration, windows.numel(), notes=list(reasons))
+        statistics = Statistics(plan, calibration, windows.numel(), notes=list(reasons), digest=digest(windows))
         try:
             _observe(statistics, lazy, batches, blocks, wanted, progress)
         except torch.OutOfMemoryError:

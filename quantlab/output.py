@@ -30,6 +30,7 @@ from quantlab.shards import ShardLayout
 from quantlab.source import Source
 
 JOURNAL = f"{OURS}/journal.jsonl"
+DATA = "data"  # among what is kept: digest of the calibration data
 PARTIAL = ".partial"  # what an unfinished output is called besides
 HASH_CHUNK = 1 << 22
 FORMAT_VERSION = 2  # raised whenever the same plan gives other bytes than before
@@ -122,7 +123,8 @@ def write_file(path: Path, content: str | bytes) -> None:
 
 
 def fingerprint(source: Source, what: Any) -> str:
-    """Equal for runs that write the same bytes, so that one may continue the other. `what` is plain data."""
+    """Equal for runs that write the same bytes from the same data (`Output.made_from`), so that one may continue the
+    other. `what` is plain data."""
     files = {info.shard for info in source.tensors.values()}
     stamps = sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files)
     facts = [FORMAT_VERSION, str(source.folder.resolve()), stamps, source.config, what]
@@ -193,6 +195,19 @@ class Output:
             name = path.relative_to(self.partial).as_posix()
             if path.is_file() and name not in self.finished and name != JOURNAL and self.kept not in path.parents:
                 path.unlink()
+
+    def made_from(self, data: str) -> None:
+        """Name, by a digest, the data that a run has found to quantize with ("" for none): shards that an earlier one
+        made from other data are made again. To be called before any is written."""
+        path = self.kept / DATA
+        if data == (path.read_text() if path.is_file() else ""):
+            return
+        for name in [name for name in self.finished if _is_shard(name)]:
+            (self.partial / name).unlink()
+            del self.finished[name]
+        _sync_folder(self.partial)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(data)
 
     @property
     def kept(self) -> Path:

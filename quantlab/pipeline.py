@@ -87,8 +87,9 @@ def quantize(
     check_space(folder, made.bytes_after)
 
     with Output.open(folder, fingerprint(made.source, made.to_dict()), overwrite=overwrite) as out:
-        resumed = out.finished_shards
         found, unseen = _calibrated(made, where, out, progress, trust_remote_code)
+        out.made_from(found.digest if found else "")
+        resumed = out.finished_shards
         measured = keys.for_run(made, where, out.kept, progress, trust_remote_code=trust_remote_code)
         stages = stream.convert(
             made,

@@ -7,7 +7,6 @@ band, as it writes the checkpoint.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import statistics
@@ -24,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from quantlab.architecture import load_targets
+from quantlab.baselines import digest
 from quantlab.errors import PreflightError
 from quantlab.shards import TORCH_DTYPES, TensorInfo
 from quantlab_calib.blockwise import Block, Blockwise
@@ -65,6 +65,7 @@ class Rounded:
     scaled   producer of an input -> exponents of the scales folded into it
     resumed  blocks that an earlier run had finished
     errors   block -> error of its output before and after tuning, relative, on held-out rows
+    digest   of the tokens
     """
 
     plan: Plan
@@ -78,6 +79,7 @@ class Rounded:
     errors: dict[str, tuple[float, float]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     resumed: int = 0
+    digest: str = ""
 
     def rounded(self, module: str, weight: Tensor, begin: int) -> QuantizedTensor | None:
         """Rows `begin` and following of a weight, quantized; None for a module that no block holds."""
@@ -180,7 +182,7 @@ class Sequential:
 
     def _attempt(self, steps: Steps) -> Rounded:
         store = Store(self.folder, self.windows, steps)
-        result = Rounded(self.plan, self.calibration, self.windows.numel(), self.folder)
+        result = Rounded(self.plan, self.calibration, self.windows.numel(), self.folder, digest=digest(self.windows))
         targets = plain_targets(self.lazy, self.plan)
         dtypes = {tensor: TORCH_DTYPES[self.lazy.source.tensors[tensor].dtype] for tensor in targets.values()}
         total = len(self.lazy.model.get_submodule(self.path))
@@ -274,8 +276,7 @@ class Store:
     """Blocks in files, for an interrupted run to continue from. What was made otherwise does not count."""
 
     def __init__(self, folder: Path, windows: Tensor, steps: Steps) -> None:
-        digest = hashlib.sha256(windows.numpy().tobytes()).hexdigest()
-        self.folder, self.key = folder, f"{FORMAT} {steps} {digest}"
+        self.folder, self.key = folder, f"{FORMAT} {steps} {digest(windows)}"
         folder.mkdir(parents=True, exist_ok=True)
 
     def file(self, path: str) -> Path:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from quantlab import calibrated
+from quantlab import calibrated, stream
 from quantlab.convert import convert
 from quantlab.errors import PreflightError, UsageError
 from quantlab.pipeline import quantize
@@ -79,6 +80,32 @@ def test_an_interrupted_run_goes_on_behind_the_blocks_that_are_done(with_tokeniz
     whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out"))
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     assert not (tmp_path / "out" / "quantlab" / "kept").exists()
+
+
+def test_shards_of_other_calibration_data_are_made_again(with_tokenizer, tmp_path, calibration, text, monkeypatch):
+    """Of other contents under the same name: scales that are folded into layers would not fit together."""
+    monkeypatch.setattr(stream, "SHARD_BYTES", 100_000)
+    model, file, out = with_tokenizer("llama").folder, tmp_path / "data.txt", tmp_path / "out"
+    first, second = Path(text).read_text(), Path(text).read_text().upper()
+    few = replace(calibration, data=str(file), samples=8, smooth=True)
+
+    def run(contents, folder, until=1.0):
+        file.write_text(contents)
+
+        def stop(label, done, total):
+            if not label.startswith("calibrating") and done > until * total:
+                raise KeyboardInterrupt
+
+        return quantize(model, Recipe("int4", calibration=few), folder, device="cpu", workers=1, progress=stop)
+
+    run(second, tmp_path / "straight")
+    for contents in (first, second):
+        with pytest.raises(KeyboardInterrupt):
+            run(contents, out, until=0.9)
+        assert list(tmp_path.glob("out.partial/*.safetensors"))
+    assert run(second, out).resumed > 0, "of the second run"
+    for shard in (tmp_path / "straight").glob("*.safetensors"):
+        assert shard.read_bytes() == (out / shard.name).read_bytes()
 
 
 def test_a_rotated_checkpoint_is_the_same_model(with_tokenizer, tmp_path, calibration):
