@@ -104,13 +104,20 @@ def _scale_dtype(layer: QuantizedLinear) -> torch.dtype:
 
 @dataclass(frozen=True)
 class Note:
-    """The last output of a norm: a weak reference to it, and its codes and scale where the norm made them for layers
-    of some kind."""
+    """The last output of a norm: a weak reference to it and its version, and its codes and scale where the norm made
+    them for layers of some kind."""
 
     output: weakref.ref[Tensor]
+    version: int | None
     norm: FusedNorm
     kind: type[QuantizedLinear] | None
     quantized: tuple[Tensor, Tensor] | None
+
+
+def _version(x: Tensor) -> int | None:
+    """How often a tensor was changed in place; None where nothing counts that: for tensors of inference mode, and while
+    a graph is traced."""
+    return None if torch.compiler.is_compiling() or x.is_inference() else x._version
 
 
 class Mailbox:
@@ -127,7 +134,7 @@ class Mailbox:
         """Codes and scale of x if a norm left them for layers of this kind; tells a norm that made x without them to
         make them next time."""
         note = self.note
-        if note is None or note.output() is not x:
+        if note is None or note.output() is not x or note.version != _version(x):
             return None
         self.note = None
         note.norm.feeds = kind
@@ -139,6 +146,7 @@ class Pending:
     """Results of a join that not every layer has fetched yet. Immutable: threads may share a model."""
 
     source: Tensor
+    version: int | None
     parts: tuple[Tensor, ...]
     taken: frozenset[int]
 
@@ -146,8 +154,8 @@ class Pending:
 class Join:
     """Linear layers over one input as one GEMM. Each layer's own `forward` fetches its share of the result.
 
-    The first layer that is called computes all; a call with another tensor, or a second one by the same layer,
-    computes anew. Where the layers were moved to another device the buffer is made again.
+    The first layer that is called computes all; a call with another tensor, with one that was changed in place, or a
+    second one by the same layer, computes anew. Where the layers were moved to another device the buffer is made again.
     """
 
     def __init__(self, layers: list[QuantizedLinear], mailbox: Mailbox) -> None:
@@ -191,12 +199,12 @@ class Join:
 
     def fetch(self, index: int, x: Tensor) -> Tensor:
         """The share of layer `index` in the result for x."""
-        pending = self._pending
-        if pending is None or pending.source is not x or index in pending.taken:
-            pending = Pending(x, self.compute(x).split(self.sizes, dim=-1), frozenset())
+        pending, version = self._pending, _version(x)
+        if pending is None or pending.source is not x or pending.version != version or index in pending.taken:
+            pending = Pending(x, version, self.compute(x).split(self.sizes, dim=-1), frozenset())
         taken = pending.taken | {index}
         done = len(taken) == len(self.layers)
-        self._pending = None if done else Pending(x, pending.parts, taken)
+        self._pending = None if done else Pending(x, version, pending.parts, taken)
         return pending.parts[index]
 
     def connected(self) -> bool:
@@ -295,15 +303,15 @@ class FusedNorm:
     def __call__(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling() or torch.is_grad_enabled():
             return self.own(x)
-        quantized = None
-        if self.feeds is not None:
+        quantized, heard = None, bool(self.norm._forward_hooks)  # hooks may change what they are given
+        if self.feeds is not None and not heard:
             flat, weight = x.reshape(-1, x.shape[-1]), self.norm.get_parameter("weight")
             group = bool(self.feeds.grouped(flat.shape[0]))
             out, codes, scale = rmsnorm_quantize(flat, weight, self.eps, offset=self.offset, group=group)
             out, quantized = out.reshape(x.shape), (codes, scale)
         else:
             out = self._plain(x)
-        self.mailbox.note = Note(weakref.ref(out), self, self.feeds, quantized)
+        self.mailbox.note = None if heard else Note(weakref.ref(out), _version(out), self, self.feeds, quantized)
         return out
 
     def _plain(self, x: Tensor) -> Tensor:

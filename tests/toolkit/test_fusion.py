@@ -82,6 +82,58 @@ def test_a_changed_tensor_is_computed_anew(llama):
         assert not torch.equal(attention.q_proj(x), before)
 
 
+def test_layers_see_what_their_input_has_become():
+    torch.manual_seed(1)
+    layers = [Fp8BlockLinear(256, 128, bias=False) for _ in range(2)]
+    for layer in layers:
+        layer.weight.data, layer.weight_scale_inv.data = quantize_fp8_block(torch.randn(128, 256))
+    Join(layers, Mailbox())
+    x = torch.randn(2, 256)
+    with torch.no_grad():
+        layers[0](x)
+        x.mul_(3)
+        assert torch.equal(layers[1](x), Fp8BlockLinear.forward(layers[1], x))
+    with torch.inference_mode():
+        x = torch.randn(2, 256)
+        assert torch.equal(layers[0](x), Fp8BlockLinear.forward(layers[0], x))
+
+
+def halve_output(module, given, out):
+    out.mul_(0.5)
+
+
+def halve_input(module, given, named):
+    named["hidden_states"].mul_(0.5)
+
+
+def with_hooks(model: torch.nn.Module, where: str) -> torch.nn.Module:
+    for block in model.model.layers:
+        if where == "norm":
+            block.input_layernorm.register_forward_hook(halve_output)
+        else:
+            block.self_attn.register_forward_pre_hook(halve_input, with_kwargs=True)
+    return model
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(
+    ("where", "mode"), [("norm", torch.no_grad), ("norm", torch.inference_mode), ("attention", torch.no_grad)]
+)
+def test_outputs_of_norms_that_are_edited_in_place(llama, where, mode, compiled):
+    plain = with_hooks(copy.deepcopy(llama), where)
+    fuse(llama)
+    before = logits(llama)  # norms have learnt whom they feed
+    model = with_hooks(llama, where)
+    if compiled:
+        torch._dynamo.reset()  # it counts what is compiled anew across tests
+        model = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with mode():
+        expected = plain(TOKENS).logits
+        assert (before - expected).norm() > 0.1 * expected.norm()
+        for _ in range(2):
+            assert (model(TOKENS).logits - expected).norm() < 0.02 * expected.norm()
+
+
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu(sm=80))])
 @pytest.mark.parametrize("kind", [Fp8BlockLinear, Fp8RowLinear])
 def test_logits_stay_within_the_rounding_of_the_activations(kind: type[Fp8Linear], device: str):
@@ -157,6 +209,7 @@ def test_adapters_are_called(llama, name, compiled):
     before = logits(llama)
     model = adapted(llama, name)
     if compiled:
+        torch._dynamo.reset()  # it counts what is compiled anew across tests
         model = torch.compile(model, fullgraph=True, backend="aot_eager")
     assert (before - expected).norm() > 0.1 * expected.norm()
     assert (logits(model) - expected).norm() < 0.02 * expected.norm()
