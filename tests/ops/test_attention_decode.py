@@ -330,6 +330,15 @@ def test_who_runs_what(asked: Problem, chosen: str, reason: str | None, monkeypa
     assert verdicts[0].reason is None if reason is None else str(verdicts[0].reason).startswith(reason)
 
 
+@pytest.mark.parametrize(("d", "chosen"), [(128, "triton"), (80, "triton"), (81, "eager")])
+def test_who_appends_what(d: int, chosen: str):
+    pytest.importorskip("triton")
+    op = importlib.import_module("quantlab_kernels.kv_append.op")
+    verdicts = op.BACKENDS.explain(op.Problem(1, 2, 1, d, "int8", "int8"))
+    assert [v.backend for v in verdicts if v.chosen] == [chosen]
+    assert verdicts[0].reason == ("heads of 81 channels, needs an even number" if d == 81 else None)
+
+
 INTERPRETED = """
 import importlib, types, torch
 from test_attention_decode import Attributes, Case, build, check, copy_of, same_bytes

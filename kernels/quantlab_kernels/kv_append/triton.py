@@ -19,8 +19,10 @@ KINDS = {"e4m3": 0, "int8": 1, "int4": 2, "float": 3}
 
 
 def supports(problem: Problem) -> str | None:
-    """Everything from sm_80 on."""
-    return None if problem.sm >= 80 else f"needs sm_80 or newer, the GPU is sm_{problem.sm}"
+    """Heads of an even number of channels, which come as two halves, from sm_80 on."""
+    if problem.sm < 80:
+        return f"needs sm_80 or newer, the GPU is sm_{problem.sm}"
+    return f"heads of {problem.d} channels, needs an even number" if problem.d % 2 else None
 
 
 def launch(
