@@ -23,7 +23,7 @@ SHORT, SHORTEST = 256, 128  # tokens that are worth a CTA, and that are where mo
 COSTS: dict[Code, dict[int, tuple[float, float]]] = {
     "float": {16: (4.7, 1.21), 32: (5.7, 1.99), 64: (5.8, 1.81)},
     "e4m3": {16: (4.7, 0.78), 32: (6.6, 1.16), 64: (11.4, 1.45)},
-    "int4": {16: (5.9, 0.82), 32: (5.4, 1.15), 64: (9.0, 1.60)},
+    "int4": {16: (6.7, 0.81), 32: (5.3, 1.15), 64: (9.0, 1.60)},
     "int8": {16: (5.2, 1.08), 32: (7.5, 1.63), 64: (11.2, 3.27)},
 }
 EVEN: dict[Code, tuple[int, int]] = {"e4m3": (24, 8), "int4": (32, 16)}  # fewest rows of `sm90_rows`, and steps

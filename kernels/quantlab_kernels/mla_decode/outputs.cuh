@@ -1,5 +1,14 @@
 // The second product, transposed (channels are rows, queries columns), and what is stored in the end.
 
+// The channel of row g + 8 (i % 2) of block i / 2 of a warp's in a chunk. A block of codes has two bytes of 16, of INT4
+// low and high nibbles of one.
+constexpr int CODES = 2 * CHUNK_BLOCKS;
+DEVICE int output_channel(int chunk, int warp, int g, int i) {
+  if (FORMAT == 0) return 64 * chunk + 16 * warp + g + 8 * i;
+  const int byte = 128 * chunk + 32 * warp + 2 * g;
+  return NIBBLES ? byte + i / 4 * 16 + i / 2 % 2 + i % 2 * (L / 2) : byte + i / 2 * 16 + i % 2;
+}
+
 DEVICE void pin(Sums& sums) {
 #pragma unroll
   for (int block = 0; block < BLOCKS; block++) pin(sums.out[block]);
@@ -29,27 +38,35 @@ DEVICE void add_outputs(Sums& sums, const Params& p, const Shared& s, const Thre
   release(me, s.empty(before), SHARE);
 }
 #elif NARROW
+// 8-bit operand of block k of a chunk, of 16 channels and 32 tokens. A nibble as a byte is an E4M3 number, 2^-9 of it.
+DEVICE void block_operand(u32 (&a)[4], const u32 (&byte)[4], int k) {
+#pragma unroll
+  for (int i = 0; i < 4; i++)
+    a[i] = NIBBLES ? byte[i / 2 * 2 + k % 2] >> 4 * (i % 2) & 0x0F0F0F0Fu : byte[i];
+}
+
 // Matrix units add 8-bit products with 13 bits or so: a tile's are added to float32 sums.
 DEVICE void add_outputs(Sums& sums, const Params& p, const Shared& s, const Thread& me, Place at) {
   constexpr int BATCH = N > 24 ? 2 : CHUNK_BLOCKS, BATCHES = CHUNK_BLOCKS / BATCH;
+  constexpr int SHARERS = NIBBLES ? 2 : 1, PIECES = BATCH / SHARERS;  // blocks of 16 bytes;  such pieces of a batch
   const u32 b = descriptor_low(s.base + OFFSET_P + me.team * N * 128);
   at.advance(1 + me.part * MINE);
   u32 fragments[2][BATCH][4];
   float fresh[BATCH][N / 2];
-  const int piece = 2 * me.warp + me.g / 4;
-  const u32 even = 2 * me.t * 128 + (piece ^ (2 * me.t)) * 16 + me.g % 4 * 4;
-  const u32 odd = (2 * me.t + 1) * 128 + (piece ^ (2 * me.t + 1)) * 16 + me.g % 4 * 4;
+  const u32 token = me.lane * 128 + (2 * me.warp ^ me.lane % 8) * 16;
 #pragma unroll
   for (int batch = 0; batch <= MINE * BATCHES; batch++) {
 #pragma unroll
     for (int step = 0; step < 2; step++) {
       const bool more = batch < MINE * BATCHES;
       auto& a = fragments[step];
-      u32 low[4], high[4];
+      u32 bytes[PIECES][4];
       if (more) {
-        turn(low, s.chunk(at) + step * 4096, even, odd);
-        turn(high, s.chunk(at) + step * 4096 + 2048, even, odd);
-        if (batch % BATCHES == BATCHES - 1 && step == 1) release_read(p, me, s.empty(at), SHARE, low[3] ^ high[3]);
+#pragma unroll
+        for (int i = 0; i < PIECES; i++)
+          turn(bytes[i], s.chunk(at) + step * 4096 + (token ^ 16 * (batch % BATCHES * PIECES + i)));
+        if (batch % BATCHES == BATCHES - 1 && step == 1)
+          release_read(p, me, s.empty(at), SHARE, bytes[0][3] ^ bytes[PIECES - 1][3]);
       }
       if (batch > 0 && step == 0) {
         wgmma_wait<0>();
@@ -62,7 +79,7 @@ DEVICE void add_outputs(Sums& sums, const Params& p, const Shared& s, const Thre
       }
       if (!more) continue;
 #pragma unroll
-      for (int k = 0; k < BATCH; k++) block_operand(a[k], low, high, batch % BATCHES * BATCH + k);
+      for (int k = 0; k < BATCH; k++) block_operand(a[k], bytes[k / SHARERS], k);
 #pragma unroll
       for (int k = 0; k < BATCH; k++) pin(a[k]), pin(fresh[k]);
       wgmma_fence();
@@ -74,41 +91,37 @@ DEVICE void add_outputs(Sums& sums, const Params& p, const Shared& s, const Thre
   }
 }
 #else
-// INT8 codes become float16 numbers, exactly.
+// INT8 codes of two bytes of two tokens become float16 numbers, exactly.
+DEVICE void int8_operand(u32& even, u32& odd, u32 pairs) {
+  const u32 x = pairs ^ 0x80808080u;
+  even = minus(__byte_perm(x, 0x64646464u, 0x4240), 0x64806480u);
+  odd = minus(__byte_perm(x, 0x64646464u, 0x4341), 0x64806480u);
+}
 DEVICE void add_outputs(Sums& sums, const Params& p, const Shared& s, const Thread& me, Place at) {
   const u32 b = descriptor_low(s.base + OFFSET_P + me.team * N * 128);
   constexpr int AHEAD = N > 32 ? 1 : 4;  // k-steps whose codes are read at once
   at.advance(1 + me.part * MINE);
   u32 fragments[2][2][4];
-  const int piece = 2 * me.warp + me.g / 4;
-  const u32 even = 2 * me.t * 128 + (piece ^ (2 * me.t)) * 16 + me.g % 4 * 4;
-  const u32 odd = (2 * me.t + 1) * 128 + (piece ^ (2 * me.t + 1)) * 16 + me.g % 4 * 4;
+  // Of 16 tokens by two pieces of 16 bytes.
+  const u32 token = me.lane % 16 * 128 + ((2 * me.warp + me.lane / 16) ^ me.lane % 8) * 16;
 #pragma unroll
   for (int c = 0; c < MINE; c++) {
-    const u32 from = s.chunk(at);
-    u32 words[AHEAD][4];
+    const u32 from = s.chunk(at) + token;
+    u32 pairs[AHEAD][4];
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       if (i % AHEAD == 0) {
 #pragma unroll
-        for (int k = 0; k < AHEAD; k++) {
-          const u32 tokens = from + (i + k) * 2048;
-          words[k][0] = read<u32>(tokens + even), words[k][1] = read<u32>(tokens + odd);
-          words[k][2] = read<u32>(tokens + even + 1024), words[k][3] = read<u32>(tokens + odd + 1024);
-        }
+        for (int k = 0; k < AHEAD; k++) load_matrix_x4_transposed(pairs[k], from + (i + k) * 2048);
       }
       auto& a = fragments[i % 2];
       wgmma_wait<1>();
       pin(a[0]), pin(a[1]);
-      u32 low[4], high[4];
-      int8_turned(low, words[i % AHEAD][0], words[i % AHEAD][1]);
-      int8_turned(high, words[i % AHEAD][2], words[i % AHEAD][3]);
-      if (i == 3) release_read(p, me, s.empty(at), SHARE, low[0] ^ high[0]);
 #pragma unroll
-      for (int k = 0; k < 2; k++) {
-        a[k][0] = low[2 * k], a[k][1] = low[2 * k + 1], a[k][2] = high[2 * k], a[k][3] = high[2 * k + 1];
-        pin(a[k]), pin(sums.out[2 * c + k]);
-      }
+      for (int k = 0; k < 4; k++) int8_operand(a[k / 2][k % 2 * 2], a[k / 2][k % 2 * 2 + 1], pairs[i % AHEAD][k]);
+      if (i == 3) release_read(p, me, s.empty(at), SHARE, a[0][0] ^ a[1][0]);
+#pragma unroll
+      for (int k = 0; k < 2; k++) pin(a[k]), pin(sums.out[2 * c + k]);
       wgmma_fence();
 #pragma unroll
       for (int k = 0; k < 2; k++) wgmma_outputs(sums.out[2 * c + k], a[k], descriptor(b + 2 * i), 1);
@@ -171,10 +184,10 @@ DEVICE void store_column(char* to, i64 row, const Sums& sums, const Thread& me, 
       for (int i = 0; i < 2; i++) store_float<KIND>(to, row + output_channel(chunk, me.warp, me.g, i), x[i]);
     } else {
 #pragma unroll
-      for (int half = 0; half < CODES / 4; half++) {  // of INT4: codes 0, 2, 4, 6 lie side by side
-        const int by_two = CODES / 4;
-        const float four[4] = {x[half], x[by_two + half], x[2 * by_two + half], x[3 * by_two + half]};
-        store_four<KIND>(to, row + output_channel(chunk, me.warp, me.g, half), four);
+      for (int i = 0; i < CODES / 2; i++) {
+        constexpr int NEXT = CODES / 4;  // of INT4 low and high nibbles alternate
+        const int low = i / NEXT * 2 * NEXT + i % NEXT;
+        store_two<KIND>(to, row + output_channel(chunk, me.warp, me.g, low), x[low], x[low + NEXT]);
       }
     }
   }

@@ -134,6 +134,7 @@ DEVICE void write_row(u32 base, int n, int last, float factor) {
   write(base + OFFSET_LAST + 4 * n, static_cast<u32>(last));
 }
 
+#include "codes.cuh"
 #include "rows_softmax.cuh"
 #include "rows_codes.cuh"
 

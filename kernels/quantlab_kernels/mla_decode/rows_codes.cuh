@@ -1,7 +1,6 @@
 // Latents in codes as operands of MMA in rows.cu; rows_e4m3.cuh and rows_int4.cuh say what is one format's own.
 //
-// The second product is transposed, channels on M: codes become operands in registers. Transposed loads bring two bytes of
-// two tokens side by side.
+// The second product is transposed, channels on M: codes become operands in registers.
 
 // Positions of the tile, which are added to the scores; a group of its own.
 DEVICE void multiply_positions(float (&x)[N / 2], const Shared& s, int tile) {

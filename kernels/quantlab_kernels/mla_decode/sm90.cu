@@ -52,8 +52,6 @@ static_assert(OFFSET_BARRIERS + 24 * RING <= SHARED, "the host allocates what is
 static_assert(TEAMS == 1 || TEAMS * BLOCKS * (N / 2) * TEAM * 4 <= RING * CHUNK, "sums of teams meet in the ring");
 static_assert(RING >= CHUNKS * TEAMS, "every team holds a tile");
 
-#include "codes.cuh"
-
 // A place in the ring, and how often the ring went round. Copies end in any order, so that a team may wait for a chunk a
 // whole round ahead of one that another team still waits for in the same place: rounds arrive at two barriers in turns,
 // else the older chunk's absence would look like the newer one's presence. Two rounds ahead it cannot be, since the ring
@@ -164,6 +162,7 @@ DEVICE void meet(const Shared& s, int time) {
   barrier_wait(s.base + OFFSET_MEETING + 8 * time, 0);
 }
 
+#include "codes.cuh"
 #include "queries.cuh"
 #include "scores.cuh"
 #include "outputs.cuh"

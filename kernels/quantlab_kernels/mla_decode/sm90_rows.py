@@ -102,7 +102,8 @@ def source(config: Config, problem: Problem) -> nvrtc.Source:
             wgmma_variant("wgmma_outputs", c.rows, "f32", weights, weights, registers=True),
         ]
     headers = {name: (_FOLDER.parent / "common" / name).read_text() for name in ("sm90.cuh", "attention.cuh")}
-    own = ("work.cuh", "tiles.cuh", "rows_softmax.cuh", "rows_codes.cuh", "rows_e4m3.cuh", "rows_int4.cuh", "merge.cuh")
+    rows = (f"rows_{part}.cuh" for part in ("softmax", "codes", "e4m3", "int4"))
+    own = ("work.cuh", "tiles.cuh", "codes.cuh", *rows, "merge.cuh")
     headers |= {name: (_FOLDER / name).read_text() for name in own}
     headers["wgmma.cuh"] = "".join(wgmma)
     name = "floats" if p.code == "float" else "rows"

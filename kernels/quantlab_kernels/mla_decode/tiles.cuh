@@ -55,17 +55,6 @@ struct Thread {
 
 DEVICE void group_sync(const Thread& me) { named_barrier_sync(1 + me.group, 128); }
 
-DEVICE void load_matrix_x4(u32 (&x)[4], u32 address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(address) : "memory");
-}
-
-// The same with rows and columns of each matrix exchanged: of a column, two rows side by side.
-DEVICE void load_matrix_x4_transposed(u32 (&x)[4], u32 address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(address) : "memory");
-}
-
 // Of [k in 16 bytes][64 rows] of 16 bytes, not swizzled.
 DEVICE u64 plain_descriptor(u32 address) {
   u64 result;
