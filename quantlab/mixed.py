@@ -86,6 +86,7 @@ def mix(
     samples: int = 8,
     length: int = 256,
     device: str = "auto",
+    revision: str | None = None,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> Mixture:
@@ -104,7 +105,7 @@ def mix(
         raise UsageError(f"{what}: must be more than 0")
     quantizing = schemes_named([name for name in schemes if name != "none"])
     Recipe(quantizing[0], tuple(Rule("*", name) for name in quantizing))  # refuses what does not mix
-    source = open_model(model, trust_remote_code)
+    source = open_model(model, trust_remote_code, revision)
     kept = tuple(Rule(pattern, "none") for pattern in ignore)
     plans = {
         name: preflight.plan(source, Recipe(name, kept), trust_remote_code=trust_remote_code) for name in quantizing

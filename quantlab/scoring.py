@@ -108,7 +108,7 @@ class _BaseOutput(tuple[Tensor]):
             raise AttributeError(name)
 
 
-def open_predictor(model: str | Path, trust_remote_code: bool = False) -> Source:
+def open_predictor(model: str | Path, trust_remote_code: bool = False, revision: str | None = None) -> Source:
     """A model that predicts the next token of a text; raises UsageError for any other, and
     PreflightError for a config that transformers refuses, before anything is loaded or weights are downloaded."""
 
@@ -122,7 +122,7 @@ def open_predictor(model: str | Path, trust_remote_code: bool = False) -> Source
                 f"compare its outputs with those of the original on your own data"
             )
 
-    source = Source.open(model, before_download=require_predictor)
+    source = Source.open(model, revision, before_download=require_predictor)
     require_predictor(source)
     return source
 

@@ -91,6 +91,7 @@ def sensitivity(
     length: int = 256,
     fast: bool = False,
     device: str = "auto",
+    revision: str | None = None,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> Sensitivity:
@@ -103,7 +104,7 @@ def sensitivity(
     """
     chosen = schemes_named(schemes)
     target = result_file(model, output)
-    source = open_model(model, trust_remote_code)
+    source = open_model(model, trust_remote_code, revision)
     plans = {
         name: preflight.plan(source, Recipe(name), trust_remote_code=trust_remote_code)
         for name in dict.fromkeys(chosen)
@@ -162,9 +163,9 @@ def schemes_named(names: Sequence[str]) -> list[str]:
     return list(names)
 
 
-def open_model(model: str | Path, trust_remote_code: bool) -> Source:
+def open_model(model: str | Path, trust_remote_code: bool, revision: str | None = None) -> Source:
     """A model that predicts tokens and is not quantized; UsageError for any other."""
-    source = open_predictor(model, trust_remote_code)
+    source = open_predictor(model, trust_remote_code, revision)
     if config_of_quantization(source.config) is not None:
         how = "give the original model, or write it back with `quantlab convert --to bf16`"
         raise UsageError(f"{model}: is itself quantized; {how}")

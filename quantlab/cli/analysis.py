@@ -10,6 +10,7 @@ from typer import Argument, Option
 from quantlab.cli.output import Format, print_json, print_tables, progress
 
 TRUST = Annotated[bool, Option("--trust-remote-code", help="Run the Python files that come with the model.")]
+REVISION = Annotated[str | None, Option("--revision", help="Branch, tag or commit on the hub.", show_default=False)]
 FORMAT = Annotated[Format, Option("--format", help="human or json.")]
 
 
@@ -86,6 +87,7 @@ def sensitivity(
     fast: Annotated[bool, Option("--fast", help="Estimate all layers in one pass forward and back.")] = False,
     png: Annotated[bool, Option("--png", help="A map of the layers as PNG, beside the JSON file.")] = False,
     device: Annotated[str, Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
+    revision: REVISION = None,
     trust_remote_code: TRUST = False,
     format: FORMAT = Format.human,
 ) -> None:
@@ -107,6 +109,7 @@ def sensitivity(
             length=length,
             fast=fast,
             device=device,
+            revision=revision,
             trust_remote_code=trust_remote_code,
             progress=callback,
         )

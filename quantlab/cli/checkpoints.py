@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from quantlab.mixed import Mixture
     from quantlab.pipeline import Summary
     from quantlab.preflight import Plan
-    from quantlab.scheme import Recipe
+    from quantlab.scheme import Calibration, Recipe
 
 Model = Annotated[str, Argument(metavar="MODEL", help="A hub id or a folder.", show_default=False)]
 SchemeName = Annotated[
@@ -36,9 +36,12 @@ Samples = Annotated[
     int | None,
     Option("--calib-samples", help="Sequences of calibration data.", show_default="64; 32 with --effort fast"),
 ]
-Length = Annotated[int, Option("--calib-length", help="Tokens per sequence.")]
-Seed = Annotated[int, Option("--seed", help="Of the choice of calibration sequences.")]
-Activations = Annotated[str, Option("--activations", help="Activation scales: dynamic, or static (needs --calib).")]
+Length = Annotated[int | None, Option("--calib-length", help="Tokens per sequence.", show_default="512")]
+Seed = Annotated[int | None, Option("--seed", help="Of the choice of calibration sequences.", show_default="0")]
+Activations = Annotated[
+    str | None,
+    Option("--activations", help="Activation scales: dynamic, or static (needs --calib).", show_default="dynamic"),
+]
 Effort = Annotated[
     str | None,
     Option(
@@ -84,6 +87,15 @@ RemoteCode = Annotated[bool, Option("--trust-remote-code", help="Run the Python 
 Overwrite = Annotated[bool, Option("--overwrite", help="Replace an output that exists.")]
 OutputFormat = Annotated[Format, Option("--format", help="human or json.")]
 
+CALIBRATION_OPTIONS = {  # by the keys of a recipe's [calibration]
+    "data": "--calib",
+    "samples": "--calib-samples",
+    "length": "--calib-length",
+    "seed": "--seed",
+    "activations": "--activations",
+    "effort": "--effort",
+}
+
 
 def quantize(
     model: Model,
@@ -93,9 +105,9 @@ def quantize(
     ignore: Ignore = [],  # noqa: B006  typer reads the default and never mutates it
     calib: Calib = None,
     calib_samples: Samples = None,
-    calib_length: Length = 512,
-    seed: Seed = 0,
-    activations: Activations = "dynamic",
+    calib_length: Length = None,
+    seed: Seed = None,
+    activations: Activations = None,
     effort: Effort = None,
     steps: Steps = None,
     target_bits: TargetBits = None,
@@ -120,15 +132,21 @@ def quantize(
     import quantlab
     from quantlab.output import output_folder
 
-    if (target_bits, max_kl) != (None, None):
-        if scheme is not None or recipe is not None:
-            raise UsageError("--target-bits and --max-kl choose the schemes; leave out --scheme and --recipe")
-        mixture = _mixture(model, target_bits, max_kl, mix, ignore, calib, device, trust_remote_code, format)
-        scheme, output = mixture.recipe.scheme, output_folder(model, "mixed", output)
+    mixed, calibrated = (target_bits, max_kl) != (None, None), (effort, steps) != (None, None)
+    if mixed and (scheme is not None or recipe is not None):
+        raise UsageError("--target-bits and --max-kl choose the schemes; leave out --scheme and --recipe")
+    if mixed and not calibrated and (calib_samples, calib_length, seed, activations) != (None,) * 4:
+        raise UsageError(
+            "--calib-samples, --calib-length, --seed and --activations are of calibration, which --target-bits and "
+            "--max-kl leave out; add --effort or --steps"
+        )
     chosen = _recipe(scheme, recipe, ignore, calib, calib_samples, calib_length, seed, activations, effort, steps, kv)
-    if (target_bits, max_kl) != (None, None):
-        asked = effort is not None or steps is not None  # the data then serve calibration, and not only the choice
-        chosen = replace(mixture.recipe, kv=chosen.kv, calibration=chosen.calibration if asked else None)
+    if mixed:
+        output = output_folder(model, "mixed", output)
+        _check(model, output, chosen.kv, overwrite, revision, trust_remote_code)
+        mixture = _mixture(model, target_bits, max_kl, mix, ignore, calib, device, revision, trust_remote_code, format)
+        # without --effort and --steps the data serve only the choice
+        chosen = replace(mixture.recipe, kv=chosen.kv, calibration=chosen.calibration if calibrated else None)
     with progress(format is Format.human) as callback:
         summary = quantlab.quantize(
             model,
@@ -141,8 +159,7 @@ def quantize(
             progress=callback,
             overwrite=overwrite,
         )
-    found = {"mixture": mixture.to_dict()} if (target_bits, max_kl) != (None, None) else {}
-    _show(summary, format, found)
+    _show(summary, format, {"mixture": mixture.to_dict()} if mixed else {})
 
 
 def plan(
@@ -208,15 +225,15 @@ def _recipe(
     ignore: list[str],
     calib: str | None = None,
     samples: int | None = None,
-    length: int = 512,
-    seed: int = 0,
-    activations: str = "dynamic",
+    length: int | None = None,
+    seed: int | None = None,
+    activations: str | None = None,
     effort: str | None = None,
     steps: str | None = None,
     kv: str | None = None,
 ) -> Recipe:
-    """The recipe that the options ask for; --ignore, --calib, --effort, --steps and --kv add to a recipe file."""
-    from quantlab.scheme import EFFORTS, STEPS, Calibration, Recipe, Rule, did_you_mean
+    """The recipe that the options ask for; to a recipe file they add, or replace what they name."""
+    from quantlab.scheme import EFFORTS, Recipe, Rule, did_you_mean
 
     if scheme is not None and file is not None:
         raise UsageError("--scheme and --recipe were both given; a recipe names its schemes, give one of the two")
@@ -226,23 +243,49 @@ def _recipe(
         recipe = Recipe.from_toml(file)
     else:
         recipe = Recipe.advised("fp8-block" if scheme is None else scheme, "none" if kv is None else kv)
-    rules = (*(Rule(pattern, "none") for pattern in ignore), *recipe.rules)
-    recipe = replace(recipe, kv=recipe.kv if kv is None else kv, rules=rules)
+    base = recipe.calibration
+    if file is None and (calib is not None or steps is not None):
+        base = None  # what is advised is for little data
+    values = (calib, samples, length, seed, activations, effort)
+    given = {key: value for key, value in zip(CALIBRATION_OPTIONS, values, strict=True) if value is not None}
+    return replace(
+        recipe,
+        kv=recipe.kv if kv is None else kv,
+        rules=(*(Rule(pattern, "none") for pattern in ignore), *recipe.rules),
+        calibration=_calibration(base, steps, given),
+    )
+
+
+def _calibration(base: Calibration | None, steps: str | None, given: dict[str, Any]) -> Calibration | None:
+    """The calibration of a recipe, if any, with --steps and the keys that other options gave; None for no data."""
+    from quantlab.scheme import STEPS, Calibration
+
     if steps is not None and not steps.strip(" ,"):
         raise UsageError(f"--steps {steps!r} names none; known: {', '.join(STEPS)}, or rtn")
+    idle = ", ".join(CALIBRATION_OPTIONS[key] for key, value in given.items() if value != "dynamic")
     if steps == "rtn":
-        if calib is not None or effort is not None:
-            raise UsageError("--steps rtn rounds without data; leave out --calib and --effort")
-        steps, recipe = None, replace(recipe, calibration=None)
-    elif file is None and calib is None and steps is None and recipe.calibration is not None:
-        effort = effort or recipe.calibration.effort
-    data = "bundled" if calib is None and (steps is not None or effort is not None) else calib
-    if data is not None:
-        calibration = Calibration(data, samples, length, seed, activations, effort or "default")  # type: ignore[arg-type]
-        recipe = replace(recipe, calibration=calibration if steps is None else calibration.only(steps.split(",")))
-    elif activations != "dynamic" and recipe.calibration is None:
-        raise UsageError(f"--activations {activations} needs data; add --calib bundled, or --calib FILE")
-    return recipe
+        if idle:
+            raise UsageError(f"--steps rtn rounds without data; leave out {idle}")
+        return None
+    if base is None and steps is None and not given.keys() & {"data", "effort"}:
+        if idle:
+            raise UsageError(f"{idle}: nothing is calibrated without data; add --calib bundled, or --calib FILE")
+        return None
+    calibration = replace(base or Calibration(), **given)
+    return calibration if steps is None else calibration.only(steps.split(","))
+
+
+def _check(model: str, output: Path, kv: str, overwrite: bool, revision: str | None, trust_remote_code: bool) -> None:
+    """Refuse before schemes are searched what `quantlab.quantize` would refuse behind that."""
+    from quantlab import cache
+    from quantlab.output import check_outside, check_writable
+    from quantlab.source import Source
+
+    check_writable(output, overwrite=overwrite)
+    with Source.open_headers(model, revision) as headers:
+        check_outside(output, headers.folder)
+        if kv != "none":
+            cache.require_support(headers.folder, kv, trust_remote_code)
 
 
 def _mixture(
@@ -253,6 +296,7 @@ def _mixture(
     ignore: list[str],
     calib: str | None,
     device: str,
+    revision: str | None,
     trust_remote_code: bool,
     format: Format,
 ) -> Mixture:
@@ -268,6 +312,7 @@ def _mixture(
             ignore=ignore,
             calibration="bundled" if calib is None else calib,
             device=device,
+            revision=revision,
             trust_remote_code=trust_remote_code,
             progress=callback,
         )

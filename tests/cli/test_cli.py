@@ -9,6 +9,7 @@ import resource
 import statistics
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -184,7 +185,20 @@ def test_no_such_model(command: str, capsys, monkeypatch, tmp_path: Path):
 def test_rounding_without_data_takes_none(capsys, monkeypatch):
     code, text = fails(capsys, monkeypatch, "quantize", "m", "--scheme", "int4", "--steps", "rtn", "--calib", "bundled")
     assert code == 2
-    assert "--steps rtn rounds without data; leave out --calib and --effort" in text
+    assert text == "quantlab: --steps rtn rounds without data; leave out --calib\n"
+
+
+@pytest.fixture
+def recipes(monkeypatch) -> list[Recipe]:
+    """Those that `quantlab.quantize` is called with; it does nothing."""
+    found = []
+
+    def quantize(model: str, recipe: Recipe, *rest: object, **options: object) -> None:
+        found.append(recipe)
+        raise UsageError("seen")
+
+    monkeypatch.setattr(quantlab, "quantize", quantize)
+    return found
 
 
 @pytest.mark.parametrize(
@@ -198,16 +212,51 @@ def test_rounding_without_data_takes_none(capsys, monkeypatch):
         (("--steps", "rtn"), None),
     ],
 )
-def test_what_int4_is_calibrated_on(options: tuple[str, ...], calibration: Calibration | None, monkeypatch):
-    recipes = []
-
-    def quantize(model: str, recipe: Recipe, *rest: object, **options: object) -> None:
-        recipes.append(recipe)
-        raise UsageError("seen")
-
-    monkeypatch.setattr(quantlab, "quantize", quantize)
+def test_what_int4_is_calibrated_on(options: tuple[str, ...], calibration: Calibration | None, recipes: list[Recipe]):
     CliRunner().invoke(app, ["quantize", "m", "--scheme", "int4-fp8", *options])
     assert recipes == [Recipe("int4-fp8", calibration=calibration)]
+
+
+KEPT = Calibration("mine.jsonl", samples=512, length=2048, seed=7, smooth=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "calibration"),
+    [
+        ((), KEPT),
+        (("--effort", "best"), replace(KEPT, effort="best")),
+        (("--steps", "gptq"), KEPT.only(["gptq"])),
+        (("--steps", "rtn"), None),
+        (("--calib", "bundled"), replace(KEPT, data="bundled")),
+        (("--calib-samples", "9", "--seed", "1"), replace(KEPT, samples=9, seed=1)),
+        (("--calib-length", "512"), replace(KEPT, length=512)),
+        (("--activations", "static"), replace(KEPT, activations="static")),
+    ],
+    ids=str,
+)
+def test_options_replace_only_what_they_name_of_a_recipe(
+    options: tuple[str, ...], calibration: Calibration | None, recipes: list[Recipe], tmp_path: Path
+):
+    recipe = Recipe("int4", calibration=KEPT)
+    (tmp_path / "r.toml").write_text(recipe.to_toml())
+    CliRunner().invoke(app, ["quantize", "m", "--recipe", str(tmp_path / "r.toml"), *options])
+    assert recipes == [replace(recipe, calibration=calibration)]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--calib-samples", "9"), "--calib-samples: nothing is calibrated without data; add --calib bundled, or"),
+        (("--seed", "1", "--activations", "static"), "--seed, --activations: nothing is calibrated without data; add"),
+        (("--scheme", "int4", "--steps", "rtn", "--seed", "1"), "--steps rtn rounds without data; leave out --seed"),
+        (("--target-bits", "5", "--calib", "bundled", "--seed", "1"), "leave out; add --effort or --steps"),
+    ],
+    ids=str,
+)
+def test_options_without_effect_are_refused(options: tuple[str, ...], said: str, capsys, monkeypatch):
+    code, text = fails(capsys, monkeypatch, "quantize", "m", *options)
+    assert code == 2
+    assert said in text
 
 
 @pytest.mark.parametrize("option", ["--dry-run", "--unchecked", "--sustained=1"])

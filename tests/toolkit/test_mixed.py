@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from typer.testing import CliRunner
 
 from quantlab import hf
 from quantlab.cli import app
-from quantlab.errors import UsageError
+from quantlab.errors import PreflightError, UsageError
 from quantlab.evaluate import evaluate
 from quantlab.mixed import GRID, Choice, allocate, mix
 from quantlab.pipeline import plan, quantize
@@ -131,6 +132,52 @@ def test_from_the_command_line(tmp_path):
     refused = CliRunner().invoke(app, [*given, "--scheme", "int4"])
     assert isinstance(refused.exception, UsageError)
     assert "leave out --scheme" in str(refused.exception)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--effort", "bogus"), "unknown effort 'bogus'"),
+        (("--kv", "bogus"), "unknown KV format 'bogus'"),
+        (("-o", "full"), "full: exists; choose another with -o"),
+        (("-o", str(MODEL / "out")), "lies in the model's own folder"),
+        (("--revision", "v2"), "--revision v2 needs a model on the hub"),
+    ],
+    ids=str,
+)
+def test_what_can_be_refused_is_before_the_search(options, said, tmp_path, monkeypatch):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("quantlab.mixed.mix", lambda *_, **__: pytest.fail("schemes are searched"))
+    done = CliRunner().invoke(app, ["quantize", str(MODEL), "--target-bits", "5", "--device", "cpu", *options])
+    assert isinstance(done.exception, UsageError)
+    assert said in str(done.exception)
+
+
+def test_a_model_that_can_have_no_quantized_cache_is_refused_before_the_search(tiny, monkeypatch):
+    monkeypatch.setattr("quantlab.mixed.mix", lambda *_, **__: pytest.fail("schemes are searched"))
+    done = CliRunner().invoke(app, ["quantize", str(tiny("t5").folder), "--target-bits", "5", "--kv", "fp8"])
+    assert isinstance(done.exception, PreflightError)
+    assert "cannot have a quantized KV cache" in str(done.exception)
+
+
+def test_schemes_are_chosen_on_the_revision_that_is_quantized(tmp_path, monkeypatch):
+    asked = []
+
+    def locate(model, revision, _):
+        if model != "me/model":  # the output, as it is verified
+            return Path(model)
+        asked.append(revision)
+        return MODEL
+
+    monkeypatch.setattr("quantlab.source.locate", locate)
+    monkeypatch.setattr("quantlab.source.hub_headers", lambda *_: nullcontext())
+    given = ["quantize", "me/model", "--target-bits", "10", "--mix", "fp8-dynamic,none", "--revision", "v2"]
+    done = CliRunner().invoke(app, [*given, "-o", str(tmp_path / "out"), "--device", "cpu"])
+    assert done.exit_code == 0, done.output
+    assert len(asked) >= 2
+    assert set(asked) == {"v2"}
 
 
 def test_a_limit_on_the_loss_is_kept():
