@@ -183,14 +183,12 @@ class Output:
             self._journal({"run": fingerprint})
             _sync_folder(self.partial)
             return
-        (self.partial / JOURNAL).unlink()
-        self._journal(lines[0])  # written anew: its last line may be torn
         for record in (FileRecord(**line) for line in lines[1:]):
             path = self.partial / record.name
             whole = path.is_file() and path.stat().st_size == record.bytes and hash_file(path) == record.sha256
             if whole and _is_shard(record.name):  # all else is quickly written anew
                 self.finished[record.name] = record
-                self._journal(asdict(record))
+        self._rewrite_journal([lines[0], *map(asdict, self.finished.values())])
         for path in self.partial.rglob("*"):
             name = path.relative_to(self.partial).as_posix()
             if path.is_file() and name not in self.finished and name != JOURNAL and self.kept not in path.parents:
@@ -222,6 +220,16 @@ class Output:
         with self._journal_lock, (self.partial / JOURNAL).open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
             _sync(file.fileno())
+
+    def _rewrite_journal(self, lines: list[dict[str, Any]]) -> None:
+        """In one step: its last line may be torn, and a kill meanwhile must not lose the others."""
+        path = self.partial / JOURNAL
+        temporary = path.with_suffix(".part")
+        with temporary.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(line) + "\n" for line in lines)
+            _sync(file.fileno())
+        temporary.replace(path)
+        _sync_folder(path.parent)
 
     def shard(self, name: str, layout: ShardLayout) -> ShardWriter:
         """Start a file of known size; its parts may be written in any order and by any thread."""

@@ -291,6 +291,21 @@ def test_a_finished_shard_that_was_damaged_is_made_again(raw_checkpoint: Make, t
     assert contents(out) == contents(tmp_path / "straight")
 
 
+@pytest.mark.parametrize("call", ["hash_file", "_sync"])
+def test_a_kill_while_finished_shards_are_checked_loses_none(
+    call: str, raw_checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = raw_checkpoint(), tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        run(source, out, progress=interrupt_after(0.9), workers=1)
+    shards = len((tmp_path / "out.partial" / output.JOURNAL).read_text().splitlines()) - 1
+    with monkeypatch.context() as patch:
+        patch.setattr(output, call, lambda _: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            run(source, out)
+    assert run(source, out).resumed == shards > 1
+
+
 def test_an_unexpected_error_keeps_what_was_done(
     raw_checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
