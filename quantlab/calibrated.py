@@ -1,24 +1,25 @@
 """Calibration: data runs through the original model, and quantization uses what was seen of each layer's inputs.
 
 Of each quantized layer there remain the absolute maxima and energies of its input channels, and what `search.Feedback`
-needs to round its weight for the layer's output. The latter is megabytes per layer, so it lies in a temporary folder,
-a file per block, until `stream` comes to the layer.
+needs to round its weight for the layer's output. The latter is megabytes per layer, so it lies in a file per block, in
+a folder that outlives an interrupted run, until `stream` comes to the layer. The next run sends the data through
+finished blocks without looking at their inputs, and not at all where every block is finished.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -61,22 +62,21 @@ class Statistics:
     inputs   module, by its name in the quantized checkpoint -> statistics of its input
     notes    what the user should know: layers without data, the way the model was run
     replacements  tensors of the source that are to be written with other values: none
-    folder   holds the `Feedback` of each layer, and goes with this object; `files` says in which file, under which name
+    folder   holds the `Feedback` of each layer; `files` says in which file, under which name
     digest   of the tokens
+    resumed  blocks that an earlier run had finished
     """
 
     plan: Plan
     calibration: Calibration
     tokens: int
+    folder: Path
+    digest: str
     inputs: dict[str, ChannelStatistics] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     replacements: dict[str, Tensor] = field(default_factory=dict)
     files: dict[str, tuple[Path, str]] = field(default_factory=dict)
-    folder: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="quantlab-calibration-")))
-    digest: str = ""
-
-    def __post_init__(self) -> None:
-        weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
+    resumed: int = 0
 
     def rounded(self, module: str, weight: Tensor, begin: int = 0) -> QuantizedTensor | None:
         """A weight, or a band of its rows, quantized for the layer's output; None for a layer that saw too little."""
@@ -111,6 +111,8 @@ class Statistics:
             "layers": f"{len(self.files)} of {len(_modules(self.plan))} rounded for their output",
             "activations": self.calibration.activations,
         }
+        if self.resumed:
+            found["continued"] = f"{self.resumed} blocks were finished by an earlier run"
         worst = sorted(self.inputs.items(), key=lambda item: -item[1].outlier_ratio())
         for number, (module, seen) in enumerate(worst[:5], start=1):
             ratio = f"{float(seen.amax.amax()):.3g}, {seen.outlier_ratio():.0f}x the median channel"
@@ -131,7 +133,7 @@ def run(
 ) -> Statistics | Rounded:
     """Run the calibration data through the model, one block of it in memory.
 
-    folder  where blocks that are quantized one after the other are kept, for an interrupted run to continue from
+    folder  where finished blocks are kept, for an interrupted run to continue from; None: a temporary one
 
     Raises UsageError for data that does not serve and PreflightError for a model that cannot take it: one that
     transformers cannot build, reads no text, or gives activations that are not finite.
@@ -155,18 +157,19 @@ def run(
     if steps is not None:
         if listed is None:
             raise PreflightError(f"{source.model}: has no one list of repeated blocks; use --steps rtn")
-        folder = folder or Path(tempfile.mkdtemp(prefix="quantlab-calibration-"))
-        job = sequential.Sequential(lazy, plan, calibration, windows, listed, wanted, folder, progress)
-        return job.run(steps)
-    batches = windows.split(max(1, BATCH_TOKENS // windows.shape[1]))
+        kept = folder or _temporary_folder()
+        return sequential.Sequential(lazy, plan, calibration, windows, listed, wanted, kept, progress).run(steps)
     reasons = [] if listed else ["the model ran as a whole (it has no one list of repeated blocks)"]
     asked = calibration.effort == "best" or any(getattr(calibration, step) for step in STEPS)
     if asked and plan.stored.weight.format is not INT4:
         reasons.append(f"effort and steps are of INT4, {plan.recipe.scheme} takes one pass over the original model")
     for blocks in dict.fromkeys((listed, None)):
-        statistics = Statistics(plan, calibration, windows.numel(), notes=list(reasons), digest=digest(windows))
+        kept = folder or _temporary_folder()
+        statistics = Statistics(plan, calibration, windows.numel(), kept, digest(windows), notes=list(reasons))
+        if folder is None:
+            weakref.finalize(statistics, shutil.rmtree, kept, ignore_errors=True)
         try:
-            _observe(statistics, lazy, batches, blocks, wanted, progress)
+            _observe(statistics, lazy, windows, blocks, wanted, progress)
         except torch.OutOfMemoryError:
             raise PreflightError(
                 f"{source.model}: calibration ran out of memory on {device}; use --device cpu"
@@ -178,6 +181,10 @@ def run(
         _note_unseen(statistics)
         return statistics
     raise PreflightError(f"{source.model}: does not run on text, leave out --calib: {reasons[-1]}")
+
+
+def _temporary_folder() -> Path:
+    return Path(tempfile.mkdtemp(prefix="quantlab-calibration-"))
 
 
 def steps_of(stored: Stored, calibration: Calibration) -> Steps | None:
@@ -269,43 +276,74 @@ def _wanted(lazy: LazyModel, plan: Plan) -> dict[str, list[str]]:
 def _observe(
     statistics: Statistics,
     lazy: LazyModel,
-    batches: Iterable[Tensor],
+    windows: Tensor,
     blocks: str | None,
     wanted: dict[str, list[str]],
     progress: Progress | None,
 ) -> None:
-    total = len(lazy.model.get_submodule(blocks)) if blocks else 1
-    for number, block in enumerate(
-        capture(lazy.model, list(batches), lazy, device=lazy.device, blocks=blocks), start=1
-    ):
-        _keep(statistics, block, number, wanted)
+    paths = [f"{blocks}.{i}" for i in range(len(lazy.model.get_submodule(blocks)))] if blocks else [""]
+    batches = windows.split(max(1, BATCH_TOKENS // windows.shape[1]))
+    statistics.folder.mkdir(parents=True, exist_ok=True)
+    finished = {path for path in paths if _recall(statistics, path, wanted)}
+    statistics.resumed = len(finished)
+    if len(finished) == len(paths):
+        return
+    walk = capture(lazy.model, batches, lazy, device=lazy.device, blocks=blocks, unobserved=finished)
+    for number, block in enumerate(walk, start=1):
+        if block.path not in finished:
+            _keep(statistics, block, wanted)
+            _recall(statistics, block.path, wanted)
         if progress is not None:
-            progress(f"calibrating {block.path or 'the model'}", number, total)
+            progress(f"calibrating {block.path or 'the model'}", number, len(paths))
 
 
-def _keep(statistics: Statistics, block: Captured, number: int, wanted: dict[str, list[str]]) -> None:
-    """Reduce what was seen of one block to statistics, and lay its feedback down in a file."""
-    path = statistics.folder / f"{number:05d}.safetensors"
-    parts: dict[str, Tensor] = {}
-    names: dict[int, str] = {}  # layers that share an observer share its feedback
+def _file(statistics: Statistics, block: str) -> Path:
+    return statistics.folder / f"{block or 'model'}.safetensors"
+
+
+def _keep(statistics: Statistics, block: Captured, wanted: dict[str, list[str]]) -> None:
+    """Reduce what was seen of one block to statistics, and lay them down in its file."""
+    tensors: dict[str, Tensor] = {}
+    names: dict[int, str] = {}  # layers that share an observer share its statistics
+    about: dict[str, tuple[str, int]] = {}
     for name, observer in block.inputs.items():
         if name not in wanted:
+            continue
+        shared = names.setdefault(id(observer), name)
+        about[name] = shared, observer.tokens
+        if shared != name:
             continue
         seen = ChannelStatistics.of(observer)
         if not bool(seen.amax.isfinite().all()):
             raise PreflightError(
                 f"{name}: its input is not finite on the calibration data; the model or its dtype is broken"
             )
-        shared = names.setdefault(id(observer), name)
-        if shared == name and seen.tokens >= FEWEST_TOKENS:
+        tensors |= {f"{name}.amax": seen.amax, f"{name}.squares": seen.energy}
+        if seen.tokens >= FEWEST_TOKENS:
             feedback = Feedback.of(observer.moments()).to(torch.device("cpu"))
-            parts |= {f"{name}.pass_on": feedback.pass_on, f"{name}.energy": feedback.energy}
-        for module in wanted[name]:
-            statistics.inputs[module] = seen
-            if seen.tokens >= FEWEST_TOKENS:
-                statistics.files[module] = (path, shared)
-    if parts:
-        save_file(parts, path)
+            tensors |= {f"{name}.pass_on": feedback.pass_on, f"{name}.energy": feedback.energy}
+    temporary = _file(statistics, block.path).with_suffix(".part")
+    save_file(tensors, temporary, {"data": statistics.digest, "about": json.dumps(about)})
+    temporary.replace(_file(statistics, block.path))
+
+
+def _recall(statistics: Statistics, block: str, wanted: dict[str, list[str]]) -> bool:
+    """Take up what is kept of a block; False where nothing is, or of other data."""
+    path = _file(statistics, block)
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("data") != statistics.digest:
+                return False
+            for name, (shared, tokens) in json.loads(metadata["about"]).items():
+                amax, energy = (file.get_tensor(f"{shared}.{what}") for what in ("amax", "squares"))
+                for module in wanted[name]:
+                    statistics.inputs[module] = ChannelStatistics(amax, energy, tokens)
+                    if tokens >= FEWEST_TOKENS:
+                        statistics.files[module] = (path, shared)
+    except (OSError, SafetensorError, KeyError, ValueError):
+        return False
+    return True
 
 
 def _note_unseen(statistics: Statistics) -> None:

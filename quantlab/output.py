@@ -13,6 +13,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import threading
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import Tensor
 
 from quantlab.checkpoint import CONFIG, MANIFEST, OURS, QUANTIZATION_KEYS, Stored, quantization_config
@@ -169,8 +171,9 @@ class Output:
                 _restore(folder)
                 check_writable(folder, overwrite=overwrite)  # another run may have published just before
                 try:
-                    yield cls(folder, fingerprint)
-                except (OSError, QuantlabError):
+                    with disk_errors(folder):
+                        yield cls(folder, fingerprint)
+                except QuantlabError:
                     shutil.rmtree(_partial(folder), ignore_errors=True)
                     raise
 
@@ -354,7 +357,10 @@ def disk_errors(folder: Path) -> Iterator[None]:
     """Turn what the disk refuses into one line."""
     try:
         yield
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
+        refused = error if isinstance(error, OSError) else _refused(error)
+        if refused is None:
+            raise
         reasons = {
             errno.ENOSPC: "the disk is full",
             errno.EDQUOT: "the disk quota is used up",
@@ -363,8 +369,14 @@ def disk_errors(folder: Path) -> Iterator[None]:
             errno.EACCES: "no permission to write",
             errno.EPERM: "no permission to write",
         }
-        reason = reasons.get(error.errno or 0, error.strerror or str(error))
+        reason = reasons.get(refused.errno or 0, refused.strerror or str(refused))
         raise PreflightError(f"{folder}: {reason}; nothing was left behind. Free space or choose another -o") from error
+
+
+def _refused(error: SafetensorError) -> OSError | None:
+    """What the disk refused safetensors, which says so in words alone; None for any other error."""
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return OSError(int(found[1]), os.strerror(int(found[1]))) if found else None
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -76,12 +76,14 @@ def capture(
     *,
     device: torch.device,
     blocks: str | None,
+    unobserved: Container[str] = (),
 ) -> Iterator[Captured]:
     """Yield each block of the list at path `blocks` after it has seen all `batches` (token ids, int64 [rows, length]).
 
-    model    its parameters may be on the meta device
-    weights  loads parts of it to `device` and releases them
-    blocks   from `find_blocks`; None runs the model as a whole, with all its weights in memory
+    model       its parameters may be on the meta device
+    weights     loads parts of it to `device` and releases them
+    blocks      from `find_blocks`; None runs the model as a whole, with all its weights in memory
+    unobserved  paths of blocks that only run, for the sake of those behind them; they are yielded too
     Raises CaptureError where the model does not run so.
     """
     model.eval()
@@ -96,7 +98,7 @@ def capture(
         weights.release("")
         return
     with loading_when_called(model, blocks, weights):
-        yield from _block_by_block(model, batches, weights, device, blocks)
+        yield from _block_by_block(model, batches, weights, device, blocks, unobserved)
 
 
 def _block_by_block(
@@ -105,6 +107,7 @@ def _block_by_block(
     weights: Weights,
     device: torch.device,
     path: str,
+    unobserved: Container[str],
 ) -> Iterator[Captured]:
     walk = Walk(model, path, device)
     hidden: list[Tensor | None] = [None] * len(batches)  # what enters the next block, per batch, on the CPU
@@ -112,7 +115,7 @@ def _block_by_block(
         name = f"{path}.{index}"
         weights.load(name)
         captured = Captured(name, block)
-        with observing(captured):
+        with contextlib.nullcontext() if name in unobserved else observing(captured):
             for i, batch in enumerate(batches):
                 hidden[i] = walk.through(index, hidden[i], batch)
         yield captured

@@ -20,6 +20,7 @@ from quantlab.preflight import plan
 from quantlab.scheme import Calibration, Recipe
 from quantlab.source import Source
 from quantlab_calib.capture import capture
+from quantlab_calib.search import Feedback
 
 CPU = torch.device("cpu")
 TEXT_MODELS = (
@@ -156,6 +157,56 @@ def test_a_calibrated_checkpoint_is_valid_and_differs_only_in_codes(with_tokeniz
     assert "x the median channel" in ours.calibration["outlier 1"]
     assert json.loads((tmp_path / "ours/quantlab/summary.json").read_text())["calibration"] == ours.calibration
     assert again.bytes_after == ours.bytes_after
+
+
+@pytest.mark.parametrize(("name", "blocks"), [("llama", 2), ("t5", 1)])
+@pytest.mark.parametrize("last", ["calibrating", "model"])
+def test_an_interrupted_run_goes_on_behind_the_blocks_that_are_done(
+    with_tokenizer, tmp_path, data, monkeypatch, name, blocks, last
+):
+    """Killed behind the first block, and while shards are written; t5 runs as a whole."""
+    model, recipe = with_tokenizer(name), Recipe(calibration=data)
+    options = {"device": "cpu", "workers": 1}
+    whole = quantize(model.folder, recipe, tmp_path / "whole", **options)
+
+    def stop(label, done, total):
+        if label.startswith("calibrating") == (last == "calibrating"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize(model.folder, recipe, tmp_path / "out", progress=stop, **options)
+    observed = []
+    of = Feedback.of
+    monkeypatch.setattr(Feedback, "of", lambda moments: observed.append(1) or of(moments))
+    summary = quantize(model.folder, recipe, tmp_path / "out", **options)
+    done = 1 if last == "calibrating" else blocks
+    assert summary.calibration.pop("continued") == f"{done} blocks were finished by an earlier run"
+    assert summary.calibration == whole.calibration
+    assert bool(observed) == (done < blocks)
+    before, after = (load_file(tmp_path / folder / "model.safetensors") for folder in ("whole", "out"))
+    assert all(torch.equal(before[key].float(), after[key].float()) for key in before)
+
+
+def test_blocks_that_saw_other_data_are_not_taken_up(with_tokenizer, tmp_path, text, data):
+    source = Source.open(with_tokenizer("llama").folder)
+    for calibration, resumed in ((data, 0), (data, 2), (replace(data, seed=1), 0)):
+        made = plan(source, Recipe(calibration=calibration))
+        assert calibrated.run(source, made, calibration, CPU, folder=tmp_path / "kept").resumed == resumed
+
+
+def test_nothing_is_left_in_the_folder_of_temporary_files(with_tokenizer, tmp_path, data, monkeypatch):
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
+    _, found = calibrate(with_tokenizer("llama"), data)
+    assert any((tmp_path / "tmp").iterdir())
+    del found
+    assert not any((tmp_path / "tmp").iterdir())
+
+    def nothing(*_, **__):
+        raise AssertionError("a run has a folder")
+
+    monkeypatch.setattr("tempfile.mkdtemp", nothing)
+    quantize(with_tokenizer("llama").folder, Recipe(calibration=data), tmp_path / "out", device="cpu", workers=1)
 
 
 def test_static_activation_scales_lie_in_a_side_file(with_tokenizer, tmp_path, text):

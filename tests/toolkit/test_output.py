@@ -17,6 +17,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from quantlab import output, stream
@@ -174,6 +175,17 @@ def test_what_the_disk_refuses(
         run(source, tmp_path / "out", workers=2)
     monkeypatch.undo()
     assert names_in(tmp_path) == {"model"}
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_what_the_disk_refuses_safetensors(full: bool, tmp_path: Path) -> None:
+    """Its errors are of one class, whether the disk or a file is to blame."""
+    told = "Error while serializing: I/O error: No space left on device (os error 28)" if full else "header too large"
+    said = re.escape(f"{tmp_path / 'out'}: the disk is full; nothing was left behind")
+    refused = pytest.raises(PreflightError, match=said) if full else pytest.raises(SafetensorError, match=told)
+    with refused, Output.open(tmp_path / "out", "a run"):
+        raise SafetensorError(told)
+    assert (tmp_path / "out.partial").exists() is not full
 
 
 def test_two_runs_into_one_output(raw_checkpoint: Make, tmp_path: Path) -> None:
