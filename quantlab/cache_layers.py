@@ -316,7 +316,7 @@ class DynamicPackedLayer(PackedLayer):
 
     @property
     def longest(self) -> int | None:
-        return self.tokens
+        return self._slots(self.tokens)  # the compiler makes a graph for each number: not one for each token
 
     def _reserve(self, tokens: int) -> None:
         self.tokens += tokens

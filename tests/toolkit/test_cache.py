@@ -134,6 +134,17 @@ def test_outlying_channels_leave_the_others_their_precision(format, bound):
     assert format == "fp8" or naive > 5 * with_channels
 
 
+def test_a_growing_cache_is_not_compiled_anew_for_every_token():
+    """Both the prompt and the steps behind it are a graph, until the cache grows by a block."""
+    model, graphs = cache.use(tiny("Llama"), "int8"), []
+    expected, _ = generate(model, prompts(padded=0))
+    torch._dynamo.reset()
+    model.forward = torch.compile(model.forward, backend=lambda graph, _: graphs.append(graph) or graph.forward)
+    found, _ = generate(model, prompts(padded=0))
+    assert len(graphs) == 2
+    assert torch.equal(found.sequences, expected.sequences)
+
+
 def test_memory_is_what_the_format_says():
     k = torch.randn(1, 2, 300, 64)
     for format, per_token in {"fp8": 2 * 2 * 68, "int8": 2 * 2 * 68, "int4": 2 * 2 * 36, "k8v4": 2 * (68 + 36)}.items():
