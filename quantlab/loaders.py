@@ -174,22 +174,37 @@ class SkipList:
     """Which modules a skip list matches, by the most generous of transformers' readings.
 
     5.17 takes a listed name as the beginning of a path, whatever follows; 5.23 up to a dot; both also as its end, and
-    both as a regular expression.
+    both as a regular expression, if it is one (`_skips_are_read`).
     """
 
     def __init__(self, names: Iterable[str]) -> None:
         names = [name.removeprefix("re:") for name in names]
-        self._plain = {name for name in names if re.fullmatch(r"[\w.-]+", name)}
-        patterns = [f"(?:{name})" for name in names if name not in self._plain]
+        self._plain = {name for name in names if re.fullmatch(r"[\w.-]+", name) or _unreadable(name)}
         self._lengths = sorted({len(name) for name in self._plain})
-        self._pattern = re.compile("|".join(patterns) or "(?!)")
+        self._patterns = [re.compile(name) for name in names if name not in self._plain]
 
     def matches(self, module: str) -> bool:
         plain = self._plain
-        return (
-            any(module[:length] in plain or module[-length:] in plain for length in self._lengths)
-            or self._pattern.match(module) is not None
+        return any(module[:length] in plain or module[-length:] in plain for length in self._lengths) or any(
+            pattern.match(module) for pattern in self._patterns
         )
+
+
+def _unreadable(pattern: str) -> str | None:
+    """What is wrong with a regular expression, or None."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        return str(error)
+    return None
+
+
+def _skips_are_read(view: View) -> Iterator[str]:
+    """Names of `fp8` checkpoints as regular expressions within others, those of compressed-tensors after `re:`."""
+    for name in view.stored.skip:
+        pattern = f"(?:{name})" if view.stored.layout == "fp8" else name.removeprefix("re:")
+        if (view.stored.layout == "fp8" or name.startswith("re:")) and (error := _unreadable(pattern)):
+            yield f"{name}: is in the skip list and no regular expression ({error}); loading stops there"
 
 
 def _skips_no_quantized(view: View) -> Iterator[str]:
@@ -304,6 +319,12 @@ RULES = (
         "every layer has its scales of an FP8 KV cache",
         "quantization/kv_cache.py: BaseKVCacheMethod",
         _kv_scales_fit,
+    ),
+    LoaderRule(
+        "transformers",
+        "the skip list can be read",
+        "quantizers/quantizers_utils.py: should_convert_module",
+        _skips_are_read,
     ),
     LoaderRule(
         "transformers",

@@ -108,6 +108,10 @@ def skip_a_quantized_one(_: Any, config: dict[str, Any]) -> None:
     config["modules_to_not_convert"] = ["lm_head", "model.layers.0.mlp.gate"]
 
 
+def skip_by_a_glob(_: Any, config: dict[str, Any]) -> None:
+    config["modules_to_not_convert"] = ["lm_head", "*.gate"]
+
+
 def ragged_rows(tensors: dict[str, torch.Tensor], _: Any) -> None:
     tensors["model.layers.0.self_attn.k_proj.weight"] = torch.zeros(200, 256).to(torch.float8_e4m3fn)
     tensors["model.layers.0.self_attn.k_proj.weight_scale_inv"] = torch.ones(2, 2)
@@ -143,6 +147,13 @@ def quantized_head(tensors: dict[str, torch.Tensor], _: Any) -> None:
             {"transformers: model.layers.0.mlp.gate_proj: is quantized, but the skip list matches it"},
         ),
         (
+            skip_by_a_glob,
+            {
+                "transformers: *.gate: is in the skip list and no regular expression (nothing to repeat at position "
+                "3); loading stops there"
+            },
+        ),
+        (
             ragged_rows,
             {
                 "SGLang: model.layers.0.mlp.gate_proj+up_proj: up_proj has 200 rows, not a multiple of 128",
@@ -160,6 +171,19 @@ def test_each_fault_is_found_and_named(edit: Change, found: set[str], checkpoint
     if edit not in (scale_of_a_plain_weight, quantized_head):
         assert found == lines
     assert all("\n" not in line for line in result.problems)
+
+
+def test_names_to_skip_that_are_no_regular_expressions(raw_checkpoint: Make, tmp_path: Path) -> None:
+    """compressed-tensors takes them as they are, unless they begin with `re:`."""
+
+    def edit(_: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
+        config["ignore"] += ["*.foo*", "re:(", "re:(?i).*LM_HEAD"]
+
+    quantize(raw_checkpoint(), "fp8-dynamic", tmp_path / "out", device="cpu")
+    problems = verify(change(tmp_path / "out", edit)).problems
+    assert [problem.partition(" (")[0] for problem in problems] == [
+        "re:(: is in the skip list and no regular expression"
+    ]
 
 
 def test_ordinary_scales_get_a_note(checkpoint: Path) -> None:
