@@ -113,7 +113,7 @@ def _fetch_headers(info: Any, ignored: list[str], folder: Path) -> bool:
 
     from quantlab.shards import HEADER_LIMIT
 
-    kept = Path(snapshot_download(info.id, revision=info.sha, ignore_patterns=[*ignored, "*.safetensors"]))
+    kept = Path(snapshot_download(info.id, revision=info.sha, ignore_patterns=[*ignored, "*.safetensors"])).resolve()
     names = [sibling.rfilename for sibling in info.siblings]
     missing = [n for n in names if n.endswith(".safetensors") and "/" not in n and not (kept / n).exists()]
     if not missing:
@@ -179,10 +179,6 @@ def _told_in_a_line(model: str, revision: str | None) -> Iterator[None]:
     except RepositoryNotFoundError:
         raise UsageError(f"{model}: no such folder, and no such model on the hub") from None
     except ValueError as error:  # not a repository name at all
-        raise UsageError(f"{model}: no such folder or model: {_one_line(error)}") from None
+        raise UsageError(f"{model}: no such folder or model: {one_line(error)}") from None
     except Exception as error:  # the network fails in many ways, and its libraries name them differently
-        raise PreflightError(f"{model}: download failed: {_one_line(error)}") from None
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
+        raise PreflightError(f"{model}: download failed: {one_line(error)}") from None

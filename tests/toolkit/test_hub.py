@@ -176,6 +176,22 @@ def test_a_model_on_the_hub_is_planned_and_refused_before_its_weights_are_downlo
     assert verify(tmp_path / "made").problems == ()
 
 
+RELATIVE = """
+import json, os
+import huggingface_hub
+import quantlab
+
+whole = huggingface_hub.snapshot_download
+huggingface_hub.snapshot_download = lambda *given, **options: os.path.relpath(whole(*given, **options))
+print(json.dumps({"tensors": len(quantlab.plan("me/model").decisions)}))
+"""
+
+
+def test_a_cache_in_a_relative_folder(hub: str, tmp_path: Path) -> None:
+    """Older versions of the hub's client give its folder as HF_HOME says it."""
+    assert run(RELATIVE, hub=hub, folder=tmp_path)["tensors"] > 0
+
+
 LOAD = """
 import json
 import torch

@@ -69,12 +69,12 @@ def test_a_model_from_the_hub(raw_checkpoint: Make, tmp_path: Path, monkeypatch:
 @pytest.mark.parametrize(
     ("error", "kind", "message"),
     [
-        (RuntimeError("connection\nreset"), PreflightError, "someone/m: download failed: connection reset"),
-        (ValueError("bad name"), UsageError, "someone/m: no such folder or model: bad name"),
+        (RuntimeError("the\nnet"), PreflightError, "someone/m: download failed: RuntimeError: the net"),
+        (ValueError("bad name"), UsageError, "someone/m: no such folder or model: ValueError: bad name"),
         (
             OSError(28, "No space left on device"),
             PreflightError,
-            "someone/m: download failed: [Errno 28] No space left",
+            "someone/m: download failed: OSError: [Errno 28] No space left",
         ),
     ],
 )
