@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -112,12 +113,17 @@ def holding_gpu(kind: int) -> Iterator[None]:
 
 
 def checkpoint(shape: Shape | Mixture, folder: Path) -> Path:
-    """The random checkpoint, made if it is not there yet."""
+    """The random checkpoint, made if it is not there yet; it appears whole."""
     import torch
 
-    if not (folder / "config.json").is_file():
-        make_checkpoint(shape, folder, device="cuda" if torch.cuda.is_available() else "cpu")
-    return folder
+    if (folder / "config.json").is_file():
+        return folder
+    if folder.is_dir() and any(folder.iterdir()):
+        raise UsageError(f"{folder}: exists and is no checkpoint; move it, or choose another --workdir")
+    half = folder.with_name(f"{folder.name}.part")
+    shutil.rmtree(half, ignore_errors=True)  # of a run that was killed
+    make_checkpoint(shape, half, device="cuda" if torch.cuda.is_available() else "cpu")
+    return half.rename(folder)
 
 
 def without_data(scheme: str) -> Recipe:

@@ -48,6 +48,31 @@ def test_a_model_with_experts_is_made(tmp_path):
         assert min(generation_benchmark.decode_times(model, torch.randint(3, 512, (2, 10)), steps=2)) > 0
 
 
+@pytest.mark.parametrize("first", ["config.json", "model-00000.safetensors"])
+def test_a_model_that_was_killed_half_made_is_made_again(first: str, tmp_path, monkeypatch):
+    """Weights are there before the config is, or behind it where transformers writes them."""
+
+    def killed(shape, folder, *, device):
+        folder.mkdir(parents=True)
+        (folder / first).write_text("{}")
+        raise KeyboardInterrupt
+
+    folder, tiny = tmp_path / "tiny", random_models.SHAPES["tiny"]
+    with monkeypatch.context() as patch:
+        patch.setattr(random_models, "make_checkpoint", killed)
+        with pytest.raises(KeyboardInterrupt):
+            random_models.checkpoint(tiny, folder)
+    assert random_models.checkpoint(tiny, folder) == random_models.checkpoint(tiny, folder) == folder
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
+    assert quantlab.plan(folder).quantized
+
+
+def test_a_model_is_not_made_over_what_is_none(tmp_path):
+    (tmp_path / "mine").write_text("mine")
+    with pytest.raises(UsageError, match="exists and is no checkpoint; move it, or choose another --workdir"):
+        random_models.checkpoint(random_models.SHAPES["tiny"], tmp_path)
+
+
 @pytest.mark.parametrize("kv", [None, "int8"])
 def test_decoding_is_timed_over_steps_in_a_static_cache(random_llama, kv: str | None, monkeypatch):
     model = quantlab.load(random_llama, kv=kv).eval()
