@@ -14,6 +14,7 @@ which SDPA does not know, are computed in plain torch then, never left out.
 from __future__ import annotations
 
 import os
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -33,7 +34,7 @@ CODES: dict[str, Format | None] = {"quantlab": None, "quantlab_int8": "int8", "q
 # only the kernel alone was measured, 5 to 9 % faster at 16384 keys; others were not.
 FASTER_FROM = {128: 4096}
 _PLAIN_ELEMENTS = 1 << 26  # scores that the plain way holds at a time
-_least: int | None = None  # in place of these
+_measuring = threading.local()  # `least`: in place of these; the compiler does not trace a ContextVar
 _said: set[tuple[str, str]] = set()
 
 
@@ -165,13 +166,12 @@ def _why_not(
 
 @contextmanager
 def always() -> Iterator[None]:
-    """8 bits also where they are slower: for measuring what they cost."""
-    global _least
-    before, _least = _least, 0
+    """8 bits also where they are slower, in this thread: for measuring what they cost."""
+    before, _measuring.least = getattr(_measuring, "least", None), 0
     try:
         yield
     finally:
-        _least = before
+        _measuring.least = before
 
 
 def _asked() -> int | None:
@@ -184,7 +184,9 @@ def _asked() -> int | None:
 
 def _too_short(d: int, queries: int, visible: Visible, kwargs: dict[str, Any]) -> str | None:
     """8 bits pay once the products outweigh quantizing keys and values."""
-    least = _asked() if _least is None else _least
+    least = getattr(_measuring, "least", None)
+    if least is None:
+        least = _asked()
     if least is None:
         least = FASTER_FROM.get(d)
     if queries == 1:

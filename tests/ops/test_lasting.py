@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
+from quantlab_kernels.common import launches
 from quantlab_kernels.common.lasting import lasting, lasting_zeros
 
 
@@ -30,6 +33,22 @@ def test_errors_arrive():
 
     with pytest.raises(RuntimeError, match="no memory"):
         lasting(make)
+
+
+def test_threads_that_capture_together_take_flags_of_their_own(monkeypatch):
+    """Each looks at the pool before another has taken its part, unless it has to wait."""
+
+    class Slow(dict):
+        def get(self, key):
+            found = super().get(key)
+            time.sleep(0.02)
+            return found
+
+    monkeypatch.setattr(launches, "_CAPTURE_FLAGS", Slow({0: torch.zeros(64, dtype=torch.int32)}))
+    monkeypatch.setattr("torch.cuda.is_current_stream_capturing", lambda: True)
+    with ThreadPoolExecutor(4) as pool:
+        taken = list(pool.map(lambda _: launches.handover_flags(0, 4), range(4)))
+    assert len({flags.data_ptr() for flags in taken}) == 4
 
 
 @pytest.mark.gpu(sm=80)

@@ -6,6 +6,7 @@ A wrong mask moves the hidden states of these models by a quarter and more, 8 bi
 from __future__ import annotations
 
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -303,6 +304,17 @@ def test_whose_name_stays():
     assert not attention.share_keys(one_query_a_key)
     assert not attention.share_keys(torch.nn.Linear(2, 2))
     assert one_query_a_key.config._attn_implementation == "sdpa"
+
+
+def test_measuring_in_one_thread_is_nothing_to_another(monkeypatch, calls):
+    model = causal_model("llama")
+    monkeypatch.setenv("QUANTLAB_ATTENTION_MIN_TOKENS", "1000")
+    with attention.always(), ThreadPoolExecutor(1) as other:
+        with pytest.warns(AttentionFallback, match="too few"):
+            other.submit(hidden, model, "quantlab_int8").result()
+        assert calls == []
+        hidden(model, "quantlab_int8")
+    assert calls == [24, 24]
 
 
 def test_measuring_goes_before_the_environment(monkeypatch, calls):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import torch
 from torch import Tensor
 
@@ -41,16 +43,18 @@ def settled(weight: Tensor) -> bool:
 _POOL = 1 << 20
 _STREAM_FLAGS: dict[tuple[int, int], Tensor] = {}
 _CAPTURE_FLAGS: dict[int, Tensor] = {}
+_TAKING = threading.Lock()  # threads may capture at the same time
 
 
 def handover_flags(device: int, count: int) -> Tensor:
     """At least `count` zeros for one launch on the current stream."""
     if torch.cuda.is_current_stream_capturing():
-        pool = _CAPTURE_FLAGS.get(device)
-        if pool is None or pool.numel() < count:
-            return torch.zeros(count, dtype=torch.int32, device=f"cuda:{device}")
-        _CAPTURE_FLAGS[device] = pool[count:]
-        return pool[:count]
+        with _TAKING:
+            pool = _CAPTURE_FLAGS.get(device)
+            if pool is not None and pool.numel() >= count:
+                _CAPTURE_FLAGS[device] = pool[count:]
+                return pool[:count]
+        return torch.zeros(count, dtype=torch.int32, device=f"cuda:{device}")
     if device not in _CAPTURE_FLAGS:
         _CAPTURE_FLAGS[device] = lasting_zeros(_POOL, device)
     key = device, torch._C._cuda_getCurrentRawStream(device)
