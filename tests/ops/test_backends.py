@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 import types
 import warnings
@@ -85,3 +86,26 @@ def test_when_none_can_every_reason_is_given(room):
     backends = room(best=backend("needs sm_90"), slow=backend("needs a GPU"))
     with pytest.raises(RuntimeError, match=r"no backend runs p\. best: needs sm_90; slow: needs a GPU"):
         backends.select("p")
+
+
+def test_a_server_of_many_lengths_remembers_a_bounded_number_of_problems(room):
+    backends = room(best=backend(None))
+    for problem in range(10_000):
+        backends.select(problem)
+    assert 0 < len(backends._chosen) <= 4096
+
+
+ROOMS = (
+    "attention_decode", "bmm_fp8", "gemm_fp8_block", "gemm_fp8_grouped", "gemm_fp8_row", "gemm_int4", "gemm_int4_fp8",
+    "gemm_int4_grouped", "quantize_fp8", "rmsnorm_quantize", "rope", "swiglu_quantize",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ROOMS)
+def test_configurations_of_a_bounded_number_of_problems_are_remembered(name):
+    backends = importlib.import_module(f"quantlab_kernels.{name}.op").BACKENDS
+    for module in map(backends.module, backends.names):
+        for function in vars(module).values():
+            keyed = callable(function) and "problem" in getattr(function, "__annotations__", {})
+            if keyed and function.__name__ != "kernel" and hasattr(function, "cache_parameters"):
+                assert function.cache_parameters()["maxsize"] is not None, f"{module.__name__}.{function.__name__}"

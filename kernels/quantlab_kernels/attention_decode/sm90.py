@@ -64,7 +64,7 @@ def supports(problem: Problem) -> str | None:
     return nvrtc.missing()
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4096)
 def config(problem: Problem, sm_count: int = 132) -> Config:
     """Two CTAs of eight warps; one where accumulators fill the registers. Short rows come 32 at a time.
 
@@ -114,7 +114,7 @@ class _Key:
         return isinstance(other, _Key) and self.key == other.key
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4096)
 def kernels(config: Config, problem: Problem) -> tuple[driver.Kernel, driver.Kernel]:
     """The kernel that attends and the one that merges."""
     text = source(config, problem)

@@ -58,7 +58,7 @@ def able(problem: Problem) -> str | None:
     return nvrtc.missing()
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4096)
 def config(problem: Problem) -> Config:
     """Wide loads for few tokens, else all of K in a warp, where blocks of scales allow it. Tokens are shared out while
     there are multiprocessors for it."""

@@ -49,7 +49,7 @@ def step(problem: Problem) -> int:
     return math.gcd(128, *along)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4096)
 def config(problem: Problem) -> Config:
     """Best of about thirty on an H200, with 16 and with 128 heads and 1, 16 and 128 tokens of DeepSeek's shapes. Not
     transposed there is a single step, which nothing can be fetched ahead of."""

@@ -21,6 +21,8 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from types import ModuleType
 
+_MOST = 4096  # problems that are remembered; a server meets one for each number of tokens
+
 
 class FallbackWarning(UserWarning):
     """A GPU call took a slow way; the text says why. Given once per room and reason."""
@@ -76,6 +78,8 @@ class Backends:
         forced = os.environ.get(self.variable)
         chosen = self._chosen.get((problem, forced))
         if chosen is None:
+            if len(self._chosen) >= _MOST:
+                self._chosen.clear()
             chosen = self._chosen[problem, forced] = self._forced(forced, problem) if forced else self._first(problem)
         return chosen
 

@@ -51,7 +51,7 @@ def _has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4096)
 def _config(problem: GemmProblem, device: int) -> Config:
     tuned = tuning.lookup("gemm_fp8_block", "sm90", n=problem.n, k=problem.k, m=problem.m)
     if tuned is not None:

@@ -63,7 +63,7 @@ def _faster(m: int, n: int, k: int) -> bool:
     return m == 1 and n * k <= (32_000_000 if 1024 <= k < 2048 else 16_000_000)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4096)
 def config(problem: GemmProblem) -> Config:
     """The fastest of the same sweep, or nearly."""
     return replace(_shape(problem.n, problem.k // 128), tokens=8 if problem.m <= 8 else 16)

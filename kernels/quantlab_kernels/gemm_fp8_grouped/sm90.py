@@ -32,7 +32,7 @@ def supports(problem: GroupedProblem) -> str | None:
     return nvrtc.missing()
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4096)
 def config(problem: GroupedProblem) -> Config:
     """Tiles as tall as an expert has rows; with few, the weights go on the M side of the MMA as in `gemm_fp8_block`."""
     return replace(_tiles(problem), row=int(not problem.blocked))

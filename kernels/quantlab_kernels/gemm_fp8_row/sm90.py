@@ -27,7 +27,7 @@ def able(problem: GemmProblem) -> str | None:
     return sm90.supports(problem)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4096)
 def config(problem: GemmProblem) -> Config:
     """The tiles of `gemm_fp8_block`: the loop is the same, but for the scales."""
     return replace(sm90.config(problem), row=1)

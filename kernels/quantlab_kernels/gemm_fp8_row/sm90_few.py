@@ -12,7 +12,7 @@ from quantlab_kernels.gemm_fp8_block.sm90_few import Config, able, launch, suppo
 __all__ = ["able", "config", "launch", "supports"]
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4096)
 def config(problem: GemmProblem) -> Config:
     """The configurations of `gemm_fp8_block`: the loop is the same, but for the scales."""
     return replace(sm90_few.config(problem), row=1)

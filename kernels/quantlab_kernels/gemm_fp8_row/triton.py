@@ -20,7 +20,7 @@ def supports(problem: GemmProblem) -> str | None:
     return None
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4096)
 def config(problem: GemmProblem) -> Config:
     return choose("gemm_fp8_block", problem)  # its table: the loop is the same, but for one load of scales
 

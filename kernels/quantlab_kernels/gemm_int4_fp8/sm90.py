@@ -37,7 +37,7 @@ def supports(problem: Int4Problem) -> str | None:
     return nvrtc.missing()
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4096)
 def config(problem: Int4Problem) -> Config:
     """Tuned for this GPU and weight shape, else the default."""
     room = "gemm_int4_fp8" if problem.x.itemsize == 1 else "gemm_int4"

@@ -122,7 +122,7 @@ def _token_scale_bytes(problem: Int4Problem) -> int:
     return 4 * round_up(problem.m, 4) * (problem.k // GROUP)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4096)
 def deepest(config: Config, problem: Int4Problem, most: int = 24) -> Config:
     """With as many stages as shared memory holds, up to `most`."""
     turn = config.k_groups

@@ -40,7 +40,7 @@ def _faster(m: int, n: int, k: int) -> bool:
     return n <= (2112 if m <= 4 else 2048) and n * k <= 32_000_000
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4096)
 def config(problem: Int4Problem) -> Config:
     """The fastest of the same sweep, or nearly. One scale for each token multiplies the finished sums."""
     shape = _shape(problem.n, problem.k // 128)

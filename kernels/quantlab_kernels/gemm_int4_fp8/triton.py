@@ -14,7 +14,7 @@ from quantlab_kernels.common.int4 import Int4Problem
 supports = triton_int4.supports
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4096)
 def config(problem: Int4Problem) -> Config:
     return triton_int4.config("gemm_int4_fp8", problem)
 

@@ -23,7 +23,7 @@ def supports(problem: Int4Problem) -> str | None:
     return sm90.supports(problem)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4096)
 def config(problem: Int4Problem) -> Config:
     """Tiles as wide as an expert has rows, with room for some that have a few more."""
     mean = problem.m / problem.experts

@@ -28,7 +28,7 @@ def supports(problem: Problem) -> str | None:
     return None if problem.sm >= 80 else f"needs sm_80 or newer, the GPU is sm_{problem.sm}"
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4096)
 def config(problem: Problem) -> Config:
     return choose(problem)
 

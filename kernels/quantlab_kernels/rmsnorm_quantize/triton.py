@@ -37,7 +37,7 @@ def supports(problem: Problem) -> str | None:
     return None
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4096)
 def config(problem: Problem) -> Config:
     """32 values a thread where there are rows enough to fill the chip; 8 for few rows, whose latency counts."""
     columns = max(128, triton.next_power_of_2(problem.k))

@@ -34,7 +34,7 @@ def supports(problem: Problem) -> str | None:
     return None if problem.sm >= 80 else f"needs sm_80 or newer, the GPU is sm_{problem.sm}"
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4096)
 def config(problem: Problem) -> Config:
     """Two tokens and one warp: best, or within 6 % of it, from one token to 16384 on an H200."""
     return Config(triton.next_power_of_2(max(problem.r // 2, 1)), triton.next_power_of_2(max(problem.d - problem.r, 1)))

@@ -37,7 +37,7 @@ def supports(problem: Problem) -> str | None:
     return None if problem.sm >= 80 else f"needs sm_80 or newer, the GPU is sm_{problem.sm}"
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4096)
 def config(problem: Problem) -> Config:
     """Groups. Few rows: one per program, so that the chip fills. Many: tiles of 8 KB of 16-bit input and more.
 
