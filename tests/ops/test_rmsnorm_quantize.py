@@ -91,6 +91,7 @@ import importlib, torch
 op = importlib.import_module("quantlab_kernels.rmsnorm_quantize.op")
 from quantlab_kernels.rmsnorm_quantize import triton
 import test_rmsnorm_quantize as tests
+from test_triton_interpreted import apart
 def rmsnorm(x, weight, eps, *, offset, group):
     outs = op._fake(x, weight, eps, offset, group)
     problem = op.Problem(*x.shape, x.dtype, group, 80)
@@ -107,6 +108,9 @@ tests.check_plain(tests.heads(2, 5, 3, 96, torch.float16, "cpu"), torch.linspace
 for m, k in [(1, 128), (3, 256), (5, 200), (9, 384)]:
     for offset in (0.0, 1.0):
         tests.check(tests.inputs(m, k, torch.float32, torch.device("cpu")), torch.linspace(-0.5, 1.5, k), offset)
+x, weight = tests.inputs(2, 200, torch.float16, torch.device("cpu")), torch.linspace(-0.5, 1.5, 200).half()
+tests.check(apart(x, 200), weight, 0.0)
+tests.check_plain(apart(x[None], 200), weight)
 """
 
 

@@ -70,6 +70,7 @@ import importlib, torch
 op = importlib.import_module("quantlab_kernels.swiglu_quantize.op")
 from quantlab_kernels.swiglu_quantize import triton
 import test_swiglu_quantize as tests
+from test_triton_interpreted import apart
 def swiglu(gate_up, *, group=True):
     codes, scale = op._fake(gate_up, group)
     problem = op.Problem(*codes.shape, gate_up.dtype, group, 80)
@@ -79,6 +80,8 @@ tests.swiglu_quantize = swiglu
 triton.LONGEST_ROW = 256  # longer rows are read twice
 for m, k in [(1, 128), (3, 256), (5, 200), (9, 384)]:
     tests.check(tests.inputs(m, 2 * k, torch.float32, torch.device("cpu")))
+for k in (200, 384):
+    tests.check(apart(tests.inputs(2, 2 * k, torch.float16, torch.device("cpu")), k))
 """
 
 

@@ -9,6 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+import torch
+
+
+def apart(x: torch.Tensor, columns: int) -> torch.Tensor:
+    """The same values, so far apart that `columns` span more than 2^31 elements; hardly any memory is touched."""
+    stride = (1 << 31) // (columns - 1) + x.shape[-2]
+    far = torch.empty(stride * x.shape[-1], dtype=x.dtype).as_strided(x.shape, (*x.stride()[:-2], 1, stride))
+    return far.copy_(x)
+
 
 CASTS = """
 import torch, triton, triton.language as tl
@@ -46,6 +55,7 @@ assert same.all(), x[~same][:5]
 
 QUANTIZE = """
 import torch
+from test_triton_interpreted import apart
 from quantlab_kernels.quantize_fp8 import op, reference, triton as backend
 from quantlab_kernels.quantize_fp8.configs import Config, default
 
@@ -77,6 +87,9 @@ for dtype in (torch.float32, torch.float16):
     check(op.Problem("block", 37, 300, dtype, given=True, sm=80), x, scale[:1])
     check(op.Problem("group", 300, 37, dtype, sm=80), x.t())
     check(op.Problem("group", 37, 300, dtype, sm=80), x, config=Config(16, 512, 4))
+for granularity in ("group", "block", "token"):
+    check(op.Problem(granularity, 2, 300, torch.float16, sm=80), apart(x[:2], 300))
+check(op.Problem("token", 2, 300, torch.float16, sm=80), apart(x[:2], 300), config=Config(2, 128, 1))
 """
 
 GEMM = """

@@ -64,9 +64,10 @@ def _group_kernel(
     first = (tl.program_id(0) % column_tiles) * GROUPS
     column = first * 128 + tl.arange(0, GROUPS * 128)
     group = first + tl.arange(0, GROUPS)
-    wide_row = row.to(tl.int64)
+    wide_row, wide_column = row.to(tl.int64), column.to(tl.int64)
     mask = (row[:, None] < m) & (column[None, :] < k)
-    x = tl.load(x_ptr + wide_row[:, None] * x_row + column[None, :] * x_column, mask=mask, other=0.0).to(tl.float32)
+    at = x_ptr + wide_row[:, None] * x_row + wide_column[None, :] * x_column
+    x = tl.load(at, mask=mask, other=0.0).to(tl.float32)
     x = tl.reshape(x, (ROWS, GROUPS, 128))
     scale_mask = (row[:, None] < m) & (group[None, :] * 128 < k)
     if GIVEN:
@@ -94,9 +95,10 @@ def _block_kernel(
     block_column = tl.program_id(0) % column_blocks
     row = block_row * 128 + tl.arange(0, 128)
     column = block_column * 128 + tl.arange(0, 128)
-    wide_row = row.to(tl.int64)
+    wide_row, wide_column = row.to(tl.int64), column.to(tl.int64)
     mask = (row[:, None] < m) & (column[None, :] < k)
-    x = tl.load(x_ptr + wide_row[:, None] * x_row + column[None, :] * x_column, mask=mask, other=0.0).to(tl.float32)
+    at = x_ptr + wide_row[:, None] * x_row + wide_column[None, :] * x_column
+    x = tl.load(at, mask=mask, other=0.0).to(tl.float32)
     at = block_row * scale_row + block_column * scale_column + tl.arange(0, 1)
     if GIVEN:
         scale = tl.load(given_ptr + block_row * given_row + block_column * given_column + tl.arange(0, 1))
@@ -118,14 +120,15 @@ def _token_kernel(
     begin(EARLY)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)
-    wide_row = row.to(tl.int64)[:, None]
+    wide_row, wide_column = row.to(tl.int64)[:, None], column.to(tl.int64)[None, :]
     mask = (row[:, None] < m) & (column[None, :] < k)
-    x = tl.load(x_ptr + wide_row * x_row + column[None, :] * x_column, mask=mask, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + wide_row * x_row + wide_column * x_column, mask=mask, other=0.0).to(tl.float32)
     amax = largest_magnitude(x, 1, NATIVE)
     if LONG:
         for start in range(COLUMNS, k, COLUMNS):
             at = start + column[None, :]
-            piece = tl.load(x_ptr + wide_row * x_row + at * x_column, mask=(row[:, None] < m) & (at < k), other=0.0)
+            part = x_ptr + wide_row * x_row + at.to(tl.int64) * x_column
+            piece = tl.load(part, mask=(row[:, None] < m) & (at < k), other=0.0)
             amax = tl.maximum(amax, largest_magnitude(piece.to(tl.float32), 1, NATIVE), tl.PropagateNan.ALL)
     scale = scale_of(amax, False)
     tl.store(scale_ptr + row, scale, mask=row < m)
@@ -136,7 +139,8 @@ def _token_kernel(
         for start in range(COLUMNS, k, COLUMNS):
             at = start + column[None, :]
             mask = (row[:, None] < m) & (at < k)
-            piece = tl.load(x_ptr + wide_row * x_row + at * x_column, mask=mask, other=0.0).to(tl.float32)
+            part = x_ptr + wide_row * x_row + at.to(tl.int64) * x_column
+            piece = tl.load(part, mask=mask, other=0.0).to(tl.float32)
             store_codes(codes_ptr + wide_row * k + at, divide(piece, scale, False, SHORT), mask, NATIVE)
 
 

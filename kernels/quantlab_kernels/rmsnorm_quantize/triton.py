@@ -78,7 +78,7 @@ def _plain_kernel(
     column = tl.arange(0, COLUMNS)[None, :]
     mask = (row < m) & (column < k)
     at = row // inner * x_outer + row % inner * x_inner
-    x = tl.load(x_ptr + at + column * x_column, mask=mask, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + at + column.to(tl.int64) * x_column, mask=mask, other=0.0).to(tl.float32)
     weight = tl.load(weight_ptr + column, mask=column < k, other=0.0).to(tl.float32)
     root = tl.math.sqrt_rn(tl.sum(x * x, 1) / k + eps)
     factor = tl.math.div_rn(tl.full(root.shape, 1.0, tl.float32), root)[:, None]
@@ -96,7 +96,7 @@ def _kernel(
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, COLUMNS)
     mask = column < k
-    x = tl.load(x_ptr + row * x_row + column * x_column, mask=mask, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + row * x_row + column.to(tl.int64) * x_column, mask=mask, other=0.0).to(tl.float32)
     weight = tl.load(weight_ptr + column, mask=mask, other=0.0).to(tl.float32)
     # Correctly rounded square root and division: `rsqrt` is off by a unit now and then, on every element of a row.
     factor = tl.math.div_rn(1.0, tl.math.sqrt_rn(tl.sum(x * x) / k + eps))

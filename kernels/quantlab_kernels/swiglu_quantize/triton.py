@@ -86,9 +86,9 @@ def _group_kernel(
     first = (tl.program_id(0) % tiles) * GROUPS
     column = first * 128 + tl.arange(0, GROUPS * 128)
     group = first + tl.arange(0, GROUPS)
-    wide_row = row.to(tl.int64)[:, None]
+    wide_row, wide_column = row.to(tl.int64)[:, None], column.to(tl.int64)[None, :]
     mask = (row[:, None] < m) & (column[None, :] < k)
-    product = _product(x_ptr + wide_row * x_row + column[None, :] * x_column, k, x_column, mask)
+    product = _product(x_ptr + wide_row * x_row + wide_column * x_column, k, x_column, mask)
     product = tl.reshape(product, (ROWS, GROUPS, 128))
     scale = scale_of(largest_magnitude(product, 2), False)
     quotient = tl.math.div_rn(product, tl.broadcast_to(scale[:, :, None], (ROWS, GROUPS, 128)))
@@ -109,11 +109,11 @@ def _token_kernel(
     wide_row = row.to(tl.int64)[:, None]
     inside = row[:, None] < m
     at = x_ptr + wide_row * x_row
-    product = _product(at + column * x_column, k, x_column, inside & (column < k))
+    product = _product(at + column.to(tl.int64) * x_column, k, x_column, inside & (column < k))
     amax = largest_magnitude(product, 1, NATIVE)
     if LONG:
         for start in range(COLUMNS, k, COLUMNS):
-            piece = _product(at + (start + column) * x_column, k, x_column, inside & (start + column < k))
+            piece = _product(at + (start + column).to(tl.int64) * x_column, k, x_column, inside & (start + column < k))
             amax = tl.maximum(amax, largest_magnitude(piece, 1, NATIVE), tl.PropagateNan.ALL)
     scale = scale_of(amax, False)
     tl.store(scale_ptr + row, scale, mask=row < m)
@@ -125,7 +125,7 @@ def _token_kernel(
     if LONG:
         for start in range(COLUMNS, k, COLUMNS):
             mask = inside & (start + column < k)
-            piece = _product(at + (start + column) * x_column, k, x_column, mask)
+            piece = _product(at + (start + column).to(tl.int64) * x_column, k, x_column, mask)
             store_codes(codes + start + column, piece * inverse, mask, NATIVE)
 
 
