@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
+import importlib
 import re
 import subprocess
 import sys
@@ -43,8 +43,6 @@ def test_imports_point_one_way(package: str):
 def test_the_name_kernels_stays_free_for_hugging_face():
     assert not (ROOT / "kernels" / "__init__.py").exists()
     assert not (ROOT / "calib" / "__init__.py").exists()
-    found = importlib.util.find_spec("kernels")
-    assert found is None or found.origin is None or not found.origin.startswith(str(ROOT))
 
 
 @pytest.mark.parametrize("module", ["quantlab", "quantlab.cli", "quantlab_kernels", "quantlab_calib"])

@@ -36,7 +36,7 @@ def test_a_lost_small_row_is_found_where_a_norm_finds_nothing():
 def test_sums_that_were_never_promoted_are_found():
     """Half a percent of every one-signed sum, what K = 2048 loses without promotion, is outside."""
     exact, bound = case("positive")
-    assert worst((exact * 0.98).to(torch.bfloat16), exact, bound).ratio > 1
+    assert worst((exact * 0.995).to(torch.bfloat16), exact, bound).ratio > 1
 
 
 def test_nan_is_never_inside_and_the_message_names_the_element():
