@@ -83,7 +83,9 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """What the JSON file holds. Of the channels of an input only the largest."""
         outliers = [{key: value for key, value in layer.items() if key != "channels"} for layer in self.outliers]
-        return {"schema": SCHEMA, **self.__dict__, "outliers": outliers, "keys": []}
+        found = {"schema": SCHEMA, **self.__dict__, "outliers": outliers}
+        del found["keys"]  # thousands of channels, for a plot
+        return found
 
 
 @dataclass(frozen=True)

@@ -243,13 +243,6 @@ class Recipe:
         names = dict.fromkeys([self.scheme, *(rule.scheme for rule in self.rules)])
         return tuple(s for s in map(scheme_named, names) if s is not None)
 
-    def scheme_for(self, module: str) -> tuple[Scheme | None, str]:
-        """The scheme of a module and the reason where it is None."""
-        for rule in self.rules:
-            if rule.matches(module):
-                return scheme_named(rule.scheme), f"recipe: {rule.match}"
-        return scheme_named(self.scheme), "recipe"
-
     @classmethod
     def of(cls, recipe: Recipe | str | Path) -> Recipe:
         """A recipe as it is, what is advised for the scheme of a name, or out of a TOML file."""

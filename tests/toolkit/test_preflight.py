@@ -165,6 +165,13 @@ def test_recipe_rules_leave_layers_alone_and_drag_their_groups_along(raw_checkpo
     assert found["model.layers.1.self_attn.q_proj"] == found["model.layers.0.self_attn.o_proj"] == "quantized"
 
 
+def test_the_first_rule_that_matches_wins_and_the_rest_gets_the_scheme(raw_checkpoint: Make) -> None:
+    recipe = Recipe(rules=(Rule("*.0.mlp.*", "fp8-block"), Rule("re:mlp\\.down", "none")))
+    found = reasons(plan(raw_checkpoint(), recipe))
+    assert found["model.layers.0.mlp.down_proj"] == found["model.layers.1.mlp.up_proj"] == "quantized"
+    assert found["model.layers.1.mlp.down_proj"] == "recipe: re:mlp\\.down"
+
+
 @pytest.mark.parametrize(
     ("pattern", "hint"),
     [

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quantlab.errors import UsageError
-from quantlab.scheme import SCHEMES, Calibration, Recipe, Rule, scheme_named
+from quantlab.scheme import Calibration, Recipe, Rule, scheme_named
 
 names = st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]), min_size=1, max_size=20).filter(
     lambda s: not s.startswith("re:")
@@ -29,13 +29,6 @@ def test_toml_round_trip(tmp_path_factory, recipe: Recipe):
     path = tmp_path_factory.mktemp("recipe") / "r.toml"
     path.write_text(recipe.to_toml(), encoding="utf-8")
     assert Recipe.from_toml(path) == recipe
-
-
-def test_first_match_wins_and_the_rest_gets_the_scheme():
-    recipe = Recipe(rules=(Rule("*.0.mlp.*", "fp8-block"), Rule("re:mlp\\.down", "none")))
-    assert recipe.scheme_for("model.layers.0.mlp.down_proj") == (SCHEMES["fp8-block"], "recipe: *.0.mlp.*")
-    assert recipe.scheme_for("model.layers.1.mlp.down_proj") == (None, "recipe: re:mlp\\.down")
-    assert recipe.scheme_for("model.layers.1.mlp.up_proj")[0] is SCHEMES["fp8-block"]
 
 
 def test_a_name_is_what_is_advised_and_a_recipe_what_it_says():
