@@ -60,7 +60,7 @@ class Summary(Shown):
     stages                     read, quantize, write: seconds summed over the workers
     resumed                    shards that an interrupted run had finished
     peak_bytes                 largest memory of the process so far: "host", and "gpu" where torch took some
-    outliers                   of a calibration pass: what it found, as rows of a table
+    calibration                what calibration and the measuring of keys found, as texts by name
     """
 
     output: str

@@ -24,7 +24,7 @@ from torch import Tensor
 from quantlab_calib.rounding import CODE_MAX, GROUP, search_scales
 from quantlab_calib.search import round_columns
 
-DAMPINGS = (1.0, 10.0, 100.0)  # times the wanted one, tried until the matrix can be factored
+RIDGES = (0.1, 1.0)  # of the mean energy, added one after the other until the matrix can be factored
 DIRECTLY = 512  # channels of a triangular matrix that is inverted without halving it
 
 
@@ -151,11 +151,11 @@ def _inverse_root(flipped: Tensor) -> Tensor:
     factorization and one triangular inverse, where the usual way inverts H and factors twice.
     """
     lower, info = torch.linalg.cholesky_ex(flipped)
-    for times in DAMPINGS[1:]:
+    for ridge in RIDGES:
         if not bool(info.any()):
             break
         diagonal = flipped.diagonal(dim1=1, dim2=2)
-        diagonal += times * 0.01 * diagonal.mean(dim=1, keepdim=True)
+        diagonal += ridge * diagonal.mean(dim=1, keepdim=True)
         lower, info = torch.linalg.cholesky_ex(flipped)
     if bool(info.any()):
         raise SingularError("its second moments cannot be factored")
