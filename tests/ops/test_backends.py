@@ -97,7 +97,7 @@ def test_a_server_of_many_lengths_remembers_a_bounded_number_of_problems(room):
 
 ROOMS = (
     "attention_decode", "bmm_fp8", "gemm_fp8_block", "gemm_fp8_grouped", "gemm_fp8_row", "gemm_int4", "gemm_int4_fp8",
-    "gemm_int4_grouped", "quantize_fp8", "rmsnorm_quantize", "rope", "swiglu_quantize",
+    "gemm_int4_grouped", "mla_decode", "quantize_fp8", "rmsnorm_quantize", "rope", "swiglu_quantize",
 )  # fmt: skip
 
 

@@ -66,7 +66,7 @@ def supports(problem: Problem) -> str | None:
     return nvrtc.missing()
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4096)
 def config(problem: Problem) -> Config:
     """The tile of rows that `row_tile` chooses, and as many teams as registers and shared memory hold.
 
@@ -114,7 +114,7 @@ def source(config: Config, problem: Problem) -> nvrtc.Source:
     return nvrtc.Source("mla_decode", (_FOLDER / "sm90.cu").read_text(), headers, macros)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4096)
 def kernels(config: Config, problem: Problem) -> tuple[driver.Kernel, driver.Kernel]:
     """The kernel that attends and the one that merges."""
     code = nvrtc.cubin(source(config, problem))

@@ -62,7 +62,7 @@ def wide_tiles(problem: Problem) -> tuple[int, ...]:
     return even_tiles(problem) if problem.code in EVEN else (LARGEST,)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4096)
 def config(problem: Problem) -> Config:
     """The quickest of its tiles; CTAs in pairs where a sequence has an even number of row tiles.
 
@@ -110,7 +110,7 @@ def source(config: Config, problem: Problem) -> nvrtc.Source:
     return nvrtc.Source(f"mla_decode_{name}", (_FOLDER / f"{name}.cu").read_text(), headers, macros)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4096)
 def kernels(config: Config, problem: Problem) -> tuple[driver.Kernel, driver.Kernel]:
     """The kernel that attends and the one that merges."""
     code = nvrtc.cubin(source(config, problem))
