@@ -398,7 +398,7 @@ class StaticPackedLayer(PackedLayer):
         return self.max_cache_len, 0
 
     def get_seq_length(self) -> Any:
-        return self.length[0] if self.is_initialized else 0
+        return self.length[0].clone() if self.is_initialized else 0  # what it was when asked: `append` adds in place
 
     def get_max_length(self) -> int:
         return self.max_cache_len

@@ -75,6 +75,8 @@ def create(**given: Any) -> Tensor | None:
         return None if _plain_causal(given) else sdpa_mask(**given)
     if given["q_length"] == 1:
         return sdpa_mask(**given)
+    # A static cache hands out its own count of tokens, which moves on before the dense mask is asked for.
+    given["q_offset"] = int(given.get("q_offset", 0))
     visible = describe(given, lambda: sdpa_mask(**{**given, "allow_is_causal_skip": False}))
     if visible is None or _said_by_none(visible, given):
         return sdpa_mask(**given)

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, StaticCache
 
 from quantlab import attention, masks
 from quantlab.attention import AttentionFallback
@@ -133,6 +133,28 @@ def test_a_second_piece_of_the_prompt(calls):
         )  # fmt: skip
     assert calls == [10, 10, 14, 14]
     close(second.hidden_states[-1], exact[:, 10:], LEFT[:, 10:])
+
+
+@pytest.mark.parametrize("padding", [None, LEFT])
+def test_a_prompt_in_pieces_in_a_static_cache(padding):
+    """The cache counts its tokens in place, before a mask that is made late is asked for."""
+    model = causal_model("llama")
+    exact = hidden(model, "sdpa", attention_mask=padding)
+    model.set_attn_implementation("quantlab")
+    kept = StaticCache(config=model.config, max_cache_len=40)
+    given = {"past_key_values": kept, "output_hidden_states": True}
+    with torch.no_grad():
+        first, second = (
+            model(
+                TOKENS[:, piece], position_ids=torch.arange(24)[None, piece],
+                attention_mask=None if padding is None else padding[:, : piece.stop], **given,
+            ).hidden_states[-1]
+            for piece in (slice(0, 10), slice(10, 24))
+        )  # fmt: skip
+        kept.reset()
+        again = model(TOKENS, attention_mask=padding, **given).hidden_states[-1]
+    close(torch.cat([first, second], 1), exact, padding, 1e-5)
+    close(again, exact, padding, 1e-5)
 
 
 @pytest.mark.gpu(sm=80)

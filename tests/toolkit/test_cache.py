@@ -69,6 +69,23 @@ def test_with_16_bit_codes_generate_says_what_it_says_without(name, implementati
     assert not any(layer.irregular for layer in found.past_key_values.layers)
 
 
+@pytest.mark.parametrize("implementation", [None, "static"])
+def test_a_prompt_may_come_in_pieces(implementation):
+    model, inputs = tiny("Llama"), prompts(length=40)
+    _, expected = generate(model, inputs)
+    cache.use(model, "16bit")
+    found = generate(model, inputs, cache_implementation=implementation, prefill_chunk_size=18, disable_compile=True)
+    torch.testing.assert_close(found[1], expected, atol=2e-6, rtol=0)
+
+
+def test_a_static_cache_says_how_many_tokens_there_were():
+    layer = StaticPackedLayer(KV("int8"), 8)
+    handle, _ = layer.update(*2 * [torch.zeros(1, 1, 3, 16)])
+    before = layer.get_seq_length()
+    handle.attend(torch.zeros(1, 1, 3, 16), None, None, {})
+    assert (int(before), int(layer.get_seq_length())) == (0, 3)
+
+
 @pytest.mark.parametrize("format", ["fp8", "int4"])
 def test_dynamic_and_static_caches_hold_the_same(format):
     model = cache.use(tiny("Qwen2"), format)
