@@ -156,7 +156,8 @@ class Fp8Experts(Experts):
         for name in (self.first, "down_proj"):
             stored = getattr(self, name + self.suffix)
             if stored.dtype != torch.float32:
-                setattr(self, f"_{name}_scale", stored.detach().to(torch.float32))
+                copy = None if stored.is_meta else stored.detach().to(torch.float32)
+                setattr(self, f"_{name}_scale", copy)
 
     def scale(self, name: str) -> Tensor:
         """The stacked scales of the weight `name`, in float32."""

@@ -243,18 +243,20 @@ def warm_up(model: Any, tokens: tuple[int, ...] = (1, 16, 128)) -> None:
 
     from quantlab.experts import Experts
     from quantlab.linear import QuantizedLinear
+    from quantlab.placement import device_of
 
-    layers = {(type(m), m.key.shape, m.key.device): m for m in model.modules() if isinstance(m, QuantizedLinear)}
-    experts = {(type(m), m.extents, m.device): m for m in model.modules() if isinstance(m, Experts)}
+    layers = {(type(m), m.key.shape, device_of(m)): m for m in model.modules() if isinstance(m, QuantizedLinear)}
+    experts = {(type(m), m.extents, device_of(m)): m for m in model.modules() if isinstance(m, Experts)}
     choices = getattr(model.config.get_text_config(), "num_experts_per_tok", None) or 1
     with torch.inference_mode():
         for layer in layers.values():
             for count in tokens:
-                layer(torch.zeros(count, layer.in_features, dtype=model.dtype, device=layer.key.device))
+                layer(torch.zeros(count, layer.in_features, dtype=model.dtype, device=device_of(layer)))
         for module in experts.values():
+            device = device_of(module)
             for count in tokens:
-                index = torch.arange(count * choices, device=module.device).view(count, -1) % module.num_experts
-                hidden = torch.zeros(count, module.hidden_dim, dtype=model.dtype, device=module.device)
+                index = torch.arange(count * choices, device=device).view(count, -1) % module.num_experts
+                hidden = torch.zeros(count, module.hidden_dim, dtype=model.dtype, device=device)
                 module(hidden, index, torch.ones_like(index, dtype=model.dtype))
 
 

@@ -167,11 +167,14 @@ class Fp8Linear(QuantizedLinear, nn.Linear):
     def finish_loading(self) -> None:
         """Keep a float32 copy of a scale that is stored in another dtype: converting it in every call would cost a
         kernel launch. The copy is not in the state dict, so saving writes what was read. One that is there already is
-        written over: it may be a view of the copy that joined layers share."""
+        written over: it may be a view of the copy that joined layers share. A scale that is offloaded has no copy:
+        what brings it for a call knows nothing of copies."""
         stored = getattr(self, self.scale_name)
         if stored.dtype == torch.float32:
             return
-        if self._scale is not None and self._scale.device == stored.device:
+        if stored.is_meta:
+            self._scale = None
+        elif self._scale is not None and self._scale.device == stored.device:
             self._scale.copy_(stored.detach())
         else:
             self._scale = stored.detach().to(torch.float32)

@@ -12,6 +12,13 @@ import torch
 from torch import nn
 
 
+def device_of(module: Any) -> torch.device:
+    """Where a module computes: where its weights lie, or where they are brought from the host's memory or a disk."""
+    device: torch.device = next(module.parameters()).device
+    brought = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    return _as_device(brought) if device.type == "meta" and brought is not None else device
+
+
 def unhook_blocks(model: nn.Module) -> int:
     """Take the hooks off all modules inside blocks that lie on one device; returns how many that were.
 
@@ -36,7 +43,11 @@ def _place(module: Any) -> torch.device | None:
     hook = module._hf_hook
     if type(hook) is not AlignDevicesHook or hook.offload or hook.execution_device is None:
         return None
-    device = hook.execution_device
+    return _as_device(hook.execution_device)
+
+
+def _as_device(device: Any) -> torch.device:
+    """As accelerate names it, GPUs by numbers."""
     return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
 
 

@@ -37,6 +37,7 @@ from quantlab.int4_experts import Int4Experts, Int4Fp8Experts
 from quantlab.int4_linear import Int4Fp8Linear, Int4Linear
 from quantlab.linear import Fp8BlockLinear, Fp8RowLinear, MovesWithoutCasting
 from quantlab.locate import side_file
+from quantlab.placement import device_of
 from quantlab.routing import fuse_routers
 from quantlab.scaled_inputs import stand_in
 from quantlab.shared_experts import fuse_shared
@@ -278,7 +279,7 @@ class KeepsQuantized(HfQuantizer):
             for name in file.keys():  # noqa: SIM118 - not a mapping
                 module = model.get_submodule(self.paths[name]) if name in self.paths else None
                 if isinstance(module, Fp8BlockLinear):
-                    module.activation_scale = file.get_tensor(name).to(module.weight.device)
+                    module.activation_scale = file.get_tensor(name).to(device_of(module))
 
 
 class Fp8Quantizer(KeepsQuantized, FineGrainedFP8HfQuantizer):

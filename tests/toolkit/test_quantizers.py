@@ -237,6 +237,30 @@ def test_static_activation_scales_come_from_the_side_file(
     assert (layer.activation_scale is not None) == used
 
 
+@pytest.mark.parametrize(
+    ("name", "scheme"),
+    [("llama", "fp8-dynamic"), ("llama", "fp8-block"), ("llama", "int4"), ("qwen3_moe", "fp8-dynamic")],
+)
+def test_layers_on_disk_compute_what_they_compute_in_memory(
+    quantized, edited, tmp_path: Path, monkeypatch, name: str, scheme: str
+):
+    """Scales kept beside the state dict are not what hooks bring: 16-bit ones of rows, static ones of activations."""
+    monkeypatch.setenv("QUANTLAB_FUSE", "0")  # joined layers round elsewhere
+    source = quantized(name, scheme)
+    folder = edited(source, tmp_path / "model")
+    if scheme == "fp8-block":
+        (folder / "quantlab").mkdir(exist_ok=True)
+        scales = {"model.layers.1.self_attn.q_proj": torch.tensor([0.25])}
+        save_file(scales, folder / "quantlab" / "activation_scales.safetensors", {"activations": "static"})
+    ids = source.inputs()["input_ids"]
+    parts = ("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head")
+    for places in (dict.fromkeys(parts, "cpu") | {"model.layers.1": "disk"}, {"model": "disk", "lm_head": "disk"}):
+        given = {"device_map": places, "offload_folder": tmp_path / "offloaded"}
+        model = quantlab.load(folder, warmup=True, **given)
+        with torch.no_grad():
+            assert torch.equal(model(ids).logits, quantlab.load(folder)(ids).logits)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("name", ["llama", "vit", "gemma3_vision"])
 def test_another_dtype_holds_for_all_that_is_not_quantized(quantized, name: str, dtype: torch.dtype):
