@@ -18,6 +18,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,6 +34,8 @@ CODES: dict[str, Format | None] = {"quantlab": None, "quantlab_int8": "int8", "q
 # Head dimension -> keys from which 8 bits, quantization included, beat cuDNN in 16 on an H200. Of heads of 64 channels
 # only the kernel alone was measured, 5 to 9 % faster at 16384 keys; others were not.
 FASTER_FROM = {128: 4096}
+_ASKED_FOR = "quantlab_attention_asked_for"  # of a model: its user named its attention
+_BATCHING = "init_continuous_batching"
 _PLAIN_ELEMENTS = 1 << 26  # scores that the plain way holds at a time
 _measuring = threading.local()  # `least`: in place of these; the compiler does not trace a ContextVar
 _said: set[tuple[str, str]] = set()
@@ -56,8 +59,11 @@ def share_keys(model: Any) -> bool:
     """Give a causal model that attends by SDPA, with several queries to a key, the same under the name `quantlab`.
 
     Where there is a mask, as for every token written with a static cache, transformers copies keys and values once per
-    query head for SDPA; ours hands them over as they are. Returns whether the model was one of these.
+    query head for SDPA; ours hands them over as they are. Continuous batching, which has paged kernels of its own, goes
+    on with SDPA. Returns whether the model was one of these; one whose user asked for SDPA is not (`keep`).
     """
+    if getattr(model, _ASKED_FOR, False):
+        return False
     config: Any = getattr(model, "config", None)
     heads, kv_heads = (getattr(config, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
     if not (isinstance(heads, int) and isinstance(kv_heads, int) and kv_heads < heads):
@@ -65,7 +71,29 @@ def share_keys(model: Any) -> bool:
     if config._attn_implementation != "sdpa" or not model._supports_attention_backend or not model.can_generate():
         return False
     model.set_attn_implementation("quantlab")
+    setattr(model, _BATCHING, partial(_batch_continuously, model))  # bound methods cannot be pickled under another name
     return True
+
+
+def keep(model: Any) -> None:
+    """Leave a model the attention that its user asked for by name."""
+    setattr(model, _ASKED_FOR, True)
+
+
+def _batch_continuously(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """`init_continuous_batching` of a model that `share_keys` changed: by SDPA, until its manager stops."""
+    if cache.prepared(self) is not None:
+        raise UsageError(
+            "continuous batching keeps keys and values in pages of its own, in 16 bits: load the model without kv, or "
+            "give its quantized cache up by quantlab.cache.use(model, None)"
+        )
+    ours = self.config._attn_implementation == "quantlab"
+    if ours:
+        self.set_attn_implementation("sdpa")
+    manager = getattr(type(self), _BATCHING)(self, *args, **kwargs)
+    if ours:
+        manager._original_attn_impl = "quantlab"  # which it sets again when it stops
+    return manager
 
 
 def _function(name: str, codes: Format | None) -> Callable[..., tuple[Tensor, None]]:

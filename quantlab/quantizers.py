@@ -26,7 +26,7 @@ from transformers.utils import is_compressed_tensors_available, logging
 from transformers.utils import quantization_config as stock
 from transformers.utils.quantization_config import QuantizationMethod
 
-from quantlab import decoding, scaled_inputs
+from quantlab import attention, decoding, scaled_inputs
 from quantlab.architecture import counterpart, load_targets, one_by_one
 from quantlab.checkpoint import ACTIVATION_SCALES, KV_SCALES, STACK_SCALE, has_kv_scales, module_of
 from quantlab.conversions import with_scales, with_turned_scales
@@ -96,6 +96,7 @@ class KeepsQuantized(HfQuantizer):
     scale_name: str
     tensors: tuple[str, ...]  # last parts of the names of what lies beside a weight or in its place
     reason: str | None = None
+    attention: Any = None  # that `from_pretrained` was asked for
 
     def layers(self, module: str) -> Layers:
         """The classes for a module of the checkpoint: of a linear layer, of experts."""
@@ -111,6 +112,16 @@ class KeepsQuantized(HfQuantizer):
         self._environment = args, kwargs
         if self.reason is not None:
             super().validate_environment(*args, **kwargs)
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Sees the config before the model is built, which then names an attention whether one was asked for or not."""
+        self.attention = config._attn_implementation
+        return super().update_attn_implementation(config)
+
+    def update_tp_plan(self, config: Any) -> Any:
+        """The same: what older versions of transformers call then."""
+        self.attention = config._attn_implementation
+        return super().update_tp_plan(config)
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         return self.reason is not None and super().param_needs_quantization(model, param_name, **kwargs)
@@ -248,6 +259,8 @@ class KeepsQuantized(HfQuantizer):
                 module.finish_loading()
         self._cast_the_rest(model)
         self._static_activations(model)
+        if self.attention is not None:
+            attention.keep(model)
         fuse(model)
         fuse_routers(model)
         fuse_shared(model)

@@ -10,9 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, StaticCache
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig, StaticCache
 
-from quantlab import attention, masks
+from quantlab import attention, cache, masks
 from quantlab.attention import AttentionFallback
 from quantlab.errors import UsageError
 from quantlab_kernels.attention_prefill import op as prefill
@@ -316,6 +316,22 @@ def test_grouped_queries_take_our_name_and_write_the_same():
     assert model.config._attn_implementation == "quantlab"
     for cache, expected in zip(caches, plain, strict=True):
         assert torch.equal(model.generate(TOKENS, cache_implementation=cache, **given), expected)
+
+
+def test_continuous_batching_keeps_its_own_attention():
+    model = causal_model("llama")
+    model.set_attn_implementation("sdpa")
+    attention.share_keys(model)
+    settings = GenerationConfig(max_new_tokens=3, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    small = ContinuousBatchingConfig(num_blocks=4, max_batch_tokens=64)
+    given = {"inputs": TOKENS.tolist(), "generation_config": settings, "continuous_batching_config": small}
+    found = model.generate_batch(**given, warmup=False)
+    assert model.config._attn_implementation == "quantlab"
+    expected = model.generate(TOKENS, max_new_tokens=3, do_sample=False, eos_token_id=-1)[:, 24:]
+    assert [found[name].generated_tokens for name in sorted(found)] == expected.tolist()
+    cache.use(model, "int8")
+    with pytest.raises(UsageError, match="pages of its own"):
+        model.generate_batch(**given)
 
 
 def test_whose_name_stays():

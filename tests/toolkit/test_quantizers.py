@@ -261,6 +261,13 @@ def test_layers_on_disk_compute_what_they_compute_in_memory(
             assert torch.equal(model(ids).logits, quantlab.load(folder)(ids).logits)
 
 
+@pytest.mark.parametrize("scheme", ["fp8-block", "fp8-dynamic"])
+def test_attention_that_was_asked_for_stays(quantized, scheme: str):
+    source = quantized("llama", scheme)
+    asked = [source.model_class.from_pretrained(source.folder, attn_implementation=a) for a in (None, "sdpa", "eager")]
+    assert [model.config._attn_implementation for model in asked] == ["quantlab", "sdpa", "eager"]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("name", ["llama", "vit", "gemma3_vision"])
 def test_another_dtype_holds_for_all_that_is_not_quantized(quantized, name: str, dtype: torch.dtype):
