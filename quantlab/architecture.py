@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from quantlab.errors import PreflightError, one_line
-from quantlab.source_patterns import weights_read
+from quantlab.source_patterns import weights_read, weights_written
 
 KINDS = ("linear", "expert", "router", "embedding", "head", "conv", "norm", "other")
 
@@ -268,7 +268,14 @@ def _kind(modules: dict[str, Any], path: str, leaf: str) -> str:
         return "router"
     parent, _, name = path.rpartition(".")
     used_elsewhere = type(module) is not nn.Linear or name in weights_read(modules[parent].__class__)
-    return "other" if used_elsewhere else "linear"
+    return "other" if used_elsewhere or _is_written(modules, path) else "linear"
+
+
+def _is_written(modules: dict[str, Any], path: str) -> bool:
+    """Whether a module above changes the layer's weight in place."""
+    parts = path.split(".")
+    above = (modules[".".join(parts[:end])] for end in range(len(parts)))
+    return any(path.endswith(f".{end}") for module in above for end in weights_written(module.__class__))
 
 
 def _is_router(modules: dict[str, Any], path: str) -> bool:

@@ -27,6 +27,7 @@ from torch import Tensor
 from quantlab import cache, masks
 from quantlab.errors import UsageError
 from quantlab.masks import Visible
+from quantlab.source_patterns import computes_on_mask
 from quantlab_kernels import attention_8bit
 from quantlab_kernels.attention_quantize.op import HEAD_DIMS, Format
 
@@ -60,7 +61,8 @@ def share_keys(model: Any) -> bool:
 
     Where there is a mask, as for every token written with a static cache, transformers copies keys and values once per
     query head for SDPA; ours hands them over as they are. Continuous batching, which has paged kernels of its own, goes
-    on with SDPA. Returns whether the model was one of these; one whose user asked for SDPA is not (`keep`).
+    on with SDPA. Returns whether the model was one of these; one whose user asked for SDPA is not (`keep`), nor one
+    whose attention computes on its mask, which ours may get as a padding mask.
     """
     if getattr(model, _ASKED_FOR, False):
         return False
@@ -69,6 +71,8 @@ def share_keys(model: Any) -> bool:
     if not (isinstance(heads, int) and isinstance(kv_heads, int) and kv_heads < heads):
         return False
     if config._attn_implementation != "sdpa" or not model._supports_attention_backend or not model.can_generate():
+        return False
+    if any(computes_on_mask(type(module).forward) for module in model.modules()):
         return False
     model.set_attn_implementation("quantlab")
     setattr(model, _BATCHING, partial(_batch_continuously, model))  # bound methods cannot be pickled under another name

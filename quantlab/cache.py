@@ -42,6 +42,7 @@ from quantlab.cache_layers import (
 )
 from quantlab.errors import PreflightError, UsageError
 from quantlab.keys import Keys, channel_scale
+from quantlab.source_patterns import computes_on_cached
 from quantlab_calib import rope
 
 __all__ = [
@@ -242,6 +243,9 @@ def _unsupported(model: Any) -> str | None:
     other = layers - {"DummyLayer", "DynamicLayer", "DynamicSlidingWindowLayer"}
     if other:
         return f"its cache has layers of kind {min(other)}"
+    for module in model.modules():
+        if not _caches_latents(model) and computes_on_cached(type(module).forward):
+            return f"its attention ({type(module).__name__}) computes on cached keys or values"
     if "max_cache_length" not in inspect.signature(getattr(type(model), _PREPARE)).parameters:
         return "this version of transformers prepares caches in another way"
     return None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor
@@ -75,13 +75,14 @@ class Handle:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        raise UsageError(
-            f"the model asks cached keys for {name!r}: it computes on them outside of attention, or its attention is "
-            "not ours (attn_implementation must be quantlab, quantlab_int8 or quantlab_fp8); leave out kv"
-        )
+        return _refuse(name)
 
     def __getitem__(self, index: Any) -> Any:
         return self.__getattr__("[]")
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _refuse(getattr(function, "__name__", str(function)))
 
     def attend(
         self, query: Tensor, mask: Tensor | None, scaling: float | None, kwargs: dict[str, Any]
@@ -115,6 +116,13 @@ class Handle:
         if mask is not None and mask.ndim == 4:
             mask = mask[..., : self.key.shape[2]]
         return self.key, self.value, mask
+
+
+def _refuse(name: str) -> NoReturn:
+    raise UsageError(
+        f"the model asks cached keys for {name!r}: it computes on them outside of attention, or its attention is "
+        "not ours (attn_implementation must be quantlab, quantlab_int8 or quantlab_fp8); leave out kv"
+    )
 
 
 class PackedLayer(CacheLayerMixin):

@@ -3,7 +3,8 @@
 Layers that are called on one and the same variable can share its quantization and be computed as one GEMM; a gated MLP
 can quantize its product without writing it. Reading the source finds both in any architecture and needs neither a list
 of models nor a traced example; a `forward` that does not fit a pattern exactly is left as it is. A layer whose weight
-the code reads instead of calling the layer (Mamba's scans, casts to `weight.dtype`) cannot be quantized at all.
+the code reads or changes (Mamba's scans, casts to `weight.dtype`, RWKV's scales) cannot be quantized at all, and
+an attention that computes on its mask or on cached keys does not get masks and keys in a form of ours.
 """
 
 from __future__ import annotations
@@ -74,9 +75,32 @@ def weights_read(kind: type) -> frozenset[str]:
 
     What lies under an `if` does not count: those are slow, exact or training paths that ask whether they may.
     """
+    return frozenset(name for tree in _own_methods(kind) for name in _weights_read(tree))
+
+
+@cache
+def weights_written(kind: type) -> frozenset[str]:
+    """Ends of the paths of layers below a module of this class whose weight its methods change in place (RWKV's
+    scales of deep layers), under an `if` too."""
+    return frozenset(path for tree in _own_methods(kind) for node in ast.walk(tree) if (path := _written(node)))
+
+
+def _own_methods(kind: type) -> Iterator[ast.FunctionDef]:
+    """The methods that the file of a class defines for it."""
     methods = (getattr(kind, name) for name in dir(kind))
     own = [m for m in methods if inspect.isfunction(m) and inspect.unwrap(m).__module__ == kind.__module__]
-    return frozenset(name for method in own if (tree := _parse(method)) is not None for name in _weights_read(tree))
+    return (tree for method in own if (tree := _parse(method)) is not None)
+
+
+def _written(node: ast.AST) -> str:
+    """`a.b` of ``anything.a.b.weight.mul_(...)``, empty for anything else."""
+    match node:
+        case ast.Call(func=ast.Attribute(value=ast.Attribute(value=layer, attr="weight"), attr=method)):
+            names: list[str] = []
+            while isinstance(layer, ast.Attribute):
+                names, layer = [layer.attr, *names], layer.value
+            return ".".join(names) if method.endswith("_") and method != "requires_grad_" else ""
+    return ""
 
 
 def _weights_read(node: ast.AST) -> Iterator[str]:
@@ -88,6 +112,70 @@ def _weights_read(node: ast.AST) -> Iterator[str]:
     children = [node.test] if isinstance(node, ast.If) else ast.iter_child_nodes(node)
     for child in children:
         yield from _weights_read(child)
+
+
+@cache
+def computes_on_mask(forward: object) -> bool:
+    """Whether an attention's `forward` does more with its mask than to hand it to transformers' interface."""
+    tree = _parse(forward)
+    if tree is None or not (interfaces := _interfaces(tree)):
+        return False
+    return "attention_mask" in _operands(tree, interfaces)
+
+
+@cache
+def computes_on_cached(forward: object) -> bool:
+    """Whether an attention's `forward` does more with what a cache returned than to hand it to transformers' interface.
+
+    What lies under an `if` behind the cache does not count: those are the same paths as in `weights_read`.
+    """
+    tree = _parse(forward)
+    if tree is None or not (interfaces := _interfaces(tree)):
+        return False
+    cached: set[str] = set()
+    for statement in tree.body:
+        if cached and not isinstance(statement, ast.If) and cached & _operands(statement, interfaces):
+            return True
+        cached |= {name for node in ast.walk(statement) for name in _updated(node)}
+    return False
+
+
+def _interfaces(tree: ast.FunctionDef) -> set[str]:
+    """Variables that hold an attention function of transformers' registry."""
+    made = [node for node in ast.walk(tree) if isinstance(node, ast.Assign | ast.AnnAssign) and _names_registry(node)]
+    return {event for node in made for event in _events(node) if isinstance(event, str)}
+
+
+def _names_registry(node: ast.AST) -> bool:
+    return any(isinstance(part, ast.Name) and part.id == "ALL_ATTENTION_FUNCTIONS" for part in ast.walk(node))
+
+
+def _updated(node: ast.AST) -> set[str]:
+    """The names of ``names = cache.update(...)``."""
+    match node:
+        case ast.Assign(targets=targets, value=ast.Call(func=ast.Attribute(value=ast.Name(), attr="update"))):
+            return {part.id for target in targets for part in ast.walk(target) if isinstance(part, ast.Name)}
+    return set()
+
+
+def _operands(tree: ast.AST, interfaces: set[str]) -> set[str]:
+    """Names that are computed on: called methods of, indexed, added or given to functions other than `interfaces`."""
+    found: list[ast.AST] = []
+    for node in ast.walk(tree):
+        match node:
+            case ast.Call(func=ast.Name(id=name)) if name in interfaces or name == "isinstance":
+                continue
+            case ast.Call(args=args, keywords=keywords):
+                given = [*args, *(keyword.value for keyword in keywords)]
+                lists = [part for value in given if isinstance(value, ast.List | ast.Tuple) for part in value.elts]
+                found += [*given, *lists]
+            case ast.Attribute(value=value, attr=attribute) if attribute not in ("shape", "dtype", "device", "ndim"):
+                found.append(value)
+            case ast.Subscript(value=value) | ast.UnaryOp(op=ast.Invert() | ast.USub(), operand=value):
+                found.append(value)
+            case ast.BinOp(left=left, right=right):
+                found += [left, right]
+    return {node.id for node in found if isinstance(node, ast.Name)}
 
 
 @cache

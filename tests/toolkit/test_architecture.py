@@ -122,6 +122,15 @@ def test_layers_kept_in_32_bits_are_not_linear(tiny):
     assert kinds["encoder.block.0.layer.1.DenseReluDense.wi.weight"] == "linear"
 
 
+def test_a_layer_whose_weight_its_model_changes_is_not_linear(tmp_path: Path):
+    from transformers import RwkvConfig
+
+    config = RwkvConfig(hidden_size=64, vocab_size=64, num_hidden_layers=1, architectures=["RwkvForCausalLM"])
+    config.save_pretrained(tmp_path)
+    names = [f"rwkv.blocks.0.{end}.weight" for end in ("attention.key", "attention.output", "feed_forward.value")]
+    assert list(architecture(tmp_path, names).kinds.values()) == ["linear", "other", "other"]
+
+
 def test_a_layer_whose_weight_its_model_reads_is_not_linear(tmp_path: Path):
     from transformers import MambaConfig
 

@@ -10,10 +10,18 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig, StaticCache
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    ContinuousBatchingConfig,
+    GenerationConfig,
+    StaticCache,
+)
 
-from quantlab import attention, cache, masks
+from quantlab import attention, masks
 from quantlab.attention import AttentionFallback
+from quantlab.cache import use
 from quantlab.errors import UsageError
 from quantlab_kernels.attention_prefill import op as prefill
 
@@ -329,7 +337,7 @@ def test_continuous_batching_keeps_its_own_attention():
     assert model.config._attn_implementation == "quantlab"
     expected = model.generate(TOKENS, max_new_tokens=3, do_sample=False, eos_token_id=-1)[:, 24:]
     assert [found[name].generated_tokens for name in sorted(found)] == expected.tolist()
-    cache.use(model, "int8")
+    use(model, "int8")
     with pytest.raises(UsageError, match="pages of its own"):
         model.generate_batch(**given)
 
@@ -341,6 +349,9 @@ def test_whose_name_stays():
     one_query_a_key.set_attn_implementation("sdpa")
     assert not attention.share_keys(one_query_a_key)
     assert not attention.share_keys(torch.nn.Linear(2, 2))
+    masks_itself = causal_model("doge")
+    masks_itself.set_attn_implementation("sdpa")
+    assert not attention.share_keys(masks_itself)
     assert one_query_a_key.config._attn_implementation == "sdpa"
 
 

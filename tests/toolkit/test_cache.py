@@ -360,6 +360,7 @@ def test_a_model_can_be_given_back_its_own_cache():
         (lambda: update(StaticPackedLayer(KV("int8"), 8)), "9 tokens for a static cache of 8"),
         (lambda: update(DynamicPackedLayer(KV("int8"), (torch.zeros(1, 3, 64),) * 2)), "statistics of (3, 64)"),
         (lambda: update(DynamicPackedLayer(KV("int8"))).softmax, "the model asks cached keys for 'softmax'"),
+        (lambda: torch.chunk(update(DynamicPackedLayer(KV("int8"))), 2), "the model asks cached keys for 'chunk'"),
         (lambda: DynamicPackedLayer(KV("int8")).offload(), "leave out offloading"),
         (lambda: cache.PackedCache.like(DynamicCache(), "int8", {}), "give it the model's config"),
         (lambda: cache.PackedCache.like(SimpleNamespace(offloading=True), "int8"), "give one without offloading"),
@@ -390,6 +391,8 @@ def tiny_t5():
         ("Mamba", "its attention does not go through transformers' interface"),
         ("Bert", "it is no decoder that generates"),
         ("Zaya", "its cache has layers of kind LinearAttentionAndFullAttentionLayer"),
+        ("DiffLlama", "its attention (DiffLlamaAttention) computes on cached keys or values"),
+        ("Doge", "its attention (DogeAttention) computes on cached keys or values"),
     ],
 )
 def test_models_whose_cache_is_another_are_refused_before_any_work(name, reason, tmp_path):

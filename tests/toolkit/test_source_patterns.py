@@ -5,13 +5,26 @@ from __future__ import annotations
 from torch import nn
 from transformers.models.bert.modeling_bert import BertSelfAttention
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention
+from transformers.models.diffllama.modeling_diffllama import DiffLlamaAttention
+from transformers.models.doge.modeling_doge import DogeAttention
+from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
+from transformers.models.jetmoe.modeling_jetmoe import JetMoeAttention
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP
 from transformers.models.mamba.modeling_mamba import MambaMixer
 from transformers.models.nllb_moe.modeling_nllb_moe import NllbMoeDenseActDense
 from transformers.models.phi3.modeling_phi3 import Phi3MLP
+from transformers.models.rwkv.modeling_rwkv import RwkvModel
 from transformers.models.whisper.modeling_whisper import WhisperAttention
 
-from quantlab.source_patterns import GatedMlp, gated_mlp, shared_inputs, weights_read
+from quantlab.source_patterns import (
+    GatedMlp,
+    computes_on_cached,
+    computes_on_mask,
+    gated_mlp,
+    shared_inputs,
+    weights_read,
+    weights_written,
+)
 
 QKV = frozenset({"q_proj", "k_proj", "v_proj", "o_proj"})
 
@@ -114,3 +127,25 @@ def test_weights_that_a_model_reads_itself():
     assert "dt_proj" in weights_read(MambaMixer)
     assert weights_read(MambaMixer).isdisjoint({"in_proj", "x_proj", "out_proj"})  # read only to train
     assert weights_read(NllbMoeDenseActDense) == {"fc2"}
+
+
+class Scales(nn.Module):
+    def forward(self, x):
+        if not self.training:
+            for block in self.blocks:
+                block.attention.output.weight.div_(2)
+                block.feed_forward.weight.requires_grad_(False)
+        return x / self.last.weight.abs()
+
+
+def test_weights_that_a_model_changes_itself():
+    assert weights_written(Scales) == {"attention.output"}
+    assert weights_written(RwkvModel) == {"attention.output", "feed_forward.value"}
+    assert weights_written(LlamaAttention) == frozenset()
+
+
+def test_attention_that_computes_on_its_mask_or_on_cached_keys():
+    assert computes_on_mask(DogeAttention.forward)
+    assert not any(computes_on_mask(kind.forward) for kind in (LlamaAttention, LlamaMLP, DiffLlamaAttention))
+    assert all(computes_on_cached(kind.forward) for kind in (DiffLlamaAttention, DogeAttention, JetMoeAttention))
+    assert not any(computes_on_cached(kind.forward) for kind in (LlamaAttention, LlamaMLP, GPT2Attention))
