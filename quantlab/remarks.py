@@ -48,6 +48,8 @@ def _what_stays(decisions: list[Decision], source: Source, recipe: Recipe) -> It
         exact = [d for d in asked if rule.scheme != "none" and "*" not in rule.match and len(d.info.shape) == 2]
         if exact:
             yield f"the recipe wants {exact[0].module} as {rule.scheme}, but it stays ({exact[0].reason})"
+    if source.lost_links:
+        yield f"not carried over, links that lead nowhere or back: {', '.join(map(str, source.lost_links[:5]))}"
     if source.left_out:
         yield f"not carried over, weights that are not the model's: {', '.join(map(str, source.left_out[:5]))}"
 

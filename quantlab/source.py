@@ -35,6 +35,7 @@ class Source:
     tensors     by name, in the order of shards and of positions in them
     side_files  relative paths of all files that belong to the model and are not its weights
     left_out    relative paths of weights once more: in other formats, of an older save, of another precision
+    lost_links  relative paths of links that lead nowhere, or back to where the model lies
     """
 
     model: str
@@ -43,6 +44,7 @@ class Source:
     tensors: dict[str, TensorInfo]
     side_files: tuple[Path, ...] = ()
     left_out: tuple[Path, ...] = ()
+    lost_links: tuple[Path, ...] = ()
     reader: ShardReader = field(default_factory=ShardReader, compare=False)
 
     @classmethod
@@ -81,9 +83,11 @@ class Source:
             config = read_config(folder)
             tensors = _collect(folder, shards, index)
             side, left_out = _side_files(folder, shards)
+            lost = tuple(path for path in side if not (folder / path).is_file())
         except OSError as error:
             raise PreflightError(f"{folder}: cannot be read: {error.strerror}") from None
-        return cls(str(model), folder, config, tensors, side, left_out)
+        side = tuple(path for path in side if path not in lost)
+        return cls(str(model), folder, config, tensors, side, left_out, lost)
 
     @property
     def stored(self) -> Stored | None:
@@ -213,9 +217,12 @@ def _side_files(folder: Path, shards: Sequence[Path]) -> tuple[tuple[Path, ...],
     return tuple(side), tuple(left_out)
 
 
-def _walk(folder: Path) -> Iterator[Path]:
+def _walk(folder: Path, above: frozenset[Path] = frozenset()) -> Iterator[Path]:
+    """All files below, those of linked folders too; of links that lead nowhere, or to a folder `above`, themselves."""
+    above |= {folder.resolve()}
     for path in folder.iterdir():
-        if path.is_dir() and not path.is_symlink():
-            yield from _walk(path)
-        elif path.is_file():
+        leads_back = path.is_symlink() and any(inner.is_relative_to(path.resolve()) for inner in above if path.is_dir())
+        if path.is_dir() and not leads_back:
+            yield from _walk(path, above)
+        elif path.is_file() or path.is_symlink():
             yield path

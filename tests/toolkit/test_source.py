@@ -243,6 +243,25 @@ def test_side_files_are_carried_over_byte_for_byte_and_other_weights_are_not(
     assert any("model.fp16.safetensors" in warning for warning in summary.warnings)
 
 
+def test_linked_folders_are_carried_over_and_lost_links_named(raw_checkpoint: Make, tmp_path: Path) -> None:
+    folder = raw_checkpoint()
+    shared = tmp_path / "shared" / "deep"
+    shared.mkdir(parents=True)
+    (shared / "config.json").write_text("{}")
+    links = {
+        "1_Pooling": shared.parent, "nowhere.json": Path("gone"), "itself": Path("itself"), "here": Path("."),
+        "around": Path("..", ".."), ".hidden": Path("gone"),
+    }  # fmt: skip
+    for name, target in links.items():
+        (folder / name).symlink_to(target)
+    (shared / "back").symlink_to(folder)
+    summary = quantize(folder, "fp8-block", tmp_path / "out", device="cpu")
+    assert (tmp_path / "out" / "1_Pooling" / "deep" / "config.json").read_text() == "{}"
+    assert not any(path.is_symlink() for path in (tmp_path / "out").rglob("*"))
+    lost = "1_Pooling/deep/back, around, here, itself, nowhere.json"
+    assert f"not carried over, links that lead nowhere or back: {lost}" in summary.warnings
+
+
 def test_opening_reads_no_weight(raw_checkpoint: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = raw_checkpoint(shards=3)
     source = Source.open(folder)
