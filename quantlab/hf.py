@@ -92,7 +92,7 @@ def load(
 
     path        a folder, or a hub id; `revision` among kwargs is of the latter
     device_map  as in `from_pretrained`; None is the CPU
-    dtype       of everything that is not quantized; "auto" takes the checkpoint's
+    dtype       of everything that is not quantized; "auto" takes the checkpoint's. `torch_dtype` is the same
     kv          format of the KV cache that `generate` makes: "fp8", "int8", "int4", "k8v4" or a `cache.KV`; "none" for
                 16 bits; None takes what the checkpoint's recipe says
     attention   "int8" or "fp8": prompts attend in 8 bits where that is faster (`quantlab.attention`); None is the
@@ -109,6 +109,8 @@ def load(
 
     enable()
     require_settings(kv, attention)
+    kwargs, dtype = _with_dtype(dtype, kwargs)
+    _require_loadable(path, kwargs.pop("local_files_only", False), kwargs.pop("output_loading_info", False))
     # mismatched sizes are refused below, by name; transformers would raise without one
     kwargs = {"ignore_mismatched_sizes": True, **_with_attention(attention, kwargs)}
     path = _checkpoint(path, kwargs.pop("revision", None))
@@ -154,6 +156,22 @@ def require_settings(kv: Any, attention: Any) -> None:
         raise UsageError(f"unknown KV format {kv!r}; {did_you_mean(kv, KV_FORMATS)}")
     if attention not in (None, "none", *ATTENTION):
         raise UsageError(f"unknown attention {attention!r}; {did_you_mean(str(attention), [*ATTENTION, 'none'])}")
+
+
+def _with_dtype(dtype: Any, kwargs: dict[str, Any]) -> tuple[dict[str, Any], Any]:
+    """Arguments of `from_pretrained` without `torch_dtype`, and the dtype that it or `dtype` names."""
+    older = kwargs.get("torch_dtype")
+    if older is not None and dtype not in ("auto", older):
+        raise UsageError(f"dtype = {dtype} and torch_dtype = {older} are both given; leave one out")
+    return {name: x for name, x in kwargs.items() if name != "torch_dtype"}, dtype if older is None else older
+
+
+def _require_loadable(model: str | Path, local: bool, info: bool) -> None:
+    """Raise UsageError where arguments of `from_pretrained` ask for what `load` does in another way."""
+    if info:
+        raise UsageError("output_loading_info: `load` checks it and gives the model alone; from_pretrained gives both")
+    if local and not Path(model).is_dir():
+        raise UsageError(f"{model}: local_files_only needs a folder here; set HF_HUB_OFFLINE=1 to read the hub's cache")
 
 
 def _checkpoint(model: str | Path, revision: str | None) -> Path:
@@ -217,6 +235,7 @@ def pipeline(
 
     from quantlab_calib import data
 
+    kwargs, dtype = _with_dtype(dtype, kwargs)
     model = _checkpoint(model, kwargs.pop("revision", None))
     try:
         implementation = transformers.pipelines.check_task(task)[1]["impl"]

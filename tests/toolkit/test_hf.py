@@ -121,6 +121,18 @@ def test_load(quantized, device_map: Any):
     assert all(p.device.type != "meta" for p in model.parameters())
 
 
+def test_load_takes_the_older_name_of_dtype_and_says_what_it_decides_itself(quantized):
+    folder = quantized("llama", "fp8-block").folder
+    assert quantlab.load(folder, torch_dtype=torch.float32, local_files_only=True).dtype == torch.float32
+    assert quantlab.load(folder, torch_dtype="auto", output_loading_info=False).dtype == torch.bfloat16
+    with pytest.raises(UsageError, match=r"dtype = torch.float16 and torch_dtype = torch.float32 are both given"):
+        quantlab.load(folder, dtype=torch.float16, torch_dtype=torch.float32)
+    with pytest.raises(UsageError, match="output_loading_info: `load` checks it"):
+        quantlab.load(folder, output_loading_info=True)
+    with pytest.raises(UsageError, match="me/model: local_files_only needs a folder here; set HF_HUB_OFFLINE=1"):
+        quantlab.load("me/model", local_files_only=True)
+
+
 def test_load_takes_models_that_are_not_quantized(tiny):
     assert count(quantlab.load(tiny("llama").folder)) == 0
 
