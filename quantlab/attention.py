@@ -26,6 +26,7 @@ from torch import Tensor
 
 from quantlab import cache, masks
 from quantlab.errors import UsageError
+from quantlab.linear import as_autocast
 from quantlab.masks import Visible
 from quantlab.source_patterns import computes_on_mask
 from quantlab_kernels import attention_8bit
@@ -118,6 +119,7 @@ def _function(name: str, codes: Format | None) -> Callable[..., tuple[Tensor, No
         causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
         held = cache.packed(key)
         if held is not None:
+            query = as_autocast(query)
             out = held.attend(query, attention_mask, scaling, kwargs)
             if out is not None:
                 return out, None

@@ -17,6 +17,7 @@ from transformers.cache_utils import CacheLayerMixin
 from quantlab import masks
 from quantlab.errors import UsageError
 from quantlab.keys import Keys
+from quantlab.linear import as_autocast
 from quantlab.scheme import did_you_mean
 from quantlab_kernels import attention_decode, kv_append
 from quantlab_kernels.common.kv import FORMATS, KVFormat, PackedKV, dequantize_rows, quantize_rows
@@ -185,6 +186,7 @@ class PackedLayer(CacheLayerMixin):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """A handle, twice, in place of keys and values; the tokens are appended once attention has seen the mask."""
+        key_states, value_states = as_autocast(key_states), as_autocast(value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if key_states.shape[0] != self.batch_size:

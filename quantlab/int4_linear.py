@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantlab.linear import QuantizedLinear
+from quantlab.linear import QuantizedLinear, as_autocast
 from quantlab_kernels import gemm_int4, gemm_int4_fp8, quantize_fp8_group, quantize_fp8_token
 from quantlab_kernels.common.gemm import as_group_scale
 from quantlab_kernels.common.int4 import GROUP, decode, prepare_int4, scales_by_group, unrepack_int4
@@ -67,7 +67,7 @@ class Int4Linear(QuantizedLinear):
         return x, None
 
     def matmul(self, codes: Tensor, scale: Tensor | None, out_dtype: torch.dtype) -> Tensor:
-        return gemm_int4(codes, self.weight_packed, self.scale, self.bias)
+        return as_autocast(gemm_int4(codes, self.weight_packed, self.scale, self.bias))
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         return decode(self.weight_packed, getattr(self, self.scale_name), torch.float32).to(dtype)
@@ -127,4 +127,4 @@ class Int4Fp8Linear(Int4Linear):
 
     def matmul(self, codes: Tensor, scale: Tensor | None, out_dtype: torch.dtype) -> Tensor:
         assert scale is not None
-        return gemm_int4_fp8(codes, scale, self.weight_packed, self.scale, self.bias, out_dtype=out_dtype)
+        return as_autocast(gemm_int4_fp8(codes, scale, self.weight_packed, self.scale, self.bias, out_dtype=out_dtype))

@@ -19,6 +19,13 @@ from quantlab_kernels.qtensor import expand_blocks
 CODES = torch.float8_e4m3fn
 
 
+def as_autocast(out: Tensor) -> Tensor:
+    """A tensor in the dtype that autocast asks of linear layers' results and of what attention reads. A model with two
+    16-bit dtypes fails under it: torch joins neither with the other."""
+    kind = "cuda" if out.is_cuda else "cpu"  # half as long as `device.type`, in every call
+    return out.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else out
+
+
 class MovesWithoutCasting(nn.Module):
     """`module.half()` and `module.to(dtype)` move codes and scales but keep their dtype: a cast of codes without
     their scale would be silent garbage. Everything else in the module is cast as usual."""
@@ -213,7 +220,7 @@ class Fp8BlockLinear(Fp8Linear):
 
     def matmul(self, codes: Tensor, scale: Tensor | None, out_dtype: torch.dtype) -> Tensor:
         assert scale is not None
-        return gemm_fp8_block(codes, scale, self.weight, self.scale, self.bias, out_dtype=out_dtype)
+        return as_autocast(gemm_fp8_block(codes, scale, self.weight, self.scale, self.bias, out_dtype=out_dtype))
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         return (self.weight.float() * expand_blocks(self.scale, (128, 128), self.weight.shape)).to(dtype)
@@ -240,7 +247,7 @@ class Fp8RowLinear(Fp8Linear):
 
     def matmul(self, codes: Tensor, scale: Tensor | None, out_dtype: torch.dtype) -> Tensor:
         assert scale is not None
-        return gemm_fp8_row(codes, scale, self.weight, self.scale, self.bias, out_dtype=out_dtype)
+        return as_autocast(gemm_fp8_row(codes, scale, self.weight, self.scale, self.bias, out_dtype=out_dtype))
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         return (self.weight.float() * self.scale).to(dtype)

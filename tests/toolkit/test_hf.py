@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 import quantlab
 from quantlab import hf
 from quantlab.errors import UsageError, VerificationError
-from quantlab.linear import Fp8Linear
+from quantlab.linear import Fp8Linear, QuantizedLinear
 
 ROOT = Path(__file__).parents[2]
 
@@ -131,6 +131,27 @@ def test_load_takes_the_older_name_of_dtype_and_says_what_it_decides_itself(quan
         quantlab.load(folder, output_loading_info=True)
     with pytest.raises(UsageError, match="me/model: local_files_only needs a folder here; set HF_HUB_OFFLINE=1"):
         quantlab.load("me/model", local_files_only=True)
+
+
+@pytest.mark.parametrize("kv", ["none", "int8"])
+@pytest.mark.parametrize(
+    ("name", "scheme"), [("llama", "fp8-block"), ("llama", "int4"), ("qwen3", "int4-fp8"), ("qwen3_moe", "fp8-dynamic")]
+)
+def test_autocast_to_the_other_16_bits(quantized, name: str, scheme: str, kv: str):
+    """torch joins two 16-bit dtypes under it in no product and no cat, so layers answer in the one that it asks for."""
+    source = quantized(name, scheme)
+    model, ids = quantlab.load(source.folder, kv=kv), source.inputs()["input_ids"]
+    with torch.no_grad():
+        expected = model(ids).logits.float()
+        for dtype in (torch.float16, torch.bfloat16):
+            with torch.autocast("cpu", dtype):
+                found = model(ids).logits
+                model.generate(ids, max_new_tokens=3, do_sample=False, eos_token_id=None)
+            assert found.dtype == dtype
+            assert (found.float() - expected).norm() < 0.1 * expected.norm()
+    with torch.autocast("cpu", torch.float16):
+        layer = next(module for module in model.modules() if isinstance(module, QuantizedLinear))
+        assert layer(torch.ones(1, layer.in_features, dtype=torch.float32)).dtype == torch.float16
 
 
 def test_load_takes_models_that_are_not_quantized(tiny):

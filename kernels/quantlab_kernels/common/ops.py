@@ -35,10 +35,23 @@ def define(
     """
     name = schema.split("(", 1)[0]
     LIBRARY.define(schema, tags=[torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order, *tags])
-    LIBRARY.impl(name, cpu, "CPU")
+    LIBRARY.impl(name, without_autocast(cpu), "CPU")
     LIBRARY.impl(name, on_one_device(name, cuda), "CUDA")
     torch.library.register_fake(f"quantlab::{name}", fake, lib=LIBRARY)
     return getattr(torch.ops.quantlab, name).default
+
+
+def without_autocast(reference: Callable[..., Any]) -> Callable[..., Any]:
+    """`reference` in the dtypes that it names, also where its caller asks torch to choose others."""
+
+    @functools.wraps(reference)
+    def exact(*args: Any) -> Any:
+        if not torch.is_autocast_enabled("cpu"):
+            return reference(*args)
+        with torch.autocast("cpu", enabled=False):
+            return reference(*args)
+
+    return exact
 
 
 def on_one_device(name: str, launch: Callable[..., Any]) -> Callable[..., Any]:
