@@ -146,6 +146,17 @@ def _is_ours_or_nothing(partial: Path) -> bool:
     return ours or not any(path.is_file() for path in partial.rglob("*"))
 
 
+def _discard(partial: Path) -> None:
+    """Remove an unfinished output as far as the disk lets us, what says that it is one last: the next run may take what a
+    kill in between leaves."""
+    last = {partial / JOURNAL, partial / MANIFEST}
+    with suppress(OSError):
+        for path in partial.rglob("*"):
+            if path.is_file() and path not in last:
+                path.unlink()
+    shutil.rmtree(partial, ignore_errors=True)
+
+
 class Output:
     """A run's output folder. Use as `with Output.open(...) as output: ...; output.publish()`.
 
@@ -174,14 +185,14 @@ class Output:
                     with disk_errors(folder):
                         yield cls(folder, fingerprint)
                 except QuantlabError:
-                    shutil.rmtree(_partial(folder), ignore_errors=True)
+                    _discard(_partial(folder))
                     raise
 
     def _resume_or_begin(self, fingerprint: str) -> None:
         lines = _journal_lines(self.partial / JOURNAL)
         if not lines or lines[0] != {"run": fingerprint}:
             if self.partial.exists():
-                shutil.rmtree(self.partial)
+                _discard(self.partial)
             (self.partial / OURS).mkdir(parents=True)
             self._journal({"run": fingerprint})
             _sync_folder(self.partial)

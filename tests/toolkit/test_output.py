@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -316,6 +317,31 @@ def test_a_kill_while_finished_shards_are_checked_loses_none(
         with pytest.raises(KeyboardInterrupt):
             run(source, out)
     assert run(source, out).resumed == shards > 1
+
+
+def test_a_kill_while_another_runs_output_is_removed(
+    raw_checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out, unlink, scandir = raw_checkpoint(), tmp_path / "out", os.unlink, os.scandir
+    with pytest.raises(KeyboardInterrupt):
+        run(source, out, progress=interrupt_after(0.9), workers=1)
+
+    @contextmanager
+    def journal_first(path: object) -> Iterator[Iterator[os.DirEntry[str]]]:
+        with scandir(path) as entries:  # type: ignore[call-overload]
+            yield iter(sorted(entries, key=lambda entry: entry.name != Path(output.JOURNAL).parent.name))
+
+    def remove(path: str, *args: object, **kwargs: object) -> None:
+        unlink(path, *args, **kwargs)  # type: ignore[arg-type]
+        if Path(path).name == Path(output.JOURNAL).name:
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", remove)
+        patch.setattr(os, "scandir", journal_first)
+        with pytest.raises(KeyboardInterrupt):
+            quantize(source, "fp8-dynamic", out, device="cpu")
+    assert quantize(source, "fp8-dynamic", out, device="cpu").resumed == 0
 
 
 def test_an_unexpected_error_keeps_what_was_done(
