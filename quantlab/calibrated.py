@@ -31,7 +31,7 @@ from quantlab.errors import PreflightError, UsageError
 from quantlab.kinds import context_length
 from quantlab.lazy import LazyModel
 from quantlab.output import Output
-from quantlab.preflight import Plan
+from quantlab.preflight import Plan, bytes_after
 from quantlab.scheme import STEPS, Calibration
 from quantlab.sequential import Rounded
 from quantlab.shards import TensorSlot, layout
@@ -181,6 +181,14 @@ def run(
         _note_unseen(statistics)
         return statistics
     raise PreflightError(f"{source.model}: does not run on text, leave out --calib: {reasons[-1]}")
+
+
+def kept_bytes(plan: Plan, calibration: Calibration) -> int:
+    """What `run` lays down, about: rounded codes where blocks are quantized one after the other, else K x 128 floats for
+    a layer with K inputs; layers that share an input share these."""
+    if steps_of(plan.stored, calibration) is not None:
+        return sum(bytes_after(decision) for decision in plan.quantized)
+    return sum(decision.info.elements // decision.info.shape[-2] * 128 * 4 for decision in plan.quantized)
 
 
 def _temporary_folder() -> Path:

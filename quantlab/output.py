@@ -91,7 +91,7 @@ def output_folder(model: str | Path, what: str, given: str | Path | None) -> Pat
 def check_space(folder: Path, needed: int) -> None:
     """Refuse before work what will not fit. An interrupted run's part of it is already there."""
     partial = _partial(folder)
-    held = sum(path.stat().st_size for path in partial.glob("*.safetensors")) if partial.is_dir() else 0
+    held = sum(path.stat().st_size for path in partial.rglob("*.safetensors")) if partial.is_dir() else 0
     free = shutil.disk_usage(existing_parent(folder)).free + held
     if needed + SPARE_BYTES > free:
         raise PreflightError(
@@ -147,8 +147,8 @@ def _is_ours_or_nothing(partial: Path) -> bool:
 
 
 def _discard(partial: Path) -> None:
-    """Remove an unfinished output as far as the disk lets us, what says that it is one last: the next run may take what a
-    kill in between leaves."""
+    """Remove an unfinished output as far as the disk lets us, what says that it is one last: what a kill in between
+    leaves, the next run may take."""
     last = {partial / JOURNAL, partial / MANIFEST}
     with suppress(OSError):
         for path in partial.rglob("*"):

@@ -80,11 +80,11 @@ def quantize(
     check_writable(folder, overwrite=overwrite)
 
     def refuse(headers: Source) -> None:
-        check_space(folder, _plan(headers, recipe, trust_remote_code).bytes_after)
+        check_space(folder, _bytes_at_most(_plan(headers, recipe, trust_remote_code)))
 
     made = _plan(Source.open(model, revision, before_download=refuse), recipe, trust_remote_code)
     check_outside(folder, made.source.folder)
-    check_space(folder, made.bytes_after)
+    check_space(folder, _bytes_at_most(made))
 
     with Output.open(folder, fingerprint(made.source, made.to_dict()), overwrite=overwrite) as out:
         found, unseen = _calibrated(made, where, out, progress, trust_remote_code)
@@ -127,6 +127,15 @@ def quantize(
         out.write_text(checkpoint.SUMMARY, to_json(summary.to_dict()))
         out.publish()
     return summary
+
+
+def _bytes_at_most(made: Plan) -> int:
+    """On the disk at a time: the output, and what calibration keeps until that is complete."""
+    if made.recipe.calibration is None:
+        return made.bytes_after
+    from quantlab import calibrated
+
+    return made.bytes_after + calibrated.kept_bytes(made, made.recipe.calibration)
 
 
 def _calibrated(

@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from quantlab import calibrated
+from quantlab import calibrated, output
 from quantlab.checkpoint import ACTIVATION_SCALES
 from quantlab.errors import PreflightError, UsageError
 from quantlab.lazy import LazyModel
@@ -275,3 +275,13 @@ def test_experts_that_the_checkpoint_holds_fused_are_seen_one_by_one(with_tokeni
     assert set(found.inputs) == set(apart.inputs)
     assert all(torch.equal(found.inputs[name].energy, seen.energy) for name, seen in apart.inputs.items())
     assert "model.layers.0.mlp.experts.3.up_proj" in found.inputs
+
+
+@pytest.mark.parametrize("scheme", ["fp8-block", "int4-fp8"])
+def test_the_disk_has_to_hold_what_is_kept(with_tokenizer, tmp_path, monkeypatch, data, scheme):
+    folder, recipe = with_tokenizer("llama").folder, Recipe(scheme, calibration=data)
+    free = plan(Source.open(folder), recipe).bytes_after + output.SPARE_BYTES + 1000
+    monkeypatch.setattr(output.shutil, "disk_usage", lambda _: Mock(free=free))
+    with pytest.raises(PreflightError, match="out: needs 0"):
+        quantize(folder, recipe, tmp_path / "out", device="cpu")
+    quantize(folder, replace(recipe, calibration=None), tmp_path / "out", device="cpu")
