@@ -184,8 +184,8 @@ def run(
 
 
 def kept_bytes(plan: Plan, calibration: Calibration) -> int:
-    """What `run` lays down, about: rounded codes where blocks are quantized one after the other, else K x 128 floats for
-    a layer with K inputs; layers that share an input share these."""
+    """What `run` lays down, about: rounded codes where blocks are quantized one after the other, else K x 128 floats of
+    a layer with K inputs, which layers with the same input share."""
     if steps_of(plan.stored, calibration) is not None:
         return sum(bytes_after(decision) for decision in plan.quantized)
     return sum(decision.info.elements // decision.info.shape[-2] * 128 * 4 for decision in plan.quantized)
