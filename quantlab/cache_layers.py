@@ -24,6 +24,7 @@ from quantlab_kernels.common.kv import FORMATS, KVFormat, PackedKV, dequantize_r
 from quantlab_kernels.kv_append.reference import smooth
 
 BLOCK = 256  # tokens that a growing layer allocates at a time
+_REGULAR = "_quantlab_regular"  # of a single token's mask: by window and tokens, whether it hides left padding alone
 FEW = 16  # queries up to which reading the packed tokens beats dequantizing them
 
 # Format -> tokens at the start (attention sinks) and the newest that are read in 16 bits. They get most of the
@@ -129,6 +130,7 @@ def _refuse(name: str) -> NoReturn:
 class PackedLayer(CacheLayerMixin):
     """What all layers have in common: the packed tokens, how many they are, and where padding ends.
 
+    tokens   how many the host has counted: a static layer's graphs count on the device alone
     cache    `PackedKV` of B sequences         length  [B] int32, tokens of each sequence, on the device
     start    [B] int32, the first real token   filled  whether there are any tokens
     irregular  a mask hid more than left padding: attention goes over the dequantized tokens from then on
@@ -138,6 +140,7 @@ class PackedLayer(CacheLayerMixin):
     is_croppable = False
     window: int | None = None
     few = FEW
+    tokens: int
     handle: type[Handle] = Handle
     held: tuple[str, ...] = ("k", "v", "k_scale", "v_scale")  # tensors of the cache with a slot for every token
     beside: tuple[str, ...] = ("k_near", "v_near")  # other tensors of sequences
@@ -211,6 +214,30 @@ class PackedLayer(CacheLayerMixin):
             self._read(masks.visible_of(mask))
         elif not self.filled:
             self.irregular = bool(masks.leading_padding(mask, 1).any())  # where it ends later calls would have to say
+        else:
+            self.notice(mask)
+
+    def notice(self, mask: Tensor | None) -> None:
+        """Learn from the mask of a single token, which is counted and not appended yet, whether it hides more than left
+        padding. Waits for the GPU once per mask, as transformers did when it made the mask."""
+        if mask is None or mask.ndim != 4 or self.irregular or torch.compiler.is_compiling():
+            return
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return
+        known, kind = vars(mask).setdefault(_REGULAR, {}), (self.window, self.tokens)  # alike in many layers
+        if kind not in known:
+            seen = masks.seen(mask)[:, :, 0]
+            place = torch.arange(seen.shape[-1], device=seen.device) + self._first_of(seen.shape[-1])
+            length, start = (x.to(seen.device)[:, None, None] for x in (self.length, self.start))
+            expected = (place >= start) & (place <= length)
+            if self.window is not None:
+                expected &= place > length - self.window
+            known[kind] = bool((seen == expected).all())
+        self.irregular = not known[kind]
+
+    def _first_of(self, keys: int) -> int:
+        """The number of the first token that a mask over so many keys speaks of."""
+        return 0
 
     def _read(self, visible: masks.Visible | None) -> None:
         """`begin` of several tokens outside of graphs."""
@@ -218,9 +245,10 @@ class PackedLayer(CacheLayerMixin):
         if visible is None or visible.cu_seqlens is not None or visible.right != 0:
             self.irregular = True
         elif bounds is not None:
-            self.irregular |= bool((bounds[:, 1] != visible.keys).any())
             if not self.filled:
                 self.start.copy_(bounds[:, 0])
+            start = (self.start - self._first_of(visible.keys)).clamp(min=0)
+            self.irregular |= bool(((bounds[:, 1] != visible.keys) | (bounds[:, 0] != start)).any())
 
     def reads_packed(self, queries: int, mask: Tensor | None) -> bool:
         """Whether attention of so many queries may go over the packed tokens."""
@@ -363,11 +391,12 @@ class DynamicPackedLayer(PackedLayer):
         kept = tokens_to_remove if tokens_to_remove > 0 else self.tokens + tokens_to_remove
         if not self.is_initialized or kept >= self.tokens:
             return
-        old, self.tokens = self.tokens, max(kept, 0)
+        if kept <= 0:
+            return self.reset()
+        old, self.tokens = self.tokens, kept
         self._appended = self.tokens
         self.length.sub_(old - self.tokens)
-        self.filled = self.tokens > 0
-        if self.filled and self.kv.newest:  # latents have none
+        if self.kv.newest:  # latents have none
             self._refill_newest(old, self.tokens)
 
 
@@ -379,7 +408,7 @@ class StaticPackedLayer(PackedLayer):
     def __init__(self, kv: KV, max_cache_len: int, keys: Keys | None = None) -> None:
         super().__init__(kv, keys)
         self.max_cache_len = max_cache_len
-        self._eager_tokens = 0
+        self.tokens = 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         super().lazy_initialization(key_states, value_states)
@@ -392,10 +421,10 @@ class StaticPackedLayer(PackedLayer):
         """Refuse what does not fit, as far as the host knows: compiled steps count on the device alone."""
         if torch.compiler.is_compiling():
             return
-        self._eager_tokens += tokens
-        if self._eager_tokens > self.max_cache_len:
+        self.tokens += tokens
+        if self.tokens > self.max_cache_len:
             raise UsageError(
-                f"{self._eager_tokens} tokens for a static cache of {self.max_cache_len}; give it more by max_cache_len"
+                f"{self.tokens} tokens for a static cache of {self.max_cache_len}; give it more by max_cache_len"
             )
 
     def dense(self, key: Tensor, value: Tensor, prompt: bool) -> tuple[Tensor, Tensor]:
@@ -417,7 +446,7 @@ class StaticPackedLayer(PackedLayer):
 
     def reset(self) -> None:
         super().reset()
-        self._eager_tokens = 0
+        self.tokens = 0
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         _reorder_in_place(self, beam_idx)
@@ -453,6 +482,9 @@ class WindowPackedLayer(PackedLayer):
         position = torch.arange(max(self._before - self.capacity + 1, 0), self._before, device=self.device)
         return self.dequantized(position % self.capacity)
 
+    def _first_of(self, keys: int) -> int:
+        return self.tokens - keys
+
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         past = min(self.tokens, self.capacity - 1)
         return past + query_length, self.tokens - past
@@ -481,11 +513,11 @@ class WindowPackedLayer(PackedLayer):
                 "tokens of a quantized sliding window cannot be taken back: speculative decoding needs a model without "
                 "windows, or no kv"
             )
-        old, self.tokens = self.tokens, max(kept, 0)
+        if kept <= 0:
+            return self.reset()
+        old, self.tokens = self.tokens, kept
         self.length.sub_(old - self.tokens)
-        self.filled = self.tokens > 0
-        if self.filled:
-            self._refill_newest(old, self.tokens)
+        self._refill_newest(old, self.tokens)
 
 
 def _slots(x: Tensor, slots: Any) -> Tensor:

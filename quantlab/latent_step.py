@@ -108,7 +108,10 @@ class Step:
             return None
         layers = past.layers if self.module.layer_idx < len(past.layers) else ()
         layer = layers[self.module.layer_idx] if layers else None
-        if not isinstance(layer, LatentLayer) or not layer.filled or layer.irregular:
+        if not isinstance(layer, LatentLayer) or not layer.filled:
+            return None
+        layer.notice(kwargs.get("attention_mask"))
+        if layer.irregular:
             return None
         return layer if layer.batch_size == hidden.shape[0] else None
 

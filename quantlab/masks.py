@@ -149,9 +149,14 @@ def _padding(given: dict[str, Any], keys: int) -> Tensor | None:
 def leading_padding(mask: Tensor, tokens: int) -> Tensor:
     """[B]: how many of a sequence's first tokens are padding, which does not even see itself, by the mask of the call
     that brings them: [B, keys], or [B, heads, tokens, keys], bool or additive. Does not wait for the GPU."""
-    seen = mask == 0 if mask.is_floating_point() else mask.bool()
-    own = seen[:, :tokens] if mask.ndim == 2 else seen[:, 0].diagonal(dim1=1, dim2=2)
+    shown = seen(mask)
+    own = shown[:, :tokens] if mask.ndim == 2 else shown[:, 0].diagonal(dim1=1, dim2=2)
     return (~own).int().cumprod(1).sum(1)
+
+
+def seen(mask: Tensor) -> Tensor:
+    """A mask, bool or additive, as bool: True is seen."""
+    return mask == 0 if mask.is_floating_point() else mask.bool()
 
 
 def ranges(padding: Tensor) -> tuple[Tensor, bool, bool]:

@@ -209,6 +209,19 @@ def test_a_crop_forgets_the_last_tokens(newest, make):
     )  # what had left the newest comes back rounded
 
 
+@pytest.mark.parametrize("name", ["Llama", "Mistral"])
+def test_a_crop_of_everything_forgets_padding_too(name):
+    model, inputs = cache.use(tiny(name), "16bit"), prompts(length=7)
+    past, fresh = cache.new_cache(model), cache.new_cache(model)
+    with torch.no_grad():
+        model(**inputs, past_key_values=past)
+        past.crop(-7)
+        assert past.get_seq_length() == 0
+        for ids in (inputs["input_ids"], torch.tensor([[5], [6]])):
+            logits = [model(input_ids=ids, past_key_values=x).logits for x in (past, fresh)]
+            assert torch.equal(*logits)
+
+
 def test_beams_reorder_and_repeat_the_cache():
     for name in ("Llama", "Mistral"):
         model, inputs = tiny(name), prompts()
@@ -269,6 +282,41 @@ def test_masks_that_are_more_than_left_padding_go_another_way_and_are_right():
         assert all(layer.irregular for layer in found.past_key_values.layers)
         torch.testing.assert_close(ours, logits, atol=2e-6, rtol=0)
         cache.use(model, None)
+
+
+@pytest.mark.parametrize("implementation", [None, "static"])
+@pytest.mark.parametrize("name", ["Llama", "Mistral"])  # one with windows
+@pytest.mark.parametrize("tokens", [1, 4, 20])  # a step, few over packed tokens, many over dequantized ones
+def test_later_masks_may_hide_what_the_first_showed(tokens, name, implementation):
+    model, inputs = tiny(name), prompts(length=13, padded=0)
+    ids = torch.cat((inputs["input_ids"], torch.randint(3, 60, (2, tokens + 1))), 1)
+    place = torch.arange(ids.shape[1]).expand(2, -1)
+
+    @torch.no_grad()
+    def logits(past, hidden):
+        mask, calls = torch.ones_like(ids), ((0, 13), (13, 13 + tokens), (13 + tokens, 14 + tokens))
+        found = []
+        for begin, end in calls:
+            given = {"input_ids": ids[:, begin:end], "position_ids": place[:, begin:end]}
+            found.append(model(**given, attention_mask=mask[:, :end], past_key_values=past).logits)
+            mask[0, hidden] = 0  # in the second call and the third
+        return torch.cat(found, 1)
+
+    hidden = [slice(0, 10), slice(11, 12)]
+    expected = [logits(DynamicCache(config=model.config), x) for x in hidden]
+    cache.use(model, "16bit")
+    for x, theirs in zip(hidden, expected, strict=True):
+        past = StaticCache(config=model.config, max_cache_len=40) if implementation else cache.new_cache(model)
+        past = cache.prepared(model).like(past) if implementation else past
+        torch.testing.assert_close(logits(past, x), theirs, atol=2e-6, rtol=0)
+
+
+def test_steps_whose_mask_hides_padding_alone_go_over_packed_tokens():
+    for name in ("Llama", "Mistral"):
+        for implementation in (None, "static"):
+            given = {"cache_implementation": implementation, "disable_compile": True}
+            found, _ = generate(cache.use(tiny(name), "int8"), prompts(), tokens=12, **given)
+            assert not any(layer.irregular for layer in found.past_key_values.layers)
 
 
 def padded_steps(model, call):

@@ -121,6 +121,22 @@ def test_steps_are_short(name, monkeypatch):
     assert not any("forward" in vars(module) for module in latent.modules(model))
 
 
+@torch.no_grad()
+def test_masks_of_steps_may_hide_what_the_prompt_showed():
+    model, ids = tiny("DeepseekV2"), prompts()["input_ids"]
+    mask, given = torch.ones(2, 14).long(), {"input_ids": ids[:, :1], "position_ids": torch.full((2, 1), 13)}
+    mask[0, 3] = 0
+
+    def last():
+        past = cache.new_cache(model)
+        model(input_ids=ids, past_key_values=past)
+        return model(**given, attention_mask=mask, past_key_values=past).logits
+
+    expected = last()
+    cache.use(model, "16bit")
+    torch.testing.assert_close(last(), expected, atol=2e-5, rtol=0)
+
+
 def test_joined_projections_are_left_when_they_change():
     """The same numbers from one GEMM; not past an adapter, a hook, or weights that were moved."""
     model = cache.use(tiny("DeepseekV2", q_lora_rank=None), "fp8")
