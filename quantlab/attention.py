@@ -166,6 +166,7 @@ def _of_padding(query: Tensor, key: Tensor, mask: Tensor, causal: bool, window: 
     function = masking_utils.causal_mask_function if causal else masking_utils.bidirectional_mask_function
     if window is not None and causal:
         function = masking_utils.sliding_window_causal_mask_function(window)
+    mask = mask[:, -key.shape[2] :]  # a sliding window has dropped the first
     given = {
         "batch_size": query.shape[0], "q_length": query.shape[2], "kv_length": mask.shape[1],
         "q_offset": mask.shape[1] - query.shape[2] if causal else 0, "kv_offset": 0, "mask_function": function,

@@ -80,9 +80,11 @@ def create(**given: Any) -> Tensor | None:
     visible = describe(given, lambda: sdpa_mask(**{**given, "allow_is_causal_skip": False}))
     if visible is None or _said_by_none(visible, given):
         return sdpa_mask(**given)
-    carrier = _padding(given, visible.keys)
+    # Of all keys from the first on: `generate` makes masks for static caches, and the model reads this one as padding.
+    keys = int(given.get("kv_offset", 0)) + visible.keys
+    carrier = _padding({**given, "kv_offset": 0}, keys)
     if carrier is None:
-        carrier = torch.ones(given["batch_size"], visible.keys, dtype=torch.bool, device=given["device"])
+        carrier = torch.ones(given["batch_size"], keys, dtype=torch.bool, device=given["device"])
     else:
         carrier = carrier.clone()  # the attribute belongs to this mask, not to the user's
     setattr(carrier, _ATTACHED, visible)

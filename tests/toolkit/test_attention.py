@@ -165,6 +165,18 @@ def test_a_prompt_in_pieces_in_a_static_cache(padding):
     close(again, exact, padding, 1e-5)
 
 
+@pytest.mark.parametrize("pieces", [5, 9])
+def test_windows_of_a_static_cache_whose_prompt_generate_reads_in_pieces(pieces):
+    """`generate` makes the mask and the model reads it again, as padding."""
+    model = causal_model("mistral", sliding_window=8)
+    given = {"attention_mask": LEFT, "max_new_tokens": 2, "output_logits": True, "return_dict_in_generate": True}
+    exact = model.generate(TOKENS, **given, do_sample=False, pad_token_id=0).logits
+    model.set_attn_implementation("quantlab")
+    given |= {"cache_implementation": "static", "disable_compile": True, "prefill_chunk_size": pieces}
+    found = model.generate(TOKENS, **given, do_sample=False, pad_token_id=0).logits
+    close(torch.stack(found), torch.stack(exact), bound=1e-5)
+
+
 @pytest.mark.gpu(sm=80)
 @pytest.mark.parametrize("codes", ["int8", "fp8"])
 def test_on_the_gpu(codes: str, calls):

@@ -70,8 +70,9 @@ def test_with_16_bit_codes_generate_says_what_it_says_without(name, implementati
 
 
 @pytest.mark.parametrize("implementation", [None, "static"])
-def test_a_prompt_may_come_in_pieces(implementation):
-    model, inputs = tiny("Llama"), prompts(length=40)
+@pytest.mark.parametrize("name", ["Llama", "Mistral"])  # the second has windows alone, of fewer tokens than a piece
+def test_a_prompt_may_come_in_pieces(name, implementation):
+    model, inputs = tiny(name), prompts(length=40)
     _, expected = generate(model, inputs)
     cache.use(model, "16bit")
     found = generate(model, inputs, cache_implementation=implementation, prefill_chunk_size=18, disable_compile=True)
