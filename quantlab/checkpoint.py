@@ -255,6 +255,8 @@ def _stored_as_fp8(found: dict[str, Any]) -> Stored | None:
 
 
 def _stored_as_compressed_tensors(found: dict[str, Any]) -> Stored | None:
+    if is_transformed(found):
+        return None
     groups = list(found["config_groups"].values())
     kinds = [_stored_of_group(group, found.get("format")) for group in groups]
     if any(kind is None for kind in kinds):
@@ -271,6 +273,12 @@ def _stored_as_compressed_tensors(found: dict[str, Any]) -> Stored | None:
     assert found_main is not None
     kv = has_kv_scales(found)
     return replace(found_main, skip=_names(found.get("ignore")), others=tuple(others), kv=kv)  # type: ignore[arg-type]
+
+
+def is_transformed(found: dict[str, Any]) -> bool:
+    """Whether a compressed-tensors config says that activations are rotated on the way: the weights alone are not the
+    model then."""
+    return bool((found.get("transform_config") or {}).get("config_groups"))
 
 
 def has_kv_scales(found: dict[str, Any]) -> bool:

@@ -17,6 +17,7 @@ from quantlab.architecture import meta_model
 from quantlab.checkpoint import (
     ACTIVATION_SCALES,
     KV_SCALES,
+    PACKED,
     RECIPE,
     SHAPE,
     STACK_SCALE,
@@ -25,11 +26,13 @@ from quantlab.checkpoint import (
     module_of,
 )
 from quantlab.errors import UsageError, VerificationError
+from quantlab.fused_experts import flat
 from quantlab.jobs import Copy, Dequantize, Job, Replace, Widen
 from quantlab.loaders import View, broken_rules, not_written_yet
 from quantlab.output import Output, check_outside, check_space, check_writable, fingerprint, output_folder, to_json
 from quantlab.preflight import known_architecture
 from quantlab.scheme import SCHEMES, Recipe, did_you_mean
+from quantlab.shards import TensorInfo
 from quantlab.source import Source
 from quantlab.summary import Progress, Summary
 from quantlab.verify import verify_weights
@@ -37,6 +40,7 @@ from quantlab_kernels.formats import INT4
 
 LAYOUTS = {"fp8": "fp8", "compressed-tensors": "float-quantized", "bf16": None}
 FLIPS = ("int4", "int4-fp8")  # the same weights, other activations: only config.json differs
+AGAIN = "get the checkpoint again; `quantlab verify` says all that is wrong with it"
 
 
 def convert(
@@ -224,11 +228,22 @@ def _jobs(view: View, target: Stored | None) -> Iterator[Job]:
         if target is not None:
             yield Widen(info, module + target.scale_suffix) if renamed and name in scales else Copy(info, name)
         elif scale in scales and name == module + stored.kind(module).weight_suffix:
-            yield Dequantize(info, source.tensors[scale], module, stored.kind(module), torch.bfloat16)
-        elif name in stacks:
-            yield Dequantize(info, source.tensors[name + STACK_SCALE], name, stored, torch.bfloat16)
+            yield _multiplied_out(view, info, source.tensors[scale], module)
+        elif name in stacks and name + STACK_SCALE in source.tensors:
+            yield _multiplied_out(view, info, source.tensors[name + STACK_SCALE], name)
         elif name not in scales and not name.endswith(SHAPE):
+            if info.dtype.startswith("F8_") or name.endswith(PACKED):  # a copy would pass codes off as weights
+                raise UsageError(f"{source.model}: {name} holds codes, but there is no scale of it; {AGAIN}")
             yield Copy(info, name)
+
+
+def _multiplied_out(view: View, info: TensorInfo, scale: TensorInfo, module: str) -> Dequantize:
+    stored = view.stored.kind(module)
+    weight = view.quantized.get(module, flat(info))
+    needed, found = stored.weight.scale_shape(weight.shape), flat(scale).shape
+    if [size for size in found if size > 1] != [size for size in needed if size > 1]:
+        raise UsageError(f"{view.source.model}: {scale.name} is {list(found)}, needs {list(needed)}; {AGAIN}")
+    return Dequantize(info, scale, module, stored, torch.bfloat16)
 
 
 def _groups(jobs: list[Job]) -> dict[str, tuple[int, int]]:

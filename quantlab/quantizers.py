@@ -28,9 +28,9 @@ from transformers.utils.quantization_config import QuantizationMethod
 
 from quantlab import attention, decoding, scaled_inputs
 from quantlab.architecture import counterpart, load_targets, one_by_one
-from quantlab.checkpoint import ACTIVATION_SCALES, KV_SCALES, STACK_SCALE, has_kv_scales, module_of
+from quantlab.checkpoint import ACTIVATION_SCALES, KV_SCALES, STACK_SCALE, has_kv_scales, is_transformed, module_of
 from quantlab.conversions import with_scales, with_turned_scales
-from quantlab.errors import UsageError
+from quantlab.errors import UsageError, VerificationError
 from quantlab.experts import Fp8BlockExperts, Fp8RowExperts, unsupported
 from quantlab.fusion import fuse
 from quantlab.int4_experts import Int4Experts, Int4Fp8Experts
@@ -46,6 +46,7 @@ logger = logging.get_logger(__name__)
 
 SCALE_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F8_E8M0": torch.float8_e8m0fnu}
 WEIGHTS = (".weight", ".weight_packed")
+CODES = ("F8_E4M3", "F8_E5M2")
 Layers = tuple[type, type]  # of a linear layer, of experts
 
 
@@ -157,10 +158,18 @@ class KeepsQuantized(HfQuantizer):
         super().validate_environment(*args, **kwargs)
 
     def _swap(self, model: Any, files: list[str], dtype: torch.dtype | None) -> str | None:
-        """Replace every module whose weight has a scale; a reason, and no change, where one cannot be."""
-        names = tensor_dtypes(files, self.scale_name.removeprefix("weight"))
+        """Replace every module whose weight has a scale; a reason, and no change, where one cannot be.
+
+        Raises VerificationError for FP8 codes without a scale.
+        """
+        names = tensor_dtypes(files)
         if not names:
             return "it is not in safetensors files"
+        for name, tag in names.items():
+            if tag in CODES and self._scale_of(name) not in names:  # any reader would take them for weights
+                raise VerificationError(
+                    f"{name}: holds codes, but there is no scale of it; check the folder with `quantlab verify`"
+                )
         weights = [name.removesuffix("_packed") for name in names if name.endswith(WEIGHTS)]
         stacks = [name for name in names if not name.endswith(WEIGHTS) and self._scale_of(name) in names]
         found = load_targets(model, [*weights, *stacks])
@@ -361,6 +370,8 @@ def compressed_tensors_layers(config: dict[str, Any]) -> tuple[dict[str, Layers]
         return {}, "its weights are not stored compressed"
     if config.get("kv_cache_scheme") and not has_kv_scales({"kv_cache_scheme": _plain(config["kv_cache_scheme"])}):
         return {}, "its kv_cache_scheme is not FP8 per tensor"
+    if is_transformed({"transform_config": _plain(config.get("transform_config"))}):
+        return {}, "its transform_config rotates activations on the way"
     known: dict[str, Layers] = {}
     for group in groups:
         layers = _group_layers(group, group.get("format") or config.get("format"))
@@ -408,22 +419,22 @@ def _matches(name: str, patterns: Iterable[str] | None) -> bool:
     return any(re.search(pattern, name) for pattern in patterns or ())
 
 
-def tensor_dtypes(files: Iterable[str], of: str) -> dict[str, str]:
-    """Tensor names in safetensors files; those that end in `of` with their dtype tag, others with ""."""
+def tensor_dtypes(files: Iterable[str]) -> dict[str, str]:
+    """Tensor names in safetensors files with their dtype tags."""
     found: dict[str, str] = {}
     for path in files:
         if not str(path).endswith(".safetensors"):
             return {}
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118 - not a mapping
-                found[name] = file.get_slice(name).get_dtype() if name.endswith(of) else ""
+                found[name] = file.get_slice(name).get_dtype()
     return found
 
 
 def refuse_stacks(files: Iterable[str]) -> None:
     """Raise UsageError for experts in one quantized tensor: transformers multiplies out what is called `weight`, and
     would take their codes for weights."""
-    names = tensor_dtypes(files, STACK_SCALE)
+    names = tensor_dtypes(files)
     for name in names:
         if not name.endswith(WEIGHTS) and name + STACK_SCALE in names:
             raise UsageError(

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 from packaging.version import Version
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from quantlab import hf
 from quantlab.checkpoint import stored_in
 from quantlab.convert import convert
-from quantlab.errors import UsageError
+from quantlab.errors import PreflightError, QuantlabError, UsageError
 from quantlab.pipeline import quantize
 from quantlab.scheme import SCHEMES, Recipe, Rule
 from quantlab.verify import verify
@@ -97,6 +97,47 @@ def test_quantizing_it_again_gives_the_same_codes(block: Path, tmp_path: Path) -
             assert torch.equal(first, second), name
         else:
             assert torch.equal(codes, after[name])
+
+
+SCALE = "model.layers.0.self_attn.k_proj.weight_scale_inv"
+
+
+def renamed(tensors: dict[str, torch.Tensor]) -> None:
+    tensors[SCALE.removesuffix("_inv")] = tensors.pop(SCALE)
+
+
+def of_other_blocks(tensors: dict[str, torch.Tensor]) -> None:
+    tensors[SCALE] = tensors[SCALE].repeat_interleave(2, 0)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda tensors: tensors.pop(SCALE), r"k_proj\.weight holds codes, but there is no scale of it"),
+        (renamed, r"k_proj\.weight holds codes, but there is no scale of it"),
+        (of_other_blocks, r"k_proj\.weight_scale_inv is \[\d, \d\], needs \[1, \d\]"),
+    ],
+)
+def test_codes_without_their_scale_are_no_weights(
+    damage: Any, message: str, quantized: Any, edited: Any, tmp_path: Path
+) -> None:
+    folder = edited(quantized("llama", "fp8-block"), tmp_path / "in")
+    tensors = tensors_of(folder)
+    damage(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UsageError, match=message):
+        convert(folder, "bf16", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_rotated_activations_are_not_lost(quantized: Any, edited: Any, tmp_path: Path) -> None:
+    """With a transform_config the weights alone are not the model."""
+    transforms = {"config_groups": {"u": {"type": "hadamard", "apply": [{"targets": ["Linear"], "location": "input"}]}}}
+    folder = edited(quantized("llama", "fp8-dynamic"), tmp_path / "in", transform_config=transforms)
+    with pytest.raises(PreflightError, match="is a format that quantlab does not read"):
+        convert(folder, "bf16", tmp_path / "out")
+    with pytest.raises(QuantlabError):
+        hf.load(folder)
 
 
 def test_without_a_skip_list_the_head_is_skipped(quantized, edited, tmp_path: Path) -> None:

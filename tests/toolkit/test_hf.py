@@ -190,6 +190,15 @@ def test_load_refuses_a_scale_without_its_weight(quantized, edited, tmp_path: Pa
         quantlab.load(folder)
 
 
+def test_load_refuses_codes_without_their_scale(quantized, edited, tmp_path: Path):
+    folder = edited(quantized("llama", "fp8-block"), tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.0.self_attn.k_proj.weight_scale_inv"]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(VerificationError, match=r"k_proj\.weight: holds codes, but there is no scale of it"):
+        quantlab.load(folder)
+
+
 def test_load_refuses_what_transformers_would_run(quantized, edited, tmp_path: Path):
     folder = edited(quantized("llama", "fp8-block"), tmp_path, activation_scheme="static")
     with pytest.raises(VerificationError, match="is not for our layers"):
