@@ -1,12 +1,14 @@
 """Is a checkpoint what it says it is, and will others load it? Works on foreign FP8 checkpoints too.
 
-Hashes against our manifest, names, shapes and dtypes against the config, scales finite and positive, codes finite, and
-the rules of the loaders. A finding is one line; nothing is ever changed.
+Hashes against our manifest, names, shapes and dtypes against the config and the model, scales finite and positive, no
+NaN, and the rules of the loaders. A finding is one line; nothing is ever changed.
 """
 
 from __future__ import annotations
 
 import json
+import re
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -29,6 +31,7 @@ from quantlab.summary import Shown, Table
 
 NAN_CODE = 0x7F  # the one magnitude of E4M3 that is no number
 SHOWN = 20
+EXPERT = re.compile(r"(?P<list>.*\.experts)\.(?P<number>\d+)\.(?P<part>.+)")
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,10 @@ def verify(folder: str | Path) -> Verification:
     require_name(folder)
     folder = Path(folder)
     view = _view(folder)
-    checks = [*_manifest(folder), Check("codes are numbers", tuple(_nan_codes(view))), *_structure(view)]
+    whole = Check("the model is whole", tuple(_parts_missing(view)))
+    numbers = Check("codes are numbers", tuple(_nan_codes(view)))
+    plain = Check("values are numbers", tuple(_nan_values(view)))
+    checks = [*_manifest(folder), whole, numbers, plain, *_structure(view)]
     return Verification(str(folder), tuple(checks), tuple(_notes(view)))
 
 
@@ -127,6 +133,25 @@ def _manifest(folder: Path) -> Iterator[Check]:
     yield Check("files are those of the manifest", tuple(problems))
 
 
+def _parts_missing(view: View) -> Iterator[str]:
+    """Parameters without a tensor, and tensors of another shape: `load` refuses both. Where transformers does not know
+    the model there is nothing to compare with."""
+    tensors, known = view.source.tensors, view.architecture
+    for name in known.missing if known else ():
+        yield f"{name}: no tensor of the checkpoint goes there"
+    for name, wanted in known.shapes.items() if known else ():
+        if name in tensors and name not in view.stacks and tensors[name].shape != wanted:
+            yield f"{name}: has shape {list(tensors[name].shape)}, by config.json {list(wanted)}"
+    experts: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
+    for module in chain(view.quantized, view.plain):
+        if match := EXPERT.fullmatch(module):
+            experts[match["list"]][match["part"]].add(match["number"])
+    for path, parts in experts.items():
+        for part, numbers in parts.items():
+            for number in sorted(set().union(*parts.values()) - numbers):
+                yield f"{path}.{number}.{part}: is missing, other experts have one"
+
+
 def _bad_scales(view: View) -> Iterator[str]:
     of_cache = ((name, view.source.read(name).float()) for name, i in view.kv_scales.items() if i.dtype in FLOATS)
     for module, values in chain(_scale_values(view), of_cache):
@@ -149,6 +174,15 @@ def _nan_codes(view: View) -> Iterator[str]:
         bad = int(((codes & 0x7F) == NAN_CODE).sum())
         if bad:
             yield f"{module}: {bad:,} codes are NaN"
+
+
+def _nan_values(view: View) -> Iterator[str]:
+    """In what is not quantized: `quantize` refuses it in a source."""
+    scales = {info.name for info in (*view.scales.values(), *view.kv_scales.values())}
+    for name, info in view.source.tensors.items():
+        bad = int(view.source.read(name).isnan().sum()) if info.dtype in FLOATS and name not in scales else 0
+        if bad:
+            yield f"{name}: {bad:,} of {info.elements:,} values are NaN"
 
 
 def _notes(view: View) -> Iterator[str]:

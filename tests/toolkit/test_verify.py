@@ -223,6 +223,43 @@ def test_what_is_no_quantized_checkpoint(raw_checkpoint: Make, tmp_path: Path) -
             verify(empty)
 
 
+NORM = "model.layers.0.input_layernorm.weight"
+EXPERT = "model.layers.1.mlp.experts.2.up_proj"
+
+
+def drop_norm(tensors: dict[str, torch.Tensor], _: Any) -> None:
+    del tensors[NORM]
+
+
+def cut_norm(tensors: dict[str, torch.Tensor], _: Any) -> None:
+    tensors[NORM] = tensors[NORM][:100].clone()
+
+
+def nan_in_norm(tensors: dict[str, torch.Tensor], _: Any) -> None:
+    tensors[NORM][7] = torch.nan
+
+
+def drop_expert(tensors: dict[str, torch.Tensor], _: Any) -> None:
+    del tensors[f"{EXPERT}.weight"], tensors[f"{EXPERT}.weight_scale_inv"]
+
+
+@pytest.mark.parametrize(
+    ("edit", "problem"),
+    [
+        (drop_norm, f"{NORM}: no tensor of the checkpoint goes there"),
+        (cut_norm, f"{NORM}: has shape [100], by config.json [128]"),
+        (nan_in_norm, f"{NORM}: 1 of 128 values are NaN"),
+        (drop_expert, f"{EXPERT}: is missing, other experts have one"),
+    ],
+)
+def test_parts_of_the_model_that_are_missing(
+    edit: Change, problem: str, quantized: Any, edited: Any, tmp_path: Path
+) -> None:
+    """They pass every rule for what is there, and `load` makes numbers up in their place or stops."""
+    folder = edited(quantized("qwen3_moe", "fp8-block"), tmp_path / "out")
+    assert verify(change(folder, edit)).problems == (problem,)
+
+
 @pytest.mark.parametrize("name", ["llama", "qwen3_moe", "mixtral", "deepseek_v3", "gemma3_vision", "bert", "whisper"])
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_checkpoints_of_known_architectures(name: str, scheme: str, quantized: Callable[[str, str], Any]) -> None:
