@@ -272,7 +272,7 @@ class Dequantize:
 
     @property
     def _name(self) -> str:
-        return self.module + WEIGHT if len(self.info.shape) == 2 else self.module
+        return self.module + WEIGHT if len(self.info.shape) == 2 else self.info.name
 
     def pieces(self, elements: int) -> Iterator[tuple[int, Piece]]:
         yield from bands(flat(self.info), self.stored.weight, self._run, elements)

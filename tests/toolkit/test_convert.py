@@ -130,6 +130,18 @@ def test_codes_without_their_scale_are_no_weights(
     assert not (tmp_path / "out").exists()
 
 
+def test_experts_in_one_weight_keep_its_name(raw_checkpoint: Make, tmp_path: Path) -> None:
+    """As GraniteMoE has them: `input_linear.weight`, which is no parameter of the experts' module."""
+    name, config = "l.input_linear.weight", {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    codes, scale = torch.randn(2, 128, 256).to(torch.float8_e4m3fn), torch.rand(2, 1, 2)
+    folder = raw_checkpoint({name: codes, f"{name}_scale_inv": scale}, quantization_config=config)
+    convert(folder, "bf16", tmp_path / "out")
+    values = codes.float() * scale.repeat_interleave(128, 1).repeat_interleave(128, 2)
+    found = tensors_of(tmp_path / "out")
+    assert found.keys() == {name}
+    assert torch.equal(found[name], values.bfloat16())
+
+
 def test_rotated_activations_are_not_lost(quantized: Any, edited: Any, tmp_path: Path) -> None:
     """With a transform_config the weights alone are not the model."""
     transforms = {"config_groups": {"u": {"type": "hadamard", "apply": [{"targets": ["Linear"], "location": "input"}]}}}
