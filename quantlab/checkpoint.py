@@ -65,6 +65,7 @@ QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 WEIGHT = ".weight"
 STACK_SCALE = "_scale_inv"  # added to the name of a stack of experts
 PACKED, SHAPE = ".weight_packed", ".weight_shape"
+ORDER = ".weight_g_idx"  # groups of columns that are not in order, which we do not read
 KV_SCALES = (".k_scale", ".v_scale")
 KV_SPEC = TensorSpec(E4M3, (-1, -1))
 SCALE = {"fp8": ".weight_scale_inv", "float-quantized": ".weight_scale", "pack-quantized": ".weight_scale"}

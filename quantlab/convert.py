@@ -17,6 +17,7 @@ from quantlab.architecture import meta_model
 from quantlab.checkpoint import (
     ACTIVATION_SCALES,
     KV_SCALES,
+    ORDER,
     PACKED,
     RECIPE,
     SHAPE,
@@ -234,6 +235,8 @@ def _jobs(view: View, target: Stored | None) -> Iterator[Job]:
         elif name not in scales and not name.endswith(SHAPE):
             if info.dtype.startswith("F8_") or name.endswith(PACKED):  # a copy would pass codes off as weights
                 raise UsageError(f"{source.model}: {name} holds codes, but there is no scale of it; {AGAIN}")
+            if name.endswith(ORDER) and scale in scales:
+                raise UsageError(f"{source.model}: {name} reorders columns, but config.json has no actorder; {AGAIN}")
             yield Copy(info, name)
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from quantlab import fused_experts, kinds
 from quantlab.checkpoint import (
     KV_SCALES,
+    ORDER,
     PACKED,
     SHAPE,
     STACK_SCALE,
@@ -145,6 +146,13 @@ def _packed_have_shapes(view: View) -> Iterator[str]:
             yield f"{module}: packed weight without {SHAPE[1:]}, two integers"
         elif shape.end > shape.begin and tuple(view.source.read(shape.name).tolist()) != weight.shape:
             yield f"{module}: {SHAPE[1:]} says {view.source.read(shape.name).tolist()}, packed are {list(weight.shape)}"
+
+
+def _columns_in_order(view: View) -> Iterator[str]:
+    """With another order, which the config does not speak of, scales would go to columns of other groups."""
+    for module in view.quantized:
+        if module + ORDER in view.source.tensors:
+            yield f"{module}: has {ORDER[1:]}, but config.json has no actorder"
 
 
 def _scales_have_weights(view: View) -> Iterator[str]:
@@ -311,6 +319,7 @@ def _head_is_plain(view: View) -> Iterator[str]:
 RULES = (
     LoaderRule("all", "every quantized weight has its scale", "checkpoint.py", _weights_have_scales),
     LoaderRule("all", "every scale has its quantized weight", "checkpoint.py", _scales_have_weights),
+    LoaderRule("all", "columns of a quantized weight are in order", "checkpoint.py", _columns_in_order),
     LoaderRule(
         "compressed-tensors", "packed weights have their shape", "compressors/pack_quantized", _packed_have_shapes
     ),

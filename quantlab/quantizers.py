@@ -28,7 +28,15 @@ from transformers.utils.quantization_config import QuantizationMethod
 
 from quantlab import attention, decoding, scaled_inputs
 from quantlab.architecture import counterpart, load_targets, one_by_one
-from quantlab.checkpoint import ACTIVATION_SCALES, KV_SCALES, STACK_SCALE, has_kv_scales, is_transformed, module_of
+from quantlab.checkpoint import (
+    ACTIVATION_SCALES,
+    KV_SCALES,
+    ORDER,
+    STACK_SCALE,
+    has_kv_scales,
+    is_transformed,
+    module_of,
+)
 from quantlab.conversions import with_scales, with_turned_scales
 from quantlab.errors import UsageError, VerificationError
 from quantlab.experts import Fp8BlockExperts, Fp8RowExperts, unsupported
@@ -166,6 +174,8 @@ class KeepsQuantized(HfQuantizer):
         if not names:
             return "it is not in safetensors files"
         for name, tag in names.items():
+            if name.endswith(ORDER):
+                return f"{name}: our kernels take columns in order"
             if tag in CODES and self._scale_of(name) not in names:  # any reader would take them for weights
                 raise VerificationError(
                     f"{name}: holds codes, but there is no scale of it; check the folder with `quantlab verify`"

@@ -130,6 +130,20 @@ def test_codes_without_their_scale_are_no_weights(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("to", ["bf16", "int4-fp8"])
+def test_an_order_of_columns_is_not_left_out(to: str, quantized: Any, edited: Any, tmp_path: Path) -> None:
+    """In a checkpoint whose config does not name it."""
+    folder = edited(quantized("llama", "int4"), tmp_path / "in")
+    tensors = tensors_of(folder)
+    tensors["model.layers.0.self_attn.k_proj.weight_g_idx"] = torch.zeros(256, dtype=torch.int32)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    assert any("k_proj: has weight_g_idx" in problem for problem in verify(folder).problems)
+    with pytest.raises(UsageError, match="weight_g_idx"):
+        convert(folder, to, tmp_path / "out")
+    with pytest.raises(QuantlabError):
+        hf.load(folder)
+
+
 def test_experts_in_one_weight_keep_its_name(raw_checkpoint: Make, tmp_path: Path) -> None:
     """As GraniteMoE has them: `input_linear.weight`, which is no parameter of the experts' module."""
     name, config = "l.input_linear.weight", {"quant_method": "fp8", "weight_block_size": [128, 128]}
