@@ -38,7 +38,8 @@ class KV:
 
     format   "fp8", "int8", "int4", "k8v4" (keys INT8, values INT4) or "16bit"
     first, newest
-             so many tokens at the start of a sequence and at its end are read in 16 bits
+             so many tokens at the start of a sequence and at its end are read in 16 bits; not by calls of more than
+             `FEW` tokens, nor where masks hide more than padding: these dequantize all but their own tokens
     prefill  "exact": a prompt attends to its own 16-bit keys; "packed": to what the cache will hold. The second is
              what a measurement of the format's loss wants
     """
