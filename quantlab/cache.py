@@ -243,8 +243,8 @@ def _unsupported(model: Any) -> str | None:
     other = layers - {"DummyLayer", "DynamicLayer", "DynamicSlidingWindowLayer"}
     if other:
         return f"its cache has layers of kind {min(other)}"
-    for module in model.modules():
-        if not _caches_latents(model) and computes_on_cached(type(module).forward):
+    for module in () if _caches_latents(model) else model.modules():
+        if computes_on_cached(type(module).forward):
             return f"its attention ({type(module).__name__}) computes on cached keys or values"
     if "max_cache_length" not in inspect.signature(getattr(type(model), _PREPARE)).parameters:
         return "this version of transformers prepares caches in another way"

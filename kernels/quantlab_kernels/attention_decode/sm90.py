@@ -16,6 +16,7 @@ from quantlab_kernels.attention_decode import triton
 from quantlab_kernels.attention_decode.reference import Attributes
 from quantlab_kernels.attention_decode.splits import FULL, shares
 from quantlab_kernels.common import driver, nvrtc
+from quantlab_kernels.common.backends import remembered
 from quantlab_kernels.common.hardware import gpu_of
 from quantlab_kernels.common.kv import Code, PackedKV
 from quantlab_kernels.kv_append.triton import _strides
@@ -64,7 +65,7 @@ def supports(problem: Problem) -> str | None:
     return nvrtc.missing()
 
 
-@functools.lru_cache(maxsize=4096)
+@remembered
 def config(problem: Problem, sm_count: int = 132) -> Config:
     """Two CTAs of eight warps; one where accumulators fill the registers. Short rows come 32 at a time.
 
@@ -114,7 +115,7 @@ class _Key:
         return isinstance(other, _Key) and self.key == other.key
 
 
-@functools.lru_cache(maxsize=4096)
+@remembered
 def kernels(config: Config, problem: Problem) -> tuple[driver.Kernel, driver.Kernel]:
     """The kernel that attends and the one that merges."""
     text = source(config, problem)

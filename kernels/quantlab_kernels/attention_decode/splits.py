@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+from quantlab_kernels.common.backends import remembered
 
 LEAST = 256  # tokens that are worth a program
 MOST = 128  # parts
@@ -12,7 +12,7 @@ NEARLY = 0.97  # of the least time, which is as good
 SHORT, SHORTEST = 512, 128  # tokens of a part that are quickly read, and that are worth a CTA of a cluster
 
 
-@functools.lru_cache(maxsize=4096)
+@remembered
 def splits(pairs: int, tokens: int, slots: int) -> int:
     """Parts for `pairs` of sequence and head with at most `tokens` each, on a GPU that runs `slots` programs at once.
 
@@ -29,7 +29,7 @@ def _fullness(programs: int, slots: int) -> float:
     return waves / -(-programs // slots)
 
 
-@functools.lru_cache(maxsize=4096)
+@remembered
 def shares(pairs: int, tokens: int, ctas: int, processors: int, tile: int) -> tuple[int, bool]:
     """(parts, whether they are a cluster's CTAs, which add up by themselves) for programs that run `ctas` at a time on
     each of the processors and read `tile` tokens at a time, all warps together.

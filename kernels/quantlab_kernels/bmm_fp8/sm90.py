@@ -14,6 +14,7 @@ from torch import Tensor
 
 from quantlab_kernels.bmm_fp8.op import Problem
 from quantlab_kernels.common import driver, nvrtc
+from quantlab_kernels.common.backends import remembered
 from quantlab_kernels.common.launches import aligned, settled
 
 _FOLDER = Path(__file__).parent
@@ -58,7 +59,7 @@ def able(problem: Problem) -> str | None:
     return nvrtc.missing()
 
 
-@functools.lru_cache(maxsize=4096)
+@remembered
 def config(problem: Problem) -> Config:
     """Wide loads for few tokens, else all of K in a warp, where blocks of scales allow it. Tokens are shared out while
     there are multiprocessors for it."""

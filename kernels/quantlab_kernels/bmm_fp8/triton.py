@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quantlab_kernels.bmm_fp8.op import Problem
+from quantlab_kernels.common.backends import remembered
 from quantlab_kernels.common.triton_fp8 import decode_e4m3
 from quantlab_kernels.common.triton_launch import Launcher, begin
 
@@ -49,7 +50,7 @@ def step(problem: Problem) -> int:
     return math.gcd(128, *along)
 
 
-@functools.lru_cache(maxsize=4096)
+@remembered
 def config(problem: Problem) -> Config:
     """Best of about thirty on an H200, with 16 and with 128 heads and 1, 16 and 128 tokens of DeepSeek's shapes. Not
     transposed there is a single step, which nothing can be fetched ahead of."""

@@ -14,6 +14,7 @@ priorities. A backend that is slower than a later one for a problem says so in i
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import warnings
@@ -21,7 +22,8 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from types import ModuleType
 
-_MOST = 4096  # problems that are remembered; a server meets one for each number of tokens
+MOST = 4096  # problems that are remembered; a server meets one for each number of tokens
+remembered = functools.lru_cache(maxsize=MOST)  # what a function makes of a problem
 
 
 class FallbackWarning(UserWarning):
@@ -78,7 +80,7 @@ class Backends:
         forced = os.environ.get(self.variable)
         chosen = self._chosen.get((problem, forced))
         if chosen is None:
-            if len(self._chosen) >= _MOST:
+            if len(self._chosen) >= MOST:
                 self._chosen.clear()
             chosen = self._chosen[problem, forced] = self._forced(forced, problem) if forced else self._first(problem)
         return chosen

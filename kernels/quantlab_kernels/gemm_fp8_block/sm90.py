@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from quantlab_kernels.common import driver, nvrtc, tuning
+from quantlab_kernels.common.backends import remembered
 from quantlab_kernels.common.gemm import GemmProblem, round_up
 from quantlab_kernels.common.hardware import gpu
 from quantlab_kernels.common.launches import address, aligned, handover_flags, settled
@@ -51,7 +52,7 @@ def _has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-@functools.lru_cache(maxsize=4096)
+@remembered
 def _config(problem: GemmProblem, device: int) -> Config:
     tuned = tuning.lookup("gemm_fp8_block", "sm90", n=problem.n, k=problem.k, m=problem.m)
     if tuned is not None:
@@ -117,7 +118,7 @@ def handover(config: Config, a: Tensor) -> tuple[Tensor | None, Tensor | None]:
     return partials, handover_flags(device, ctas * config.math_groups)
 
 
-@functools.lru_cache(maxsize=4096)
+@remembered
 def _prepared(
     config: Config, out_dtype: torch.dtype, bias_dtype: torch.dtype | None, accumulate: bool, device: int,
     prefetch: bool, extents: tuple[int, int, int], a: tuple[int, int], a_scale: tuple[int, int], b: tuple[int, int],

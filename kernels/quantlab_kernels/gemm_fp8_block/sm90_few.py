@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from quantlab_kernels.common import driver, nvrtc
+from quantlab_kernels.common.backends import remembered
 from quantlab_kernels.common.gemm import GemmProblem
 from quantlab_kernels.common.launches import address, aligned, settled
 from quantlab_kernels.gemm_fp8_block import sm90
@@ -63,7 +64,7 @@ def _faster(m: int, n: int, k: int) -> bool:
     return m == 1 and n * k <= (32_000_000 if 1024 <= k < 2048 else 16_000_000)
 
 
-@functools.lru_cache(maxsize=4096)
+@remembered
 def config(problem: GemmProblem) -> Config:
     """The fastest of the same sweep, or nearly."""
     return replace(_shape(problem.n, problem.k // 128), tokens=8 if problem.m <= 8 else 16)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-
 from torch import Tensor
 
 from quantlab_kernels.common import triton_gemm
+from quantlab_kernels.common.backends import remembered
 from quantlab_kernels.common.gemm import GemmProblem
 from quantlab_kernels.common.gemm_configs import Config, choose
 from quantlab_kernels.common.hardware import gpu_of
@@ -20,7 +19,7 @@ def supports(problem: GemmProblem) -> str | None:
     return None
 
 
-@functools.lru_cache(maxsize=4096)
+@remembered
 def config(problem: GemmProblem) -> Config:
     return choose("gemm_fp8_block", problem)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import struct
 from dataclasses import replace
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from quantlab_kernels.common import driver, nvrtc
+from quantlab_kernels.common.backends import remembered
 from quantlab_kernels.common.gemm import round_up
 from quantlab_kernels.common.hardware import gpu
 from quantlab_kernels.common.launches import aligned
@@ -32,7 +32,7 @@ def supports(problem: GroupedProblem) -> str | None:
     return nvrtc.missing()
 
 
-@functools.lru_cache(maxsize=4096)
+@remembered
 def config(problem: GroupedProblem) -> Config:
     """Tiles as tall as an expert has rows; with few, the weights go on the M side of the MMA as in `gemm_fp8_block`."""
     return replace(_tiles(problem), row=int(not problem.blocked))
@@ -65,7 +65,7 @@ def launch(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, counts: Tenso
     code.launch(shape, params, device)
 
 
-@functools.lru_cache(maxsize=4096)
+@remembered
 def _prepared(
     config: Config, out_dtype: torch.dtype, device: int, extents: tuple[int, int, int, int], a: int,
     a_scale: tuple[int, int], b: int, b_scale: int, counts: int, out: int,

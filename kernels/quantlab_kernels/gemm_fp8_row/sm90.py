@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import replace
 
+from quantlab_kernels.common.backends import remembered
 from quantlab_kernels.common.gemm import GemmProblem
 from quantlab_kernels.gemm_fp8_block import sm90
 from quantlab_kernels.gemm_fp8_block.sm90 import launch
@@ -27,7 +27,7 @@ def able(problem: GemmProblem) -> str | None:
     return sm90.supports(problem)
 
 
-@functools.lru_cache(maxsize=4096)
+@remembered
 def config(problem: GemmProblem) -> Config:
     """The tiles of `gemm_fp8_block`: the loop is the same, but for the scales."""
     return replace(sm90.config(problem), row=1)

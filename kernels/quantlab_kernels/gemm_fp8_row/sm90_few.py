@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import replace
 
+from quantlab_kernels.common.backends import remembered
 from quantlab_kernels.common.gemm import GemmProblem
 from quantlab_kernels.gemm_fp8_block import sm90_few
 from quantlab_kernels.gemm_fp8_block.sm90_few import Config, able, launch, supports
@@ -12,7 +12,7 @@ from quantlab_kernels.gemm_fp8_block.sm90_few import Config, able, launch, suppo
 __all__ = ["able", "config", "launch", "supports"]
 
 
-@functools.lru_cache(maxsize=4096)
+@remembered
 def config(problem: GemmProblem) -> Config:
     """The configurations of `gemm_fp8_block`: the loop is the same, but for the scales."""
     return replace(sm90_few.config(problem), row=1)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import functools
-
 from torch import Tensor
 
 from quantlab_kernels.common import triton_int4
+from quantlab_kernels.common.backends import remembered
 from quantlab_kernels.common.gemm_configs import Config
 from quantlab_kernels.common.int4 import Int4Problem
 
 supports = triton_int4.supports
 
 
-@functools.lru_cache(maxsize=4096)
+@remembered
 def config(problem: Int4Problem) -> Config:
     return triton_int4.config("gemm_int4", problem)
 

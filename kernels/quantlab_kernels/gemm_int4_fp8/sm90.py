@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from quantlab_kernels.common import driver, nvrtc, tuning
+from quantlab_kernels.common.backends import remembered
 from quantlab_kernels.common.gemm import padded_rows
 from quantlab_kernels.common.hardware import gpu
 from quantlab_kernels.common.int4 import GROUP, Int4Problem
@@ -37,7 +38,7 @@ def supports(problem: Int4Problem) -> str | None:
     return nvrtc.missing()
 
 
-@functools.lru_cache(maxsize=4096)
+@remembered
 def config(problem: Int4Problem) -> Config:
     """Tuned for this GPU and weight shape, else the default."""
     room = "gemm_int4_fp8" if problem.x.itemsize == 1 else "gemm_int4"
@@ -126,7 +127,7 @@ def handover(config: Config, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
     return partials, handover_flags(device, ctas * config.row_groups)
 
 
-@functools.lru_cache(maxsize=4096)
+@remembered
 def _prepared(
     config: Config, dtypes: tuple[torch.dtype, torch.dtype, torch.dtype | None, torch.dtype], grouped: bool,
     device: int, prefetch: bool, extents: tuple[int, int, int], x: tuple[int, int], token_scale: int, b: int,

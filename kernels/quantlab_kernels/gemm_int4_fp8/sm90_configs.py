@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from quantlab_kernels.common.backends import remembered
 from quantlab_kernels.common.gemm import round_up
 from quantlab_kernels.common.int4 import GROUP, Int4Problem
 from quantlab_kernels.gemm_fp8_block.sm90_configs import MAX_EXPERTS
@@ -122,7 +122,7 @@ def _token_scale_bytes(problem: Int4Problem) -> int:
     return 4 * round_up(problem.m, 4) * (problem.k // GROUP)
 
 
-@functools.lru_cache(maxsize=4096)
+@remembered
 def deepest(config: Config, problem: Int4Problem, most: int = 24) -> Config:
     """With as many stages as shared memory holds, up to `most`."""
     turn = config.k_groups

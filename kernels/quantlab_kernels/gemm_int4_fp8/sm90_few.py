@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable
 from dataclasses import replace
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from quantlab_kernels.common import nvrtc
+from quantlab_kernels.common.backends import remembered
 from quantlab_kernels.common.int4 import Int4Problem
 from quantlab_kernels.gemm_fp8_block import sm90_few
 from quantlab_kernels.gemm_fp8_block.sm90_few import MOST_TOKENS, Config
@@ -40,7 +40,7 @@ def _faster(m: int, n: int, k: int) -> bool:
     return n <= (2112 if m <= 4 else 2048) and n * k <= 32_000_000
 
 
-@functools.lru_cache(maxsize=4096)
+@remembered
 def config(problem: Int4Problem) -> Config:
     """The fastest of the same sweep, or nearly. One scale for each token multiplies the finished sums."""
     shape = _shape(problem.n, problem.k // 128)

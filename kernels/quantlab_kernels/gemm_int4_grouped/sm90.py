@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import struct
 from collections.abc import Iterable
 
 from torch import Tensor
 
 from quantlab_kernels.common import driver, nvrtc
+from quantlab_kernels.common.backends import remembered
 from quantlab_kernels.common.hardware import gpu
 from quantlab_kernels.common.int4 import GROUP, Int4Problem
 from quantlab_kernels.common.launches import aligned
@@ -23,7 +23,7 @@ def supports(problem: Int4Problem) -> str | None:
     return sm90.supports(problem)
 
 
-@functools.lru_cache(maxsize=4096)
+@remembered
 def config(problem: Int4Problem) -> Config:
     """Tiles as wide as an expert has rows, with room for some that have a few more."""
     mean = problem.m / problem.experts
@@ -60,7 +60,7 @@ def launch(
     code.launch(shape, params, device)
 
 
-@functools.lru_cache(maxsize=4096)
+@remembered
 def _prepared(
     config: Config, problem: Int4Problem, device: int, x: int, token_scale: int, b: int, scale: int, counts: int,
     out: int,

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING
 
+from quantlab_kernels.common.backends import remembered
 from quantlab_kernels.common.kv import Code
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ MERGE, MERGE_ROWS = 2.0, 1 / 512  # microseconds of the second kernel, and for e
 PROCESSORS = 132  # of the GPU that was measured
 
 
-@functools.lru_cache(maxsize=4096)
+@remembered
 def parts(pairs: int, tokens: int, processors: int) -> int:
     """Parts of the tokens of each of `pairs` of sequence and tile of rows, which have at most `tokens`.
 
@@ -45,7 +45,7 @@ def parts(pairs: int, tokens: int, processors: int) -> int:
     )
 
 
-@functools.lru_cache(maxsize=4096)
+@remembered
 def row_tile(problem: Problem) -> int:
     """Rows of a CTA, with which `time_us` expects the least time: 16, or an even share of E4M3 and INT4, or 32 or 64 of
     which the last tile may fill less.

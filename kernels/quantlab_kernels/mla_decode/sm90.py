@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import struct
 from dataclasses import dataclass, replace
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from quantlab_kernels.common import driver, nvrtc
+from quantlab_kernels.common.backends import remembered
 from quantlab_kernels.common.hardware import gpu_of
 from quantlab_kernels.common.kv import Code
 from quantlab_kernels.common.latent import PackedLatent
@@ -66,7 +66,7 @@ def supports(problem: Problem) -> str | None:
     return nvrtc.missing()
 
 
-@functools.lru_cache(maxsize=4096)
+@remembered
 def config(problem: Problem) -> Config:
     """The tile of rows that `row_tile` chooses, and as many teams as registers and shared memory hold.
 
@@ -114,7 +114,7 @@ def source(config: Config, problem: Problem) -> nvrtc.Source:
     return nvrtc.Source("mla_decode", (_FOLDER / "sm90.cu").read_text(), headers, macros)
 
 
-@functools.lru_cache(maxsize=4096)
+@remembered
 def kernels(config: Config, problem: Problem) -> tuple[driver.Kernel, driver.Kernel]:
     """The kernel that attends and the one that merges."""
     code = nvrtc.cubin(source(config, problem))
@@ -210,7 +210,7 @@ def _map(x: Tensor, box: int) -> bytes:
     )  # fmt: skip
 
 
-@functools.lru_cache(maxsize=4096)
+@remembered
 def _encoded(kind: int, pointer: int, columns: int, rows: int, itemsize: int, box: int) -> bytes:
     return driver.tensor_map(
         kind, pointer, columns, rows, columns * itemsize, 128 // itemsize, box, driver.SWIZZLE_128

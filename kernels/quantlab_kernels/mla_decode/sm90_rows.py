@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from quantlab_kernels.common import driver, nvrtc
+from quantlab_kernels.common.backends import remembered
 from quantlab_kernels.common.latent import PackedLatent
 from quantlab_kernels.common.wgmma import wgmma_variant
 from quantlab_kernels.mla_decode import sm90
@@ -62,7 +62,7 @@ def wide_tiles(problem: Problem) -> tuple[int, ...]:
     return even_tiles(problem) if problem.code in EVEN else (LARGEST,)
 
 
-@functools.lru_cache(maxsize=4096)
+@remembered
 def config(problem: Problem) -> Config:
     """The quickest of its tiles; CTAs in pairs where a sequence has an even number of row tiles.
 
@@ -110,7 +110,7 @@ def source(config: Config, problem: Problem) -> nvrtc.Source:
     return nvrtc.Source(f"mla_decode_{name}", (_FOLDER / f"{name}.cu").read_text(), headers, macros)
 
 
-@functools.lru_cache(maxsize=4096)
+@remembered
 def kernels(config: Config, problem: Problem) -> tuple[driver.Kernel, driver.Kernel]:
     """The kernel that attends and the one that merges."""
     code = nvrtc.cubin(source(config, problem))

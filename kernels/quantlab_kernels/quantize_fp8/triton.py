@@ -7,7 +7,6 @@ long for registers (more than `configs.LONGEST_ROW` columns, per token) are read
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quantlab_kernels.common.backends import remembered
 from quantlab_kernels.common.triton_fp8 import divide, largest_magnitude, scale_of, store_codes
 from quantlab_kernels.common.triton_launch import Launcher, begin
 from quantlab_kernels.quantize_fp8.configs import Config, choose
@@ -28,7 +28,7 @@ def supports(problem: Problem) -> str | None:
     return None if problem.sm >= 80 else f"needs sm_80 or newer, the GPU is sm_{problem.sm}"
 
 
-@functools.lru_cache(maxsize=4096)
+@remembered
 def config(problem: Problem) -> Config:
     return choose(problem)
 

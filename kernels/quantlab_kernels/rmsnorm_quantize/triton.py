@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quantlab_kernels.common.backends import remembered
 from quantlab_kernels.common.triton_fp8 import divide, largest_magnitude, scale_of, store_codes
 from quantlab_kernels.common.triton_launch import Launcher, begin
 
@@ -37,7 +37,7 @@ def supports(problem: Problem) -> str | None:
     return None
 
 
-@functools.lru_cache(maxsize=4096)
+@remembered
 def config(problem: Problem) -> Config:
     """32 values a thread where there are rows enough to fill the chip; 8 for few rows, whose latency counts."""
     columns = max(128, triton.next_power_of_2(problem.k))

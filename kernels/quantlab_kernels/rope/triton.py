@@ -3,7 +3,6 @@ them. Both halves of a head are loaded together, so that nothing is concatenated
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quantlab_kernels.common.backends import remembered
 from quantlab_kernels.common.triton_launch import Launcher
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def supports(problem: Problem) -> str | None:
     return None if problem.sm >= 80 else f"needs sm_80 or newer, the GPU is sm_{problem.sm}"
 
 
-@functools.lru_cache(maxsize=4096)
+@remembered
 def config(problem: Problem) -> Config:
     """Two tokens and one warp: best, or within 6 % of it, from one token to 16384 on an H200."""
     return Config(triton.next_power_of_2(max(problem.r // 2, 1)), triton.next_power_of_2(max(problem.d - problem.r, 1)))

@@ -5,7 +5,6 @@ Only rows with one scale that are too long for registers are read twice, the sec
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quantlab_kernels.common.backends import remembered
 from quantlab_kernels.common.triton_fp8 import largest_magnitude, scale_of, store_codes
 from quantlab_kernels.common.triton_launch import Launcher, begin
 
@@ -37,7 +37,7 @@ def supports(problem: Problem) -> str | None:
     return None if problem.sm >= 80 else f"needs sm_80 or newer, the GPU is sm_{problem.sm}"
 
 
-@functools.lru_cache(maxsize=4096)
+@remembered
 def config(problem: Problem) -> Config:
     """Groups. Few rows: one per program, so that the chip fills. Many: tiles of 8 KB of 16-bit input and more.
 
