@@ -18,7 +18,7 @@ SHORT, SHORTEST = 256, 128  # tokens that are worth a CTA, and that are where mo
 
 # Microseconds that a CTA takes to start and end, and for each tile of tokens, by its rows. 16 rows are `sm90`'s, as are
 # 32 of floats and all of INT8; the others are `sm90_rows`'s, of E4M3 and INT4 any number between and below, in
-# proportion. Fitted to times on an H200, 512 latent channels: of 101 shapes of 20 to 256 heads; E4M3 and INT4, of 85
+# proportion. Fitted to times on an H200, 512 latent channels: of 101 shapes of 20 to 256 heads; E4M3 and INT4, of 44
 # shapes of 20 to 192 heads.
 COSTS: dict[Code, dict[int, tuple[float, float]]] = {
     "float": {16: (4.7, 1.21), 32: (5.7, 1.99), 64: (5.8, 1.81)},
