@@ -22,12 +22,12 @@ SHORT, SHORTEST = 256, 128  # tokens that are worth a CTA, and that are where mo
 # shapes of 20 to 192 heads.
 COSTS: dict[Code, dict[int, tuple[float, float]]] = {
     "float": {16: (4.7, 1.21), 32: (5.7, 1.99), 64: (5.8, 1.81)},
-    "e4m3": {16: (4.7, 0.78), 32: (6.6, 1.16), 64: (11.4, 1.45)},
-    "int4": {16: (6.7, 0.81), 32: (5.3, 1.15), 64: (9.0, 1.60)},
+    "e4m3": {16: (5.2, 0.80), 32: (4.7, 1.13), 64: (8.4, 1.49)},
+    "int4": {16: (6.2, 0.88), 32: (4.8, 1.10), 64: (7.9, 1.51)},
     "int8": {16: (5.2, 1.08), 32: (7.5, 1.63), 64: (11.2, 3.27)},
 }
 EVEN: dict[Code, tuple[int, int]] = {"e4m3": (24, 8), "int4": (32, 16)}  # fewest rows of `sm90_rows`, and steps
-MERGE, MERGE_ROWS = 2.0, 1 / 512  # microseconds of the second kernel, and for each row of the call
+MERGE, MERGE_ROWS = 2.0, 1 / 1024  # microseconds of the second kernel, and for each row of the call
 PROCESSORS = 132  # of the GPU that was measured
 
 

@@ -14,6 +14,7 @@
 #include "work.cuh"
 
 constexpr int HALF_CHUNKS = L / 128, HALF = HALF_CHUNKS * CHUNK;  // of channels of a tile
+using Index = int;
 #include "tiles.cuh"
 
 constexpr int SCORE_REGISTERS = 184, OUTPUT_REGISTERS = 160;  // together what there is at launch
@@ -387,5 +388,5 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) mla_decode(const __grid
   }
 }
 
-#define AVERAGES
+#define AVERAGES 1
 #include "merge.cuh"

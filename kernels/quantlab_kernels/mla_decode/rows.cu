@@ -20,6 +20,7 @@ static_assert(SCORERS * SCORE_REGISTERS + 2 * OUTPUT_REGISTERS <= (SCORERS == 2 
 constexpr int BYTES = FORMAT == 1 ? L : L / 2;                        // of a token's latent
 constexpr int HALF_CHUNKS = BYTES / 256, HALF = HALF_CHUNKS * CHUNK;  // of channels of a tile
 constexpr int CHUNKS = 2 * HALF_CHUNKS;
+using Index = u32;
 #include "tiles.cuh"
 constexpr int SLOTS = 2, SLOT = FORMAT == 1 ? 64 : CHUNK;  // of weights: E4M3 side by side, or float16
 constexpr int QUERY_CHUNKS = 2 * CHUNKS + 1;               // of N rows; the last is the position
@@ -43,10 +44,15 @@ constexpr int OFFSET_BARRIERS = OFFSET_RESCALE + 4 * RESCALE + 16;
 static_assert(OFFSET_BARRIERS + 8 * (HALVES + ROPES + 2 * SLOTS + 5) <= SHARED,
               "the host allocates what is laid out here");
 
+constexpr int ROW_BYTES = 2 * L;  // of a query
+static_assert(N * ROW_BYTES <= (HALVES - 2) * HALF && ROPES > 1, "queries lie behind the first tile");
+
 struct Shared {
   u32 base;
   DEVICE u32 half(int slot) const { return base + slot * HALF; }
   DEVICE u32 rope(int slot) const { return base + OFFSET_ROPE + slot * CHUNK; }
+  DEVICE u32 raw_latent(int n) const { return half(2) + n * ROW_BYTES; }
+  DEVICE u32 raw_rope(int n) const { return rope(1) + n * 128; }
   DEVICE u32 weights(int slot) const { return base + OFFSET_P + slot * SLOT; }
   DEVICE u32 rescale(int tile) const { return base + OFFSET_RESCALE + tile % 4 * RESCALE; }
   DEVICE u32 raised(int tile) const { return base + OFFSET_RAISED + tile % 4 * RAISED; }
@@ -242,10 +248,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) mla_decode(const __grid
     prefetch_tensor_map(&p.latent);
     prefetch_tensor_map(&p.rope);
   }
+  Work work;
+  work.place(p);
   __syncthreads();
   wait_for_previous_kernel();
   let_next_kernel_start();
-  const Work work(p);
+  fetch_queries(p, work, s);
+  work.measure(p);
   const Thread me;
   if (threadIdx.x == 0) {
     fetch_halves(p, work, s, 0, 2);  // the rest behind queries, which would wait for it
@@ -263,5 +272,5 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) mla_decode(const __grid
   }
 }
 
-#define AVERAGES
+#define AVERAGES 1
 #include "merge.cuh"

@@ -2,6 +2,23 @@
 //
 // The second product is transposed, channels on M: codes become operands in registers.
 
+constexpr int STAGING_WARPS = THREADS / 32;
+
+// Queries come all at once as they are, to where later tiles will lie, and go from there to what the MMA takes. Nothing
+// of them depends on lengths, which are on their way.
+DEVICE void fetch_queries(const Params& p, const Work& work, const Shared& s) {
+  const int n = threadIdx.x / 32 + threadIdx.x % 32 * STAGING_WARPS;
+  if (n >= N) return;
+  const Row row(p, work, n);
+  if (row.there) {
+    barrier_arrive_expect(s.queries_full(), ROW_BYTES + 128);
+    bulk_load(s.raw_latent(n), row.latent, ROW_BYTES, s.queries_full(), kEvictNormal);
+    bulk_load(s.raw_rope(n), row.rope, 128, s.queries_full(), kEvictNormal);
+  } else {
+    barrier_arrive(s.queries_full());
+  }
+}
+
 // Positions of the tile, which are added to the scores; a group of its own.
 DEVICE void multiply_positions(float (&x)[N / 2], const Shared& s, int tile) {
   const Turn at(tile, ROPES);

@@ -9,21 +9,6 @@ DEVICE u32 e4m3_four(u32 low, u32 high) {
   return r;
 }
 
-// Eight channels of each 256 of a query, and two of its position.
-struct Query {
-  uint4 latent[L / 256];
-  u32 rope;
-  int last;
-  DEVICE Query(const Params& p, const Work& work, int n) {
-    const Row row(p, work, n);
-    const int lane = threadIdx.x % 32;
-#pragma unroll
-    for (int i = 0; i < L / 256; i++)
-      latent[i] = row.there ? *reinterpret_cast<const uint4*>(row.latent + 512 * i + 16 * lane) : uint4{0, 0, 0, 0};
-    rope = row.there ? reinterpret_cast<const u32*>(row.rope)[lane] : 0;
-    last = row.last;
-  }
-};
 DEVICE float2 query_floats(u32 x) {
   const u16 low = static_cast<u16>(x), high = static_cast<u16>(x >> 16);
   if (QUERY == 1) return {BFloat16::unpack(low), BFloat16::unpack(high)};
@@ -31,58 +16,66 @@ DEVICE float2 query_floats(u32 x) {
 }
 
 // Four channels of a query, raised, as sums of two numbers. What float16 would round is beneath both.
-DEVICE void write_numbers(u32 to, const float* x, float raised) {
-  const u32 low = Float16::pack(x[0] * raised, x[1] * raised), high = Float16::pack(x[2] * raised, x[3] * raised);
+DEVICE uint2 two_numbers(u32 a, u32 b, float raised) {
+  const float2 x = query_floats(a), y = query_floats(b);
+  const u32 low = Float16::pack(x.x * raised, x.y * raised), high = Float16::pack(y.x * raised, y.y * raised);
   const u32 first = e4m3_four(low, high);
-  write(to, first);
-  write(to + QUERY_CHUNK, e4m3_four(minus(low, fp8_pair(first)), minus(high, fp8_pair(first >> 16))));
+  return {first, e4m3_four(minus(low, fp8_pair(first)), minus(high, fp8_pair(first >> 16)))};
 }
 
-DEVICE u32 warp_max(u32 x) {
+// The larger of absolute values of two numbers of 16 bits each; signs are not theirs.
+DEVICE u32 larger(u32 a, u32 b) {
   u32 r;
-  asm volatile("redux.sync.max.u32 %0, %1, 0xffffffff;" : "=r"(r) : "r"(x));
+  if (QUERY == 1) asm("max.xorsign.abs.bf16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+  if (QUERY == 2) asm("max.xorsign.abs.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
   return r;
 }
+DEVICE u32 larger(uint4 x) { return larger(larger(x.x, x.y), larger(x.z, x.w)); }
+// Of the 16 lanes that share a row.
+DEVICE float largest(u32 most) {
+#pragma unroll
+  for (int i = 1; i < 16; i *= 2) most = larger(most, __shfl_xor_sync(~0u, most, i));
+  const float2 both = query_floats(most);
+  return fmaxf(fabsf(both.x), fabsf(both.y));
+}
 
-// The largest of a row near 128 by a power of two, `raised`, whose inverse is `lowered`.
-DEVICE void stage_query(const float (&x)[L / 32], float2 turned, int n, int last, const Params& p, u32 base) {
-  const int lane = threadIdx.x % 32;
-  float most[4] = {fabsf(turned.x), fabsf(turned.y), 0.0f, 0.0f};
+// A lane's pieces lane + 16 i of row n, 16 bytes each, and its part of the row's position. The largest of a row comes
+// near 128 by a power of two, `raised`, whose inverse is `lowered`.
+constexpr int PIECES = L / 128;
+DEVICE void stage_row(const uint4 (&latent)[PIECES], uint2 rope, u32 n, int last, const Params& p, u32 base) {
+  const u32 lane = threadIdx.x % 16;
+  u32 most = larger(rope.x, rope.y);
 #pragma unroll
-  for (int i = 0; i < L / 32; i++) most[i % 4] = fmaxf(most[i % 4], fabsf(x[i]));
-  const float of_lane = fmaxf(fmaxf(most[0], most[1]), fmaxf(most[2], most[3]));
-  const u32 exponent = max(warp_max(__float_as_uint(of_lane)) >> 23, 27u);
+  for (int i = 0; i < PIECES; i++) most = larger(most, larger(latent[i]));
+  const u32 exponent = max(__float_as_uint(largest(most)) >> 23, 27u);
   const float raised = __uint_as_float((260 - exponent) << 23), lowered = __uint_as_float((exponent - 6) << 23);
+  const u32 to = base + OFFSET_QUERIES + swizzled(n, lane * 8);
 #pragma unroll
-  for (int i = 0; i < L / 256; i++) {
-    const u32 to = base + OFFSET_QUERIES + 2 * (2 * i + lane / 16) * QUERY_CHUNK + swizzled(n, lane % 16 * 8);
-    write_numbers(to, x + 8 * i, raised);
-    write_numbers(to + 4, x + 8 * i + 4, raised);
+  for (int i = 0; i < PIECES; i++) {
+    const uint2 a = two_numbers(latent[i].x, latent[i].y, raised), b = two_numbers(latent[i].z, latent[i].w, raised);
+    write(to + 2 * i * QUERY_CHUNK, uint2{a.x, b.x});
+    write(to + (2 * i + 1) * QUERY_CHUNK, uint2{a.y, b.y});
   }
-  const u32 both = pack<KEPT>(turned.x * raised, turned.y * raised);
-  write(base + OFFSET_QUERIES + 2 * CHUNKS * QUERY_CHUNK + swizzled(n, 4 * lane), __uint_as_float(both));
+  const float2 a = query_floats(rope.x), b = query_floats(rope.y);
+  write(to + 2 * CHUNKS * QUERY_CHUNK,
+        uint2{pack<KEPT>(a.x * raised, a.y * raised), pack<KEPT>(b.x * raised, b.y * raised)});
   if (lane == 0) write_row(base, n, last, p.factor * lowered);
 }
 
-// A warp takes a row, the next one under way. The first fetches latents.
+// A warp takes two rows at a time.
 DEVICE void stage_queries(const Params& p, const Work& work, const Shared& s) {
-  if (threadIdx.x < 32) return;
-  Query next(p, work, threadIdx.x / 32 - 1);
+  barrier_wait(s.queries_full(), 0);
+  const u32 lane = threadIdx.x % 16;
 #pragma unroll 1
-  for (int n = threadIdx.x / 32 - 1; n < N; n += STAGERS) {
-    const Query now = next;
-    next = Query(p, work, n + STAGERS);
-    float x[L / 32];
+  for (u32 n = threadIdx.x / 16; n < N; n += 2 * STAGING_WARPS) {
+    const int row = work.first_row + n;
+    const bool there = row < p.rows;
+    uint4 latent[PIECES];
 #pragma unroll
-    for (int i = 0; i < L / 256; i++) {
-      const u32 words[4] = {now.latent[i].x, now.latent[i].y, now.latent[i].z, now.latent[i].w};
-#pragma unroll
-      for (int j = 0; j < 4; j++) {
-        const float2 pair = query_floats(words[j]);
-        x[8 * i + 2 * j] = pair.x, x[8 * i + 2 * j + 1] = pair.y;
-      }
-    }
-    stage_query(x, query_floats(now.rope), n, now.last, p, s.base);
+    for (int i = 0; i < PIECES; i++)
+      latent[i] = there ? read<uint4>(s.raw_latent(n) + 256 * i + 16 * lane) : uint4{0, 0, 0, 0};
+    const uint2 rope = there ? read<uint2>(s.raw_rope(n) + 8 * lane) : uint2{0, 0};
+    stage_row(latent, rope, n, work.length - p.sq + min(query_of(p, row), p.sq - 1), p, s.base);
   }
 }
 

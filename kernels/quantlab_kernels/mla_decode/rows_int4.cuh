@@ -3,22 +3,7 @@
 // float16 whose other bits are 0 is 2^-24 or 2^-20 of it: operands are masked, not converted, and 15 times the sum of
 // the weights is subtracted at the end.
 
-// Queries come all at once as they are, to where later tiles will lie, and go from there to what the MMA takes.
-constexpr int STAGING_WARPS = THREADS / 32, ROW_BYTES = 2 * L, PIECES = L / 64;  // pieces of 16 bytes that a lane takes
-static_assert(N * ROW_BYTES <= (HALVES - 2) * HALF && ROPES > 1, "queries lie behind the first tile");
-
-DEVICE void fetch_queries(const Params& p, const Work& work, const Shared& s) {
-  const int n = threadIdx.x / 32 + threadIdx.x % 32 * STAGING_WARPS;
-  if (n >= N) return;
-  const Row row(p, work, n);
-  if (row.there) {
-    barrier_arrive_expect(s.queries_full(), ROW_BYTES + 128);
-    bulk_load(s.half(2) + n * ROW_BYTES, row.latent, ROW_BYTES, s.queries_full(), kEvictNormal);
-    bulk_load(s.rope(1) + n * 128, row.rope, 128, s.queries_full(), kEvictNormal);
-  } else {
-    barrier_arrive(s.queries_full());
-  }
-}
+constexpr int PIECES = L / 64;  // of 16 bytes of a query that a lane takes
 
 // The larger of absolute values, as bits of two numbers of 16.
 DEVICE u32 larger(u32 most, u32 x) {
@@ -85,9 +70,6 @@ DEVICE void stage_row(const uint4 (&latent)[PIECES], uint4 rope, int n, int last
 
 // A warp takes four rows at a time.
 DEVICE void stage_queries(const Params& p, const Work& work, const Shared& s) {
-  __syncwarp();
-  fetch_queries(p, work, s);
-  __syncwarp();
   barrier_wait(s.queries_full(), 0);
   const int lane = threadIdx.x % 32;
 #pragma unroll 1
@@ -97,8 +79,8 @@ DEVICE void stage_queries(const Params& p, const Work& work, const Shared& s) {
     uint4 latent[PIECES];
 #pragma unroll
     for (int i = 0; i < PIECES; i++)
-      latent[i] = there ? read<uint4>(s.half(2) + n * ROW_BYTES + (8 * i + lane % 8) * 16) : uint4{0, 0, 0, 0};
-    const uint4 rope = there ? read<uint4>(s.rope(1) + n * 128 + lane % 8 * 16) : uint4{0, 0, 0, 0};
+      latent[i] = there ? read<uint4>(s.raw_latent(n) + (8 * i + lane % 8) * 16) : uint4{0, 0, 0, 0};
+    const uint4 rope = there ? read<uint4>(s.raw_rope(n) + lane % 8 * 16) : uint4{0, 0, 0, 0};
     stage_row(latent, rope, n, work.length - p.sq + min(query_of(p, row), p.sq - 1), p, s.base);
   }
 }

@@ -284,4 +284,5 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) mla_decode(const __grid
   }
 }
 
+#define AVERAGES 0
 #include "merge.cuh"

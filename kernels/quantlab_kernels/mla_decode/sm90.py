@@ -28,7 +28,7 @@ _CODES: dict[Code, int] = {"float": 0, "e4m3": 1, "int8": 2, "int4": 3}
 _MAPPED = {torch.bfloat16: driver.BFLOAT16, torch.float16: driver.FLOAT16}
 _FOLDER = Path(__file__).parent
 CHUNK, ROPE = 8192, 64  # bytes of 64 tokens in the ring, channels of the position
-PARTS_AT_ONCE, MERGERS = 8, 512  # of a thread of the second kernel, threads of its CTA
+MERGED, MERGERS = 32, 512  # channels times parts that a thread of the second kernel merges, threads of its CTA
 MANY_PARTS = 32  # from which on a CTA of the second kernel takes but 128 channels
 SHARED = 232448  # bytes of shared memory that a CTA may have
 
@@ -139,12 +139,13 @@ def compiled_for(problem: Problem) -> Problem:
 @dataclass(frozen=True)
 class Grid:
     """rows of a CTA's tile, and its threads; channels of queries that are read at a time: `pieces`; CTAs of
-    neighbouring tiles that work together: `cluster`."""
+    neighbouring tiles that work together: `cluster`; channels of a thread of the kernel that merges: `merged`."""
 
     rows: int
     threads: int
     pieces: int = 8
     cluster: int = 1
+    merged: int = 4
 
 
 def run(
@@ -180,10 +181,12 @@ def run(
     shape = driver.Launch(p.batch * tiles * count, grid.threads, grid.cluster, SHARED, early=True)
     attend.launch(shape, params, device)
     if count > 1:
-        lanes = p.rank // 4 if count < MANY_PARTS else 32
-        groups = min(MERGERS // lanes, -(-count // PARTS_AT_ONCE))
-        ctas = p.batch * rows * p.rank // (4 * lanes)
-        merge.launch(driver.Launch(ctas, lanes * groups, 1, 0, early=True), params, device)
+        channels = p.rank if count < MANY_PARTS else 128
+        lanes = channels // grid.merged
+        groups = -(-count * grid.merged // MERGED)
+        shared = groups * (4 * channels + 8) if groups > 1 else 0
+        ctas = p.batch * rows * p.rank // channels
+        merge.launch(driver.Launch(ctas, lanes * groups, 1, shared, early=True), params, device)
 
 
 def _in_pieces(x: Tensor, channels: int) -> bool:

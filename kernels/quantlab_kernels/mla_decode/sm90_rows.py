@@ -123,5 +123,5 @@ def launch(
 ) -> None:  # fmt: skip
     """As `sm90.launch`."""
     c = chosen or config(problem)
-    pair, grid = kernels(c, sm90.compiled_for(problem)), sm90.Grid(c.rows, c.threads, cluster=c.cluster)
+    pair, grid = kernels(c, sm90.compiled_for(problem)), sm90.Grid(c.rows, c.threads, cluster=c.cluster, merged=8)
     sm90.run(pair, grid, problem, q_latent, q_rope, cache, length, start, table, scale, out, lse)

@@ -53,6 +53,12 @@ DEVICE float2 read<float2>(u32 from) {
   return r;
 }
 template <>
+DEVICE uint2 read<uint2>(u32 from) {
+  uint2 r;
+  asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(r.x), "=r"(r.y) : "r"(from) : "memory");
+  return r;
+}
+template <>
 DEVICE float4 read<float4>(u32 from) {
   float4 r;
   asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
@@ -99,11 +105,16 @@ DEVICE void store_float(char* base, i64 index, float x) {
   if (KIND == 0) reinterpret_cast<float*>(base)[index] = x;
   if (KIND != 0) reinterpret_cast<u16*>(base)[index] = static_cast<u16>(pack<KIND>(x, 0.0f));
 }
-// Four channels side by side.
+// Channels side by side, of 16 bytes or 8.
 template <int KIND>
-DEVICE void store_four(char* base, i64 index, const float (&x)[4]) {
+DEVICE void store_channels(char* base, i64 index, const float (&x)[4]) {
   if (KIND == 0) *reinterpret_cast<float4*>(base + 4 * index) = {x[0], x[1], x[2], x[3]};
   if (KIND != 0) *reinterpret_cast<uint2*>(base + 2 * index) = {pack<KIND>(x[0], x[1]), pack<KIND>(x[2], x[3])};
+}
+template <int KIND>
+DEVICE void store_channels(char* base, i64 index, const float (&x)[8]) {
+  *reinterpret_cast<uint4*>(base + 2 * index) = {pack<KIND>(x[0], x[1]), pack<KIND>(x[2], x[3]), pack<KIND>(x[4], x[5]),
+                                                 pack<KIND>(x[6], x[7])};
 }
 template <int KIND>
 DEVICE void store_two(char* base, i64 index, float low, float high) {
