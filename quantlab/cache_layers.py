@@ -20,6 +20,7 @@ from quantlab.keys import Keys
 from quantlab.linear import as_autocast
 from quantlab.scheme import did_you_mean
 from quantlab_kernels import attention_decode, kv_append
+from quantlab_kernels.attention_decode.reference import near_positions
 from quantlab_kernels.common.kv import FORMATS, KVFormat, PackedKV, dequantize_rows, quantize_rows
 from quantlab_kernels.kv_append.reference import smooth
 
@@ -38,10 +39,9 @@ class KV:
 
     format   "fp8", "int8", "int4", "k8v4" (keys INT8, values INT4) or "16bit"
     first, newest
-             so many tokens at the start of a sequence and at its end are read in 16 bits; not by calls of more than
-             `FEW` tokens, nor where masks hide more than padding: these dequantize all but their own tokens
-    prefill  "exact": a prompt attends to its own 16-bit keys; "packed": to what the cache will hold. The second is
-             what a measurement of the format's loss wants
+             so many tokens at the start of a sequence and at its end are read in 16 bits
+    prefill  "exact": a prompt attends to its own 16-bit keys; "packed": to what the cache's codes will hold. The second
+             is what a measurement of the format's loss wants
     """
 
     format: KVFormat
@@ -264,18 +264,44 @@ class PackedLayer(CacheLayerMixin):
         self.filled = True
 
     def dense(self, key: Tensor, value: Tensor, prompt: bool) -> tuple[Tensor, Tensor]:
-        """Append, and return all that these queries may see in 16 bits: what was there dequantized, what is new as it
-        is (`KV.prefill`)."""
-        past = None if prompt or not self.filled else self._past()
+        """Append, and return all that these queries may see in 16 bits: what was there dequantized but for near tokens,
+        these and what is new as they came (`KV.prefill`)."""
+        new = (key, value) if self.kv.prefill == "exact" else self.round_trip(key, value)
+        seen = new if prompt or not self.filled else self._behind_past(*new)
         self.append(key, value)
-        if self.kv.prefill == "packed":
-            key, value = self.round_trip(key, value)
-        if past is None:
-            return key, value
-        return torch.cat((past[0], key), 2), torch.cat((past[1], value), 2)
+        return seen
 
-    def _past(self) -> tuple[Tensor, Tensor]:
+    def _behind_past(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """What was there, and new keys and values behind it."""
+        begin, slots = self._past()
+        past = self.dequantized(slots)
+        k, v = torch.cat((past[0], key), 2), torch.cat((past[1], value), 2)
+        if self._reads_near:
+            self._write_near(k, v, begin)
+            behind = past[0].shape[2]
+            k[:, :, behind], v[:, :, behind] = key[:, :, 0], value[:, :, 0]
+        return k, v
+
+    def _past(self) -> tuple[int, Any]:
+        """The first token there that new ones see, and the slots of all of them."""
         raise NotImplementedError
+
+    @property
+    def _reads_near(self) -> bool:
+        return self.kv.first + self.kv.newest > 0 and self.kv.prefill == "exact"
+
+    def _write_near(self, k: Tensor, v: Tensor, begin: int) -> None:
+        """Write near tokens as they came over k and v [B, Hkv, S, D] of the tokens from `begin` on. Near slots that
+        hold none of these go where the next token belongs, which is to be written after: leaving them out would wait
+        for the GPU."""
+        c = self.cache
+        if c.k_near is None or c.v_near is None:
+            return
+        place = near_positions(c, self.length, self.start) - begin
+        place = torch.where(place >= 0, place, self.length[:, None] - begin).clamp(max=k.shape[2] - 1)
+        place = place[:, None, :, None].expand_as(c.k_near)
+        k.scatter_(2, place, c.k_near.to(k.dtype))
+        v.scatter_(2, place, c.v_near.to(v.dtype))
 
     def round_trip(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values as they come back from the cache."""
@@ -365,8 +391,8 @@ class DynamicPackedLayer(PackedLayer):
             grown: dict[str, Any] = {n: _resized(t, slots, self.slots_at) for n, t in found.items()}
             self.cache = replace(self.cache, **grown)
 
-    def _past(self) -> tuple[Tensor, Tensor]:
-        return self.dequantized(slice(0, self._appended))
+    def _past(self) -> tuple[int, Any]:
+        return 0, slice(0, self._appended)
 
     def append(self, key: Tensor, value: Tensor) -> None:
         super().append(key, value)
@@ -428,11 +454,15 @@ class StaticPackedLayer(PackedLayer):
                 f"{self.tokens} tokens for a static cache of {self.max_cache_len}; give it more by max_cache_len"
             )
 
-    def dense(self, key: Tensor, value: Tensor, prompt: bool) -> tuple[Tensor, Tensor]:
-        if prompt or not self.filled:
-            return super().dense(key, value, True)
-        self.append(key, value)  # how many there are only the device knows: all slots, the mask hides the rest
-        return self.dequantized(slice(None))
+    def _behind_past(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """How many tokens there are only the device knows: all slots, the mask hides the rest."""
+        k, v = self.dequantized(slice(None))
+        if self._reads_near:
+            self._write_near(k, v, 0)
+        place = self.length[0].long() + torch.arange(key.shape[2], device=self.device)
+        place = place.clamp(max=self.max_cache_len - 1)  # compiled steps may go past the end, and are dropped
+        # Codes in 16 bits are no copies: what is written there is what `append` will write, and has no gradient.
+        return k.index_copy_(2, place, key.detach().to(k.dtype)), v.index_copy_(2, place, value.detach().to(v.dtype))
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.max_cache_len, 0
@@ -478,10 +508,9 @@ class WindowPackedLayer(PackedLayer):
         self._before = self.tokens - key.shape[2]
         return super().dense(key, value, prompt)
 
-    def _past(self) -> tuple[Tensor, Tensor]:
-        """Of the tokens before the new ones, those that the first new one sees."""
-        position = torch.arange(max(self._before - self.capacity + 1, 0), self._before, device=self.device)
-        return self.dequantized(position % self.capacity)
+    def _past(self) -> tuple[int, Any]:
+        begin = max(self._before - self.capacity + 1, 0)
+        return begin, torch.arange(begin, self._before, device=self.device) % self.capacity
 
     def _first_of(self, keys: int) -> int:
         return self.tokens - keys

@@ -69,12 +69,13 @@ def test_with_16_bit_codes_generate_says_what_it_says_without(name, implementati
     assert not any(layer.irregular for layer in found.past_key_values.layers)
 
 
+@pytest.mark.parametrize("kv", ["16bit", "int4"])  # of so few tokens INT4 reads all in 16 bits
 @pytest.mark.parametrize("implementation", [None, "static"])
 @pytest.mark.parametrize("name", ["Llama", "Mistral"])  # the second has windows alone, of fewer tokens than a piece
-def test_a_prompt_may_come_in_pieces(name, implementation):
+def test_a_prompt_may_come_in_pieces(name, implementation, kv):
     model, inputs = tiny(name), prompts(length=40)
     _, expected = generate(model, inputs)
-    cache.use(model, "16bit")
+    cache.use(model, kv)
     found = generate(model, inputs, cache_implementation=implementation, prefill_chunk_size=18, disable_compile=True)
     torch.testing.assert_close(found[1], expected, atol=2e-6, rtol=0)
 
@@ -190,6 +191,35 @@ def test_few_bits_keep_first_and_newest_tokens_in_16_bits():
     torch.testing.assert_close(out[:, 0], expected, atol=1e-5, rtol=0)
 
 
+LAYERS = {
+    "growing": DynamicPackedLayer,
+    "static": lambda kv, keys: StaticPackedLayer(kv, 128, keys),
+    "window": lambda kv, keys: WindowPackedLayer(kv, 40, keys),
+}
+
+
+@pytest.mark.parametrize("prefill", ["exact", "packed"])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_many_tokens_see_near_ones_in_16_bits_and_others_by_their_codes(kind, prefill):
+    """Behind 60 tokens, the first 8 and 50 of which are padding: of the latter row all that is left is near."""
+    k, v = outlying_keys(tokens=80)
+    layer, queries = LAYERS[kind](KV("int4", 4, 16, prefill), measured(k)), torch.zeros(2, 2, 60, 64)
+    past, _ = layer.update(k[:, :, :60], v[:, :, :60])
+    layer.start.copy_(torch.tensor([8, 50]))
+    past.attend(queries, None, None, {})
+    begin = 21 if kind == "window" else 0
+    place = torch.arange(begin, 60)
+    codes = layer.dequantized(place % layer.cache.capacity)
+    more, _ = layer.update(k[:, :, 60:], v[:, :, 60:])
+    assert more.attend(queries[:, :, :20], None, None, {}) is None
+    rank = place - torch.tensor([[8], [50]])
+    near = ((rank >= 0) & ((rank < 4) | (place >= 44)))[:, None, :, None]
+    for found, rounded, x in zip(more.dense(None)[:2], codes, (k, v), strict=True):
+        old, new = found[:, :, : 80 - begin].split([60 - begin, 20], 2)
+        assert torch.equal(old, torch.where(near, x[:, :, begin:60], rounded) if prefill == "exact" else rounded)
+        assert torch.equal(new, x[:, :, 60:]) == (prefill == "exact")
+
+
 @pytest.mark.parametrize("make", [DynamicPackedLayer, lambda kv, keys: WindowPackedLayer(kv, 128, keys)])
 @pytest.mark.parametrize("newest", [0, 8])
 def test_a_crop_forgets_the_last_tokens(newest, make):
@@ -285,10 +315,11 @@ def test_masks_that_are_more_than_left_padding_go_another_way_and_are_right():
         cache.use(model, None)
 
 
+@pytest.mark.parametrize("kv", ["16bit", "int4"])  # of so few tokens INT4 reads all in 16 bits
 @pytest.mark.parametrize("implementation", [None, "static"])
 @pytest.mark.parametrize("name", ["Llama", "Mistral"])  # one with windows
 @pytest.mark.parametrize("tokens", [1, 4, 20])  # a step, few over packed tokens, many over dequantized ones
-def test_later_masks_may_hide_what_the_first_showed(tokens, name, implementation):
+def test_later_masks_may_hide_what_the_first_showed(tokens, name, implementation, kv):
     model, inputs = tiny(name), prompts(length=13, padded=0)
     ids = torch.cat((inputs["input_ids"], torch.randint(3, 60, (2, tokens + 1))), 1)
     place = torch.arange(ids.shape[1]).expand(2, -1)
@@ -305,7 +336,7 @@ def test_later_masks_may_hide_what_the_first_showed(tokens, name, implementation
 
     hidden = [slice(0, 10), slice(11, 12)]
     expected = [logits(DynamicCache(config=model.config), x) for x in hidden]
-    cache.use(model, "16bit")
+    cache.use(model, kv)
     for x, theirs in zip(hidden, expected, strict=True):
         past = StaticCache(config=model.config, max_cache_len=40) if implementation else cache.new_cache(model)
         past = cache.prepared(model).like(past) if implementation else past

@@ -95,6 +95,18 @@ def test_chunks_on_both_sides_of_the_crossover(chunk, turned):
     assert 5 <= attention.quantlab_absorbed.crossover < 60
 
 
+@torch.no_grad()
+def test_static_caches_expand_what_growing_ones_do():
+    """So many that they are expanded: both read new ones as they came."""
+    model, found = cache.use(tiny("DeepseekV3"), "fp8"), []
+    ids = torch.randint(3, 60, (2, 60), generator=torch.Generator().manual_seed(2))
+    static = transformers.StaticCache(config=model.config, max_cache_len=64)
+    for past in (cache.new_cache(model), cache.prepared(model).like(static)):
+        model(ids[:, :5], past_key_values=past)
+        found.append(model(ids[:, 5:], past_key_values=past).logits)
+    torch.testing.assert_close(*found, atol=5e-6, rtol=1e-5)
+
+
 def test_crossover_is_computed():
     """DeepSeek-V3 and GLM: 170 and 398 queries; expanding never pays where latents are small."""
     assert latent.crossover(nope=128, v=128, latent=512) == 170

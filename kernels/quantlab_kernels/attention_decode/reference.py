@@ -44,12 +44,18 @@ def positions(cache: PackedKV, length: Tensor, start: Tensor) -> tuple[Tensor, T
     packed = held if cache.ring else slot.expand(len(length), -1)
     exact_to, exact_from = start + cache.first, length - cache.newest
     packed = torch.where((packed >= exact_to) & (packed < exact_from) & (packed < length), packed, -1)
+    return packed, near_positions(cache, length[:, 0], start[:, 0])
+
+
+def near_positions(cache: PackedKV, length: Tensor, start: Tensor) -> Tensor:
+    """[B, first + newest] int64: the position that each near slot holds; -1 for none."""
+    length, start = length.long()[:, None], start.long()[:, None]
     early = start + torch.arange(cache.first, device=length.device)
     late = torch.arange(cache.newest, device=length.device)
     if cache.newest:
         late = late + cache.newest * torch.div(length - 1 - late, cache.newest, rounding_mode="floor")
-    near = torch.cat((early, torch.where(late >= exact_to, late, -1).expand(len(length), -1)), 1)
-    return packed, torch.where(near < length, near, -1)
+    near = torch.cat((early, torch.where(late >= start + cache.first, late, -1).expand(len(length), -1)), 1)
+    return torch.where(near < length, near, -1)
 
 
 def attend(
