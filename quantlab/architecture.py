@@ -38,7 +38,10 @@ class Architecture:
                     experts in one tensor only
     expert_modules  paths of modules called `experts`, each of which transformers replaces in an `fp8` checkpoint that
                     does not skip it
-    missing         parameters that no tensor of the checkpoint goes to: loading would make them up
+    missing         parameters that no tensor of the checkpoint goes to, and tensors of single experts that a parameter
+                    of all of them lacks: loading would make the former up, and stop at the latter
+    gaps            those of `missing` that other layers or experts have. The rest may be so by intent: checkpoints come
+                    without the head of the class in their config, without poolers, without what only training uses
     """
 
     kinds: dict[str, str]
@@ -52,6 +55,7 @@ class Architecture:
     ours: frozenset[str] = frozenset()
     expert_modules: frozenset[str] = frozenset()
     missing: tuple[str, ...] = ()
+    gaps: tuple[str, ...] = ()
 
 
 def architecture(
@@ -65,6 +69,7 @@ def architecture(
     from transformers.quantizers.quantizers_utils import should_convert_module
 
     from quantlab.experts import unsupported
+    from quantlab.kinds import EXPERT, missing_experts  # torch, which `import quantlab` does not wait for
     from quantlab.scaled_inputs import stand_in
 
     model = meta_model(Path(folder), trust_remote_code)
@@ -95,11 +100,20 @@ def architecture(
         for name, target in targets.items()
         if kinds[name] == "expert" and name.rpartition(".")[2] == target.parameter.rpartition(".")[2]
     }
-    linear, name = _linear_modules(modules), type(model).__name__
+    linear, class_name = _linear_modules(modules), type(model).__name__
     called = frozenset(path for path in modules if path.endswith(".experts"))
-    missing = _missing(model, {target.parameter for target in targets.values()})
+    found = {target.parameter for target in targets.values()}
+    counts: dict[str, int] = {}  # of experts; one of LongCat's parameters has more, which it never uses
+    for name, target in targets.items():
+        if kinds[name] == "expert" and (match := EXPERT.fullmatch(name)):
+            count = len(state[target.parameter])
+            counts[match["list"]] = min(count, counts.get(match["list"], count))
+    missing = (*_missing(model, found), *missing_experts(targets, counts))
+    elsewhere = {_unnumbered(name) for name in (*found, *targets)}
+    gaps = tuple(name for name in missing if _unnumbered(name) in elsewhere)
+    unstacked, ours = _unstacked(modules), frozenset(apart)
     return Architecture(
-        kinds, paths, linear, name, shapes, _unstacked(modules), foreign, stacks, frozenset(apart), called, missing
+        kinds, paths, linear, class_name, shapes, unstacked, foreign, stacks, ours, called, missing, gaps
     )
 
 
@@ -116,6 +130,11 @@ def _missing(model: Any, found: set[str]) -> tuple[str, ...]:
     elsewhere = model._keys_to_ignore_on_load_missing or ()
     names = (name for name, _ in model.named_parameters())
     return tuple(name for name in names if name not in found and not any(re.search(e, name) for e in elsewhere))
+
+
+def _unnumbered(name: str) -> str:
+    """The same for all layers and experts of a list."""
+    return re.sub(r"\.\d+(?=\.)", ".*", name)
 
 
 def meta_model(folder: Path, trust_remote_code: bool = False) -> Any:

@@ -8,7 +8,8 @@ Names are read as dotted paths; the last component of the module's path is its l
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +48,7 @@ TOWER = re.compile(
 )
 MTP = re.compile(r"(^|\.)(mtp|mtp_layers|mtp_block|nextn|next_n|num_nextn)(\.|_|$)")
 EXPERTS = re.compile(r"(^|\.)((?!shared)\w+_)?experts(?=\.|$)")  # shared experts are ordinary layers
+EXPERT = re.compile(r"(?P<list>.*\.experts)\.(?P<number>\d+)\.(?P<part>.+)")
 
 # GPT-2 and its kin store these as [in, out] in a class of their own; a reader of quantized checkpoints knows nn.Linear.
 TRANSPOSED_MODELS = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"}
@@ -194,3 +196,16 @@ def experts_of(module: str) -> str | None:
     """The path of the list of experts that a module belongs to; engines give all of it one scheme."""
     found = EXPERTS.search(module)
     return module[: found.end()] if found else None
+
+
+def missing_experts(names: Iterable[str], counts: Mapping[str, int] | None = None) -> Iterator[str]:
+    """Names that single experts lack and others of their list have: ``mlp.experts.3.up_proj``, from names of modules or
+    tensors. `counts` has the number of experts by the path of their list, where that is known."""
+    lists: dict[str, dict[str, set[int]]] = defaultdict(lambda: defaultdict(set))
+    for name in names:
+        if match := EXPERT.fullmatch(name):
+            lists[match["list"]][match["part"]].add(int(match["number"]))
+    for path, parts in lists.items():
+        wanted = set(range(counts[path])) if counts and path in counts else set().union(*parts.values())
+        for part, numbers in parts.items():
+            yield from (f"{path}.{number}.{part}" for number in sorted(wanted - numbers))

@@ -145,14 +145,15 @@ class Plan(Shown):
 def plan(source: Source, recipe: Recipe, *, trust_remote_code: bool = False) -> Plan:
     """Decide about every tensor, or refuse.
 
-    Raises PreflightError for a source that is quantized already, where nothing can be quantized, and where more than
-    1 % of what should be quantized would be left alone without a known reason; UsageError for a pattern of the recipe
-    that matches nothing.
+    Raises PreflightError for a source that is quantized already or has gaps, where nothing can be quantized, and where
+    more than 1 % of what should be quantized would be left alone without a known reason; UsageError for a pattern of
+    the recipe that matches nothing.
     """
     _refuse_quantized(source)
     model = kinds.Model.of(source.config)
     architecture, doubts = known_architecture(source, trust_remote_code=trust_remote_code)
     _check_shapes(source, architecture)
+    _check_gaps(source, architecture)
     decisions = [_decide(info, source, recipe, model, architecture) for info in source.tensors.values()]
     _check_patterns(recipe.rules, decisions, architecture)
     decisions = _drop_together(decisions)
@@ -233,6 +234,17 @@ def _check_shapes(source: Source, architecture: Architecture | None) -> None:
                 f"{source.model}: {name} has shape {list(info.shape)}, by config.json it has {list(wanted)}; "
                 "weights and config are not of one model"
             )
+
+
+def _check_gaps(source: Source, architecture: Architecture | None) -> None:
+    """Refuse to carry them into an output at which loaders stop. What else a model lacks is for `remarks` to tell."""
+    gaps = architecture.gaps if architecture else tuple(kinds.missing_experts(source.tensors))
+    if gaps:
+        more = f" and {len(gaps) - 1} more" if gaps[1:] else ""
+        raise PreflightError(
+            f"{source.model}: its files lack {gaps[0]}{more}, which other layers or experts have; "
+            "get the checkpoint again, or its own config.json if they are whole"
+        )
 
 
 def _decide(

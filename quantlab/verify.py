@@ -7,8 +7,6 @@ NaN, and the rules of the loaders. A finding is one line; nothing is ever change
 from __future__ import annotations
 
 import json
-import re
-from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -19,9 +17,9 @@ import torch
 from torch import Tensor
 
 from quantlab import keys
-from quantlab.checkpoint import KEY_STATISTICS, MANIFEST
+from quantlab.checkpoint import KEY_STATISTICS, MANIFEST, WEIGHT
 from quantlab.errors import PreflightError, VerificationError
-from quantlab.kinds import FLOATS
+from quantlab.kinds import FLOATS, missing_experts
 from quantlab.loaders import RULES, View
 from quantlab.locate import require_name
 from quantlab.output import FileRecord, hash_file
@@ -31,7 +29,6 @@ from quantlab.summary import Shown, Table
 
 NAN_CODE = 0x7F  # the one magnitude of E4M3 that is no number
 SHOWN = 20
-EXPERT = re.compile(r"(?P<list>.*\.experts)\.(?P<number>\d+)\.(?P<part>.+)")
 
 
 @dataclass(frozen=True)
@@ -135,21 +132,15 @@ def _manifest(folder: Path) -> Iterator[Check]:
 
 def _parts_missing(view: View) -> Iterator[str]:
     """Parameters without a tensor, and tensors of another shape: `load` refuses both. Where transformers does not know
-    the model there is nothing to compare with."""
+    the model, or ignores a part of it, there is nothing to compare with but other experts."""
     tensors, known = view.source.tensors, view.architecture
     for name in known.missing if known else ():
         yield f"{name}: no tensor of the checkpoint goes there"
     for name, wanted in known.shapes.items() if known else ():
         if name in tensors and name not in view.stacks and tensors[name].shape != wanted:
             yield f"{name}: has shape {list(tensors[name].shape)}, by config.json {list(wanted)}"
-    experts: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
-    for module in chain(view.quantized, view.plain):
-        if match := EXPERT.fullmatch(module):
-            experts[match["list"]][match["part"]].add(match["number"])
-    for path, parts in experts.items():
-        for part, numbers in parts.items():
-            for number in sorted(set().union(*parts.values()) - numbers):
-                yield f"{path}.{number}.{part}: is missing, other experts have one"
+    others = (m for m in chain(view.quantized, view.plain) if known is None or m + WEIGHT not in known.kinds)
+    yield from (f"{module}: is missing, other experts have one" for module in missing_experts(others))
 
 
 def _bad_scales(view: View) -> Iterator[str]:

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from quantlab.errors import PreflightError, UsageError
 from quantlab.kinds import Model, fused_group, in_tower, is_mtp, kind_of
-from quantlab.pipeline import plan
+from quantlab.pipeline import plan, quantize
 from quantlab.preflight import Plan
 from quantlab.scheme import Recipe, Rule
 from quantlab.shards import TensorInfo
@@ -404,6 +404,52 @@ def test_weights_and_config_of_two_models(tiny: Callable[[str], Any], tmp_path: 
     said = "has shape [128, 256], by config.json it has [128, 384]; weights and config are not of one model"
     with pytest.raises(PreflightError, match=re.escape(said)):
         plan(folder)
+
+
+@pytest.mark.parametrize("config", [{}, {"model_type": "unheard_of"}], ids=["known", "unknown"])
+@pytest.mark.parametrize("recipe", ["fp8-block", Recipe.advised("int4")], ids=["streamed", "calibrated"])
+@pytest.mark.parametrize(
+    ("name", "gone"),
+    [
+        ("qwen3_moe", "model.layers.1.mlp.experts.3.up_proj.weight"),
+        ("mixtral", "model.layers.0.block_sparse_moe.experts.2.w2.weight"),
+        ("deepseek_v3", "model.layers.1.mlp.experts.0.gate_proj.weight"),
+    ],
+)
+def test_an_expert_without_one_of_its_matrices(
+    name: str, gone: str, recipe: Any, config: dict[str, Any], tiny: Callable[[str], Any], tmp_path: Path
+) -> None:
+    folder = without(gone, tiny(name).folder, tmp_path / "model", **config)
+    said = f"its files lack {gone}, which other layers or experts have; get the checkpoint again"
+    with pytest.raises(PreflightError, match=re.escape(said)):
+        quantize(folder, recipe, tmp_path / "out", device="cpu", workers=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_layer_that_is_not_there(tiny: Callable[[str], Any], tmp_path: Path) -> None:
+    folder = without("model.layers.1.mlp.", tiny("llama").folder, tmp_path / "model")
+    with pytest.raises(PreflightError, match=r"lack model\.layers\.1\.mlp\.gate_proj\.weight and 2 more, which"):
+        plan(folder)
+
+
+def test_layers_that_the_model_ignores_need_not_be_whole(tiny: Callable[[str], Any], tmp_path: Path) -> None:
+    """DeepSeek's multi-token prediction, numbered past the last layer."""
+    folder = shutil.copytree(tiny("deepseek_v3").folder, tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    ahead = {name.replace("layers.1", "layers.2"): x.clone() for name, x in tensors.items() if ".layers.1.mlp" in name}
+    del ahead["model.layers.2.mlp.experts.3.up_proj.weight"]
+    save_file(tensors | ahead, folder / "model.safetensors", {"format": "pt"})
+    assert plan(folder).by_reason()["multi-token prediction: carried over as it is"][0] == len(ahead)
+
+
+def without(gone: str, model: Path, to: Path, **config: Any) -> Path:
+    """A copy of a model that lacks what begins so, with fields of its config changed."""
+    folder = shutil.copytree(model, to)
+    tensors = load_file(folder / "model.safetensors")
+    save_file({n: x for n, x in tensors.items() if not n.startswith(gone)}, folder / "model.safetensors")
+    changed = json.loads((folder / "config.json").read_text()) | config
+    (folder / "config.json").write_text(json.dumps(changed))
+    return folder
 
 
 @pytest.mark.parametrize("change", [{"num_attention_heads": 0}, {"hidden_act": "nothing"}, {"hidden_size": "wide"}])

@@ -249,7 +249,7 @@ def drop_expert(tensors: dict[str, torch.Tensor], _: Any) -> None:
         (drop_norm, f"{NORM}: no tensor of the checkpoint goes there"),
         (cut_norm, f"{NORM}: has shape [100], by config.json [128]"),
         (nan_in_norm, f"{NORM}: 1 of 128 values are NaN"),
-        (drop_expert, f"{EXPERT}: is missing, other experts have one"),
+        (drop_expert, f"{EXPERT}.weight: no tensor of the checkpoint goes there"),
     ],
 )
 def test_parts_of_the_model_that_are_missing(
@@ -258,6 +258,15 @@ def test_parts_of_the_model_that_are_missing(
     """They pass every rule for what is there, and `load` makes numbers up in their place or stops."""
     folder = edited(quantized("qwen3_moe", "fp8-block"), tmp_path / "out")
     assert verify(change(folder, edit)).problems == (problem,)
+
+
+def test_an_expert_that_is_missing_of_a_model_that_transformers_does_not_know(
+    quantized: Any, edited: Any, tmp_path: Path
+) -> None:
+    folder = change(edited(quantized("qwen3_moe", "fp8-block"), tmp_path / "out"), drop_expert)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "unheard_of"}))
+    assert f"{EXPERT}: is missing, other experts have one" in verify(folder).problems
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3_moe", "mixtral", "deepseek_v3", "gemma3_vision", "bert", "whisper"])
