@@ -147,6 +147,8 @@ def evaluate(
     generate: bool = False,
     min_recovery: float | None = None,
     output: str | Path | None = None,
+    revision: str | None = None,
+    baseline_revision: str | None = None,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> Evaluation:
@@ -167,12 +169,13 @@ def evaluate(
     generate       let both models continue three prompts: texts side by side, tokens per second, memory
     min_recovery   raises VerificationError, after saving, for a recovery below this
     output         JSON file for the result, besides the one in the folder, which the next evaluation writes over
+    revision       branch, tag or commit of the model on the hub; baseline_revision: of the baseline
 
     Raises UsageError for models, texts and tokenizers that do not fit, VerificationError for logits that are not
     finite.
     """
     device_map, dtype = str(device_map), str(dtype).removeprefix("torch.")
-    _check_arguments(baseline, text, device_map, dtype, windows, length, min_recovery)
+    _check_arguments(baseline, text, device_map, dtype, windows, length, min_recovery, baseline_revision)
     hf.require_settings(kv, attention)
     if output is not None:
         check_file(Path(output))
@@ -185,9 +188,9 @@ def evaluate(
     if tasks:
         lm_tasks.require(tasks)
     run = _Run(device_map, dtype, trust_remote_code, progress)
-    source = open_predictor(model, trust_remote_code)
+    source = open_predictor(model, trust_remote_code, revision)
     length = _fitting_length(source, length)
-    reference = open_predictor(baseline, trust_remote_code) if baseline is not None else None
+    reference = open_predictor(baseline, trust_remote_code, baseline_revision) if baseline is not None else None
     texts = list(dict.fromkeys([*_listed(text), *_listed(dataset)])) or ["bundled"]  # twice would count twice
     parts = run.tokens(source, reference, texts, windows, length, context)
     tokens = torch.cat(parts)
@@ -211,6 +214,8 @@ def evaluate(
         "attention": attention or "none",
         "baseline_dtype": _plain(kept.hidden.dtype) if kept else None,
         "baseline_from_cache": kept.cached if kept else None,
+        "revision": revision,
+        "baseline_revision": baseline_revision,
         "device": str(loaded.device),
         "versions": _versions(),
     }
@@ -375,6 +380,7 @@ def _check_arguments(
     windows: int | None,
     length: int | None,
     min_recovery: float | None,
+    baseline_revision: str | None,
 ) -> None:
     """Raise UsageError for what can be seen without opening a model."""
     for path in _listed(text):
@@ -394,6 +400,8 @@ def _check_arguments(
         raise UsageError(f"min_recovery = {min_recovery}: needs a part between 0 and 1, such as 0.99")
     if min_recovery is not None and baseline is None:
         raise UsageError("min_recovery needs a baseline to compare with; give the model that this one was made from")
+    if baseline_revision is not None and baseline is None:
+        raise UsageError(f"baseline_revision = {baseline_revision!r} is of a baseline; give its hub id as well")
 
 
 def _fitting_length(source: Source, given: int | None) -> int:

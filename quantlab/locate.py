@@ -47,7 +47,7 @@ def locate(model: str, revision: str | None, ignored: list[str]) -> Path:
         raise PreflightError(f"{model}: GGUF files are already quantized; give the original model in safetensors")
     if folder.is_dir():
         if revision is not None:
-            raise UsageError(f"{model}: --revision {revision} needs a model on the hub, this is a folder")
+            raise UsageError(f"{model}: revision {revision} needs a model on the hub, this is a folder")
         return folder
     if folder.exists():
         raise UsageError(f"{model}: is a file; give the folder that holds config.json and the weights")

@@ -103,6 +103,7 @@ def report(
     output: str | Path | None = None,
     *,
     baseline: str | Path | None = None,
+    baseline_revision: str | None = None,
     calibration: str | None = None,
     generate: bool = False,
     png: bool = False,
@@ -112,7 +113,8 @@ def report(
     """Write the report of a quantized checkpoint.
 
     output       the HTML file, by default DIR/quantlab/report.html; JSON and images go beside it
-    baseline     the model that it was made from: adds the error of each weight
+    baseline     the model that it was made from: adds the error of each weight; baseline_revision: its branch, tag or
+                 commit on the hub
     calibration  "bundled", a file or a data set: with a baseline adds output errors and outliers
     generate     adds texts that the model writes, side by side with the baseline's, its speed and its memory
 
@@ -122,14 +124,20 @@ def report(
     plots.require()
     if calibration is not None and baseline is None:
         raise UsageError("--calib runs data through the original model; give it as well: --baseline MODEL")
+    if baseline_revision is not None and baseline is None:
+        raise UsageError("--baseline-revision is of a baseline; give its hub id as well: --baseline MODEL")
     folder = _finished(Path(folder))
     target = Path(output) if output is not None else folder / OURS / "report.html"
     if target.is_dir() or target.suffix == ".json":
         raise UsageError(f"{target}: cannot take the page; give the name of an HTML file, the JSON goes beside it")
     check_file(target)
-    made = collect(folder, baseline, calibration, trust_remote_code=trust_remote_code, progress=progress)
+    made = collect(
+        folder, baseline, calibration, baseline_revision, trust_remote_code=trust_remote_code, progress=progress
+    )
     if generate:
-        models = {"quantized": folder} | ({"original": Source.open(baseline).folder} if baseline is not None else {})
+        models = {"quantized": folder}
+        if baseline is not None:
+            models["original"] = Source.open(baseline, baseline_revision).folder
         texts = {who: write(path, trust_remote_code=trust_remote_code) for who, path in models.items()}
         made = replace(made, texts={who: asdict(text) for who, text in texts.items()})
     drawn = draw(made)
@@ -146,6 +154,7 @@ def collect(
     folder: Path,
     baseline: str | Path | None = None,
     calibration: str | None = None,
+    baseline_revision: str | None = None,
     *,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
@@ -163,7 +172,7 @@ def collect(
     weights: dict[str, float | None] = {}
     changed = (summary or {}).get("calibration", {}).get(CHANGED)
     if baseline is not None:
-        pair = Pair(source, Source.open(baseline))
+        pair = Pair(source, Source.open(baseline, baseline_revision))
         weights = weight_errors(pair, progress) if changed is None else {}
         if calibration is not None:
             seen = observe(pair, calibration, progress=progress, trust_remote_code=trust_remote_code)
@@ -172,11 +181,14 @@ def collect(
         depth, kind = position(module)
         row = {"module": module, "depth": depth, "type": kind, "weight_sqnr_db": decibels}
         rows.append(row | {"output_sqnr_db": seen.output.get(module)})
-    model = str(baseline or (evaluation or {}).get("baseline") or "MODEL")
+    if baseline is not None:
+        model, revision = str(baseline), baseline_revision
+    else:
+        model, revision = (evaluation or {}).get("baseline") or "MODEL", _baseline_revision(evaluation)
     return Report(
         model=str(folder),
         scheme=stored.scheme or stored.layout,
-        missing=list(_missing(summary, evaluation, baseline, calibration, folder, model, changed)),
+        missing=list(_missing(summary, evaluation, baseline, calibration, folder, _against(model, revision), changed)),
         notes=[*(summary or {}).get("warnings", ()), *seen.notes],
         recipe=recipe,
         summary=summary,
@@ -187,7 +199,7 @@ def collect(
         keys=seen.keys,
         tokens=seen.tokens,
         texts={SHOWN_AS[who]: found for who, found in (evaluation or {}).get("generation", {}).items()},
-        commands=list(_commands(folder, model, recipe, evaluation, calibration)),
+        commands=list(_commands(folder, model, revision, recipe, evaluation, calibration)),
         versions=_versions(),
     )
 
@@ -226,34 +238,51 @@ def _missing(
     baseline: Any,
     calibration: str | None,
     folder: Path,
-    model: str,
+    against: str,
     changed: str | None,
 ) -> Iterable[str]:
     where = shlex.quote(str(folder))
     if summary is None:
         yield f"sizes, coverage and time: {SUMMARY} is not there, another tool made this checkpoint"
     if evaluation is None:
-        yield f"quality: not measured yet; quantlab eval {where} --baseline {model}"
+        yield f"quality: not measured yet; quantlab eval {where}{against}"
     elif evaluation.get("baseline") is None:
-        yield f"loss against the original: quantlab eval {where} --baseline {model}"
+        yield f"loss against the original: quantlab eval {where}{against}"
     if changed is not None:
         yield f"errors of weights and outputs, layer by layer: {changed}; the evaluation compares the whole models"
     elif baseline is None:
-        yield f"error of each layer's weight: quantlab report {where} --baseline {model}"
+        yield f"error of each layer's weight: quantlab report {where}{against}"
     if calibration is None:
         shown = "outliers" if changed else "error of each layer's output, outliers"
-        yield f"{shown}: quantlab report {where} --baseline {model} --calib bundled"
+        yield f"{shown}: quantlab report {where}{against} --calib bundled"
+
+
+def _against(model: str, revision: str | None) -> str:
+    """The options that name a baseline."""
+    return f" --baseline {shlex.quote(model)}" + (f" --baseline-revision {shlex.quote(revision)}" if revision else "")
+
+
+def _baseline_revision(evaluation: dict[str, Any] | None) -> str | None:
+    found = (evaluation or {}).get("settings", {}).get("baseline_revision")  # not in older files
+    return found if isinstance(found, str) else None
 
 
 def _commands(
-    folder: Path, model: str, recipe: str | None, evaluation: dict[str, Any] | None, calibration: str | None
+    folder: Path,
+    model: str,
+    revision: str | None,
+    recipe: str | None,
+    evaluation: dict[str, Any] | None,
+    calibration: str | None,
 ) -> Iterable[str]:
-    where, model = shlex.quote(str(folder)), shlex.quote(model)
+    where = shlex.quote(str(folder))
     if recipe is not None:
-        yield f"quantlab quantize {model} --recipe {shlex.quote(str(folder / RECIPE))} --output {where}"
+        source = shlex.quote(model) + (f" --revision {shlex.quote(revision)}" if revision else "")
+        yield f"quantlab quantize {source} --recipe {shlex.quote(str(folder / RECIPE))} --output {where}"
     if evaluation is not None:
         settings = evaluation.get("settings", {})
-        against = f" --baseline {shlex.quote(str(evaluation['baseline']))}" if evaluation.get("baseline") else ""
+        base = evaluation.get("baseline")
+        against = _against(base, _baseline_revision(evaluation)) if base else ""
         texts = [text for text in settings.get("texts", ()) if text != "bundled"]
         read = "".join(f" --{'text' if Path(t).is_file() else 'dataset'} {shlex.quote(t)}" for t in texts)
         asked = (name for name, task in evaluation["tasks"].items() if task.get("group") is None)
@@ -264,7 +293,7 @@ def _commands(
         size += " --generate" if evaluation.get("generation") else ""
         yield f"quantlab eval {where}{against}{read}{size}"
     data = f" --calib {shlex.quote(calibration)}" if calibration else ""
-    yield f"quantlab report {where} --baseline {model}{data}"
+    yield f"quantlab report {where}{_against(model, revision)}{data}"
 
 
 def _versions() -> dict[str, str]:

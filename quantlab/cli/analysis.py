@@ -22,6 +22,9 @@ def report(
     baseline: Annotated[
         str | None, Option("--baseline", help="The model it was made from: errors of weights.", show_default=False)
     ] = None,
+    baseline_revision: Annotated[
+        str | None, Option("--baseline-revision", help="Its branch, tag or commit on the hub.", show_default=False)
+    ] = None,
     calib: Annotated[
         str | None,
         Option("--calib", help="Data for errors of outputs, outliers: bundled, file, data set.", show_default=False),
@@ -43,6 +46,7 @@ def report(
             folder,
             output,
             baseline=baseline,
+            baseline_revision=baseline_revision,
             calibration=calib,
             generate=generate,
             png=png,

@@ -54,6 +54,12 @@ def eval(
         Path | None,
         Option("--output", "-o", help="JSON file, besides DIR/quantlab/eval.json.", show_default=False),
     ] = None,
+    revision: Annotated[
+        str | None, Option("--revision", help="Branch, tag or commit of MODEL on the hub.", show_default=False)
+    ] = None,
+    baseline_revision: Annotated[
+        str | None, Option("--baseline-revision", help="The same of the baseline.", show_default=False)
+    ] = None,
     trust_remote_code: Annotated[
         bool, Option("--trust-remote-code", help="Run the Python files that come with the model.")
     ] = False,
@@ -79,6 +85,8 @@ def eval(
             generate=generate,
             min_recovery=min_recovery,
             output=output,
+            revision=revision,
+            baseline_revision=baseline_revision,
             trust_remote_code=trust_remote_code,
             progress=callback,
         )

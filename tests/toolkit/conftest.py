@@ -258,6 +258,26 @@ def raw_checkpoint(tmp_path: Path) -> Callable[..., Path]:
     return make
 
 
+@pytest.fixture
+def hub_models(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, Path]], list[tuple[str, str | None]]]:
+    """Puts folders on a hub, by their ids there. The list gets the id and the revision of every download."""
+
+    def put(models: dict[str, Path]) -> list[tuple[str, str | None]]:
+        asked = []
+
+        def snapshot_download(name: str, *, revision: str | None, dry_run: bool = False, **_: Any) -> str | list[Any]:
+            if dry_run:
+                return []
+            asked.append((name, revision))
+            return str(models[name])
+
+        monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+        monkeypatch.setattr("quantlab.locate._hub_info", lambda *_: None)
+        return asked
+
+    return put
+
+
 @pytest.fixture(scope="session")
 def edited() -> Callable[..., Path]:
     """Copies a checkpoint with fields of its quantization config changed; None removes one."""

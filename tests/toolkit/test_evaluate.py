@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 import quantlab
 from quantlab import baselines, hf, lm_tasks
+from quantlab.cli import app
 from quantlab.errors import UsageError, VerificationError
 from quantlab.evaluate import evaluate
 from quantlab.pipeline import quantize
@@ -162,6 +164,27 @@ def test_a_cache_that_cannot_be_written_costs_nothing_else(tmp_path):
     (tmp_path / "file").write_text("")
     baselines.write(tmp_path / "file" / "x.safetensors", torch.zeros(1, 1, 1))
     assert baselines.read(tmp_path / "absent.safetensors", torch.zeros(1, 2)) is None
+
+
+def test_models_on_the_hub_are_those_of_the_revisions(llama, made, text, hub_models):
+    asked = hub_models({"me/made": made, "me/llama": llama})
+    models = ["me/made", "--revision", "v1", "--baseline", "me/llama", "--baseline-revision", "v2"]
+    small = ["--text", str(text), "--windows", "2", "--length", "16"]
+    done = CliRunner().invoke(app, ["eval", *models, *small])
+    assert done.exit_code == 0, done.output
+    assert asked == [("me/made", "v1"), ("me/llama", "v2")]
+    settings = json.loads((made / "quantlab/eval.json").read_text())["settings"]
+    assert (settings["revision"], settings["baseline_revision"]) == ("v1", "v2")
+
+
+def test_revisions_of_what_is_not_on_the_hub(llama, made, text):
+    folder = "revision v2 needs a model on the hub, this is a folder"
+    with pytest.raises(UsageError, match=f"{made}: {folder}"):
+        measure(made, text, revision="v2")
+    with pytest.raises(UsageError, match=f"{llama}: {folder}"):
+        measure(made, text, baseline=llama, baseline_revision="v2")
+    with pytest.raises(UsageError, match="baseline_revision = 'v2' is of a baseline; give its hub id as well"):
+        measure(made, text, baseline_revision="v2")
 
 
 def test_several_texts_share_the_windows(llama, text, tmp_path):

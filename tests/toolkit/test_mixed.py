@@ -141,7 +141,7 @@ def test_from_the_command_line(tmp_path):
         (("--kv", "bogus"), "unknown KV format 'bogus'"),
         (("-o", "full"), "full: exists; choose another with -o"),
         (("-o", str(MODEL / "out")), "lies in the model's own folder"),
-        (("--revision", "v2"), "--revision v2 needs a model on the hub"),
+        (("--revision", "v2"), "revision v2 needs a model on the hub"),
     ],
     ids=str,
 )

@@ -13,8 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from quantlab import layer_errors, plots
+from quantlab.cli import app
 from quantlab.errors import PreflightError, UsageError
 from quantlab.generation import agreement
 from quantlab.kinds import position
@@ -199,6 +201,23 @@ def test_what_an_evaluation_measured_and_how_to_do_it_again(made, tmp_path):
     assert content["commands"][1].endswith("--windows 3 --length 256 --context 64 --kv int8 --generate")
 
 
+def test_a_baseline_on_the_hub_is_that_of_its_revision(made, tmp_path, hub_models):
+    asked = hub_models({"me/model": MODEL})
+    page, copy = tmp_path / "page.html", shutil.copytree(made, tmp_path / "copy")
+    given = ["report", str(copy), "--baseline", "me/model", "--baseline-revision", "v2", "--generate", "-o", str(page)]
+    done = CliRunner().invoke(app, given)
+    assert done.exit_code == 0, done.output
+    assert asked == [("me/model", "v2")] * 2
+    again, _, last = json.loads(page.with_suffix(".json").read_text())["commands"]
+    assert again.startswith("quantlab quantize me/model --revision v2 --recipe ")
+    assert last.endswith("/copy --baseline me/model --baseline-revision v2")
+    settings = EVALUATION["settings"] | {"baseline_revision": "v1"}
+    found = EVALUATION | {"baseline": "me/model", "settings": settings}
+    (copy / "quantlab/eval.json").write_text(json.dumps(found))
+    content = json.loads(report(copy).json.read_text())
+    assert all(" me/model --baseline-revision v1" in line for line in [*content["commands"][1:], *content["missing"]])
+
+
 def test_names_cannot_break_the_page(made, tmp_path):
     copy = tmp_path / "a<b>&c"
     shutil.copytree(made, copy)
@@ -222,6 +241,10 @@ def test_refusals(made, tmp_path, tiny, monkeypatch):
         report(MODEL, tmp_path / "page.html")
     with pytest.raises(UsageError, match=r"--calib runs data through the original.*--baseline"):
         report(made, calibration="bundled")
+    with pytest.raises(UsageError, match=r"--baseline-revision is of a baseline.*--baseline MODEL"):
+        report(made, baseline_revision="v2")
+    with pytest.raises(UsageError, match="revision v2 needs a model on the hub, this is a folder"):
+        report(made, baseline=MODEL, baseline_revision="v2")
     with pytest.raises(UsageError, match=r"give the model that .* was made from"):
         report(made, baseline=tiny("llama").folder)
     with pytest.raises(UsageError, match="the baseline is itself quantized"):

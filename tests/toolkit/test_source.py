@@ -61,7 +61,7 @@ def test_a_model_from_the_hub(raw_checkpoint: Make, tmp_path: Path, monkeypatch:
     revision, ignored = asked["someone/some-model"]
     assert revision == "v2"
     assert {"*.bin", "*.gguf", "original/*"} <= set(ignored)
-    refused_revision = pytest.raises(UsageError, match="--revision v2 needs a model on the hub, this is a folder")
+    refused_revision = pytest.raises(UsageError, match="revision v2 needs a model on the hub, this is a folder")
     with refused_revision:
         quantize(folder, "fp8-block", tmp_path / "out", revision="v2")
 
