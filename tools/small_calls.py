@@ -337,7 +337,7 @@ def tiles_of(rows: int, wide: bool) -> Iterator[None]:
 
 
 def latents(format: LatentFormat, heads: int, tile: int, wide: bool, rank: int = 512) -> Calls:
-    """One sequence for few CTAs of many tiles of tokens, short ones, and pages."""
+    """One sequence for few CTAs of many tiles of tokens, short ones, of many parts, and pages."""
 
     def run(
         q_latent: Tensor, q_rope: Tensor, latent: Tensor, rope: Tensor, length: Tensor, table: Tensor | None = None,
@@ -363,6 +363,8 @@ def latents(format: LatentFormat, heads: int, tile: int, wide: bool, rank: int =
 
     yield call("many tiles", (1600,), longest=256)
     yield call("short", (1, 0, 64, 65, 200))
+    yield call("many parts", (2112,))
+    yield call("whose rows are divided too", (4096,))
     yield call("pages", (300, 77), torch.randperm(20).view(2, 10).to(torch.int32))
 
 

@@ -333,11 +333,19 @@ def test_hopper_configurations_fit(name: str, rank: int):
 
 
 def test_parts_of_a_sequence():
-    """Enough for all processors, in even shares of tiles, and no more than pay."""
-    backend = importlib.import_module("quantlab_kernels.mla_decode.sm90")
-    assert [backend.parts(16, tokens, 132) for tokens in (100, 1024, 4096, 65536)] == [1, 4, 8, 8]
-    assert [backend.parts(1, tokens, 132) for tokens in (64, 256, 4096, 65536)] == [1, 2, 32, 128]
-    assert [backend.parts(pairs, 4096, 132) for pairs in (64, 70, 128, 132, 500)] == [2, 5, 1, 1, 1]
+    """Enough for all processors, in even shares of tiles, and no more than pay: measured on an H200."""
+    op, division = (importlib.import_module(f"quantlab_kernels.mla_decode.{name}") for name in ("op", "division"))
+
+    def parts(code: str, heads: int, batch: int, tokens: int, tile: int = 16) -> int:
+        return division.parts(op.Problem(batch, heads, 1, 512, 64, tokens, code), tile, 132)
+
+    assert [parts("float", 16, 16, tokens) for tokens in (100, 1024, 4096, 65536)] == [1, 4, 8, 8]
+    assert [parts("float", 16, 1, tokens) for tokens in (64, 256, 4096, 65536)] == [1, 2, 32, 128]
+    assert [parts("float", 16, batch, 4096) for batch in (64, 70, 128, 132, 500)] == [2, 5, 1, 1, 1]
+    assert [parts(code, 128, 48, 3000, 64) for code in ("float", "e4m3", "int4")] == [1] * 3  # 4 take 8 to 11 % more
+    assert [parts(code, 16, 96, 3000) for code in ("e4m3", "int4")] == [1] * 2  # 4 take 15 to 27 % more
+    assert [parts(code, 64, 48, 3000, 64) for code in ("float", "e4m3", "int4")] == [2] * 3
+    assert [parts(code, 128, 16, 4096, 64) for code in ("float", "e4m3", "int4")] == [4] * 3
 
 
 @pytest.mark.parametrize(("code", "fewest", "step"), [("e4m3", 24, 8), ("int4", 32, 16)])
@@ -360,17 +368,23 @@ def test_rows_of_a_tile():
     def tile(code: str, heads: int, batch: int, tokens: int, sq: int = 1) -> int:
         return division.row_tile(op.Problem(batch, heads, sq, 512, 64, tokens, code))
 
-    assert [tile("e4m3", *call) for call in ((64, 1, 1024), (64, 16, 1024), (128, 2, 3000))] == [16] * 3
-    assert [tile("e4m3", *call) for call in ((96, 96, 1024), (96, 8, 1024), (20, 20, 12000))] == [24] * 3
+    assert [tile("e4m3", *call) for call in ((64, 1, 1024), (128, 2, 3000), (20, 3, 12000))] == [24] * 3
+    assert [tile("e4m3", *call) for call in ((48, 20, 1024), (96, 8, 1024), (20, 20, 12000))] == [24] * 3
     assert [tile("e4m3", *call) for call in ((64, 64, 1024), (128, 32, 1024), (32, 128, 4096))] == [32] * 3
+    assert [tile("e4m3", *call) for call in ((64, 16, 1024), (128, 16, 1024), (128, 1, 12000))] == [32] * 3
     assert [tile("e4m3", *call) for call in ((80, 20, 12000), (40, 12, 12000), (72, 5, 50000))] == [40] * 3
-    assert [tile("e4m3", *call) for call in ((96, 20, 12000), (56, 48, 6000))] == [48, 56]
+    assert [tile("e4m3", *call) for call in ((96, 20, 12000), (96, 96, 1024), (56, 48, 6000))] == [48, 48, 56]
     assert [tile("e4m3", *call) for call in ((64, 16, 4096), (128, 128, 4096), (128, 1, 65536))] == [64] * 3
-    assert tile("e4m3", 128, 16, 1024) == tile("int4", 128, 16, 1024) == 16
-    assert [tile("int4", *call) for call in ((64, 10, 1500), (96, 96, 1024), (24, 96, 1024))] == [32] * 3
-    assert [tile("int4", *call) for call in ((80, 20, 12000), (40, 12, 12000), (56, 48, 6000))] == [48, 48, 64]
+    assert [tile("int4", *call) for call in ((64, 10, 1500), (128, 16, 1024), (24, 96, 1024))] == [32] * 3
+    assert [tile("int4", *call) for call in ((80, 20, 12000), (40, 12, 12000), (96, 96, 1024))] == [48] * 3
+    assert [tile("int4", *call) for call in ((64, 16, 4096), (56, 48, 6000), (128, 1, 65536))] == [64] * 3
     assert [tile("int8", *call) for call in ((48, 1, 1024), (64, 16, 2048), (128, 32, 4096))] == [16, 32, 32]
-    assert [tile("float", *call) for call in ((64, 1, 1024), (64, 16, 4096), (32, 8, 4096))] == [16, 64, 32]
+    assert [tile("float", *call) for call in ((64, 1, 1024), (32, 8, 4096), (32, 24, 6000), (64, 16, 4096))] == [
+        16,
+        16,
+        32,
+        64,
+    ]
     assert tile("e4m3", 16, 128, 4096) == tile("e4m3", 1, 1, 64) == 16
     assert tile("e4m3", 16, 16, 1024, sq=4) == tile("e4m3", 64, 16, 1024)
 

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
 TILE = 64  # tokens
 LARGEST = 64  # rows of a tile
 MOST_PARTS = 128
-START = 4  # tiles whose time a CTA takes to start and end
 SHORT, SHORTEST = 256, 128  # tokens that are worth a CTA, and that are where most processors are idle
 
 # Microseconds that a CTA takes to start and end, and for each tile of tokens, by its rows. 16 rows are `sm90`'s, as are
@@ -27,22 +26,18 @@ COSTS: dict[Code, dict[int, tuple[float, float]]] = {
     "int8": {16: (5.2, 1.08), 32: (7.5, 1.63), 64: (11.2, 3.27)},
 }
 EVEN: dict[Code, tuple[int, int]] = {"e4m3": (24, 8), "int4": (32, 16)}  # fewest rows of `sm90_rows`, and steps
-MERGE, MERGE_ROWS = 2.0, 1 / 1024  # microseconds of the second kernel, and for each row of the call
+MERGE, MERGE_PART = 2.0, 1 / 2048  # microseconds of the second kernel, and to write and read a part of a row
 PROCESSORS = 132  # of the GPU that was measured
 
 
 @remembered
-def parts(pairs: int, tokens: int, processors: int) -> int:
-    """Parts of the tokens of each of `pairs` of sequence and tile of rows, which have at most `tokens`.
-
-    The smallest number with the least time: waves of CTAs times what each takes, its tiles of tokens and START.
-    """
-    shortest = SHORTEST if pairs * -(-tokens // SHORTEST) <= processors // 2 else SHORT
-    most = max(1, min(MOST_PARTS, tokens // shortest, 4 * processors // pairs))
-    tiles = -(-tokens // TILE)
-    return min(
-        range(1, most + 1), key=lambda count: (-(-pairs * count // processors) * (-(-tiles // count) + START), count)
-    )
+def parts(problem: Problem, tile: int, processors: int) -> int:
+    """Parts of the tokens of each sequence: the smallest number with the least expected time."""
+    p = problem
+    pairs = p.batch * -(-p.heads * p.sq // tile)  # of sequence and tile of rows
+    shortest = SHORTEST if pairs * -(-p.longest // SHORTEST) <= processors // 2 else SHORT
+    most = max(1, min(MOST_PARTS, p.longest // shortest, 4 * processors // pairs))
+    return min(range(1, most + 1), key=lambda count: (_time_us(p, tile, count, processors), count))
 
 
 @remembered
@@ -79,11 +74,14 @@ def _cost(code: Code, tile: int) -> tuple[float, float]:
 
 def time_us(problem: Problem, tile: int) -> float:
     """Expected time of a call with tiles of so many rows."""
+    return _time_us(problem, tile, parts(problem, tile, PROCESSORS), PROCESSORS)
+
+
+def _time_us(problem: Problem, tile: int, count: int, processors: int) -> float:
+    """Waves of CTAs, times what each takes for its share of the tokens, and the second kernel."""
     p, (start, each) = problem, _cost(problem.code, tile)
     rows = p.heads * p.sq
-    pairs = p.batch * -(-rows // tile)
-    count = parts(pairs, p.longest, PROCESSORS)
-    waves = -(-pairs * count // PROCESSORS)
+    waves = -(-p.batch * -(-rows // tile) * count // processors)
     tiles = -(-p.longest // TILE)
-    merge = MERGE + MERGE_ROWS * p.batch * rows if count > 1 else 0.0
+    merge = MERGE + MERGE_PART * p.batch * rows * count if count > 1 else 0.0
     return waves * (start + each * -(-tiles // count)) + merge

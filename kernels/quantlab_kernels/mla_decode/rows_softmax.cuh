@@ -109,20 +109,27 @@ struct Softmax {
       x[2 * j] *= by.x, x[2 * j + 1] *= by.y;
     }
   }
-  // The largest, or the sum, of a warp's tokens for each row.
-  template <bool LARGEST>
-  static DEVICE void reduce(float (&x)[N / 4], const Shared& s, const Thread& me) {
+  // Of 2 HALF values, lanes that are 2 HALF apart leave each other half, and take the largest, or the sum, of both.
+  template <bool LARGEST, int HALF>
+  static DEVICE void exchange(float (&x)[16], const Thread& me) {
+    const bool upper = me.lane & 2 * HALF;
 #pragma unroll
-    for (int step = 4; step < 32; step *= 2) {
-#pragma unroll
-      for (int i = 0; i < N / 4; i++) {
-        const float other = __shfl_xor_sync(~0u, x[i], step);
-        x[i] = LARGEST ? fmaxf(x[i], other) : x[i] + other;
-      }
+    for (int i = 0; i < HALF; i++) {
+      const float low = x[i], high = x[i + HALF], own = upper ? high : low;
+      const float other = __shfl_xor_sync(~0u, upper ? low : high, 2 * HALF);
+      x[i] = LARGEST ? fmaxf(own, other) : own + other;
     }
+  }
+  // The largest, or the sum, of a warp's tokens for each row, of which a thread is left with 8 g + 2 t + {0, 1}.
+  template <bool LARGEST>
+  static DEVICE void reduce(const float (&each)[N / 4], const Shared& s, const Thread& me) {
+    float x[16];
 #pragma unroll
-    for (int i = 0; i < N / 4; i++)
-      if (me.g == 0) write(partial(s, me.warp, i / 2 * 8 + 2 * me.t + i % 2), x[i]);
+    for (int i = 0; i < 16; i++) x[i] = i < N / 4 ? each[i < N / 4 ? i : 0] : 0.0f;
+    exchange<LARGEST, 8>(x, me);
+    exchange<LARGEST, 4>(x, me);
+    exchange<LARGEST, 2>(x, me);
+    if (8 * me.g < N) write(partial(s, me.warp, 8 * me.g + 2 * me.t), uint2{__float_as_uint(x[0]), __float_as_uint(x[1])});
     group_sync(me);
   }
   template <bool LARGEST>

@@ -160,7 +160,7 @@ def run(
     q_latent, q_rope = (x if _in_pieces(x, grid.pieces) else x.contiguous() for x in (q_latent, q_rope))
     rows = p.heads * p.sq
     tiles = -(-rows // grid.rows)
-    count = parts(p.batch * tiles, p.longest, gpu_of(q_latent).sm_count)
+    count = parts(p, grid.rows, gpu_of(q_latent).sm_count)
     part = sums = None
     if count > 1:
         part = q_latent.new_empty(count * p.batch * rows * p.rank, dtype=torch.float32)
