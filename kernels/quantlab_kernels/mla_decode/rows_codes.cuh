@@ -4,8 +4,8 @@
 
 constexpr int STAGING_WARPS = THREADS / 32;
 
-// Queries come all at once as they are, to where later tiles will lie, and go from there to what the MMA takes. Nothing
-// of them depends on lengths, which are on their way.
+// Queries come all at once as they are, to where later tiles will lie, and go from there to what the MMA takes. They are
+// asked for before lengths are there: `last` of a row is not known yet.
 DEVICE void fetch_queries(const Params& p, const Work& work, const Shared& s) {
   const int n = threadIdx.x / 32 + threadIdx.x % 32 * STAGING_WARPS;
   if (n >= N) return;
