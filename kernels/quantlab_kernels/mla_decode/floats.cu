@@ -100,7 +100,9 @@ DEVICE void copy_piece(u32 to, const char* from, bool there) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(there ? 16 : 0) : "memory");
 }
 
-// Queries as they are, in chunks as latents have them.
+// Queries as they are, in chunks as latents have them. All warps but the first take rows in turns, with little code: what
+// runs once waits for its instructions.
+constexpr int STAGERS = THREADS / 32 - 1;
 DEVICE void stage_queries(const Params& p, const Work& work, const Shared& s) {
   const int lane = threadIdx.x % 32;
 #pragma unroll 1

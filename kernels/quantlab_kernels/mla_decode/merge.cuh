@@ -6,14 +6,7 @@
 #if AVERAGES
 constexpr int WIDTH = 8;  // channels of a thread
 using Part = uint4;
-DEVICE void unpack_part(float (&x)[WIDTH], Part part) {
-  const u32 words[4] = {part.x, part.y, part.z, part.w};
-#pragma unroll
-  for (int i = 0; i < WIDTH; i++) {
-    const u16 bits = static_cast<u16>(words[i / 2] >> 16 * (i % 2));
-    x[i] = QUERY == 1 ? BFloat16::unpack(bits) : Float16::unpack(bits);
-  }
-}
+DEVICE void unpack_part(float (&x)[WIDTH], Part part) { unpack<QUERY>(x, part); }
 #else
 constexpr int WIDTH = 4;
 using Part = float4;

@@ -9,15 +9,9 @@ DEVICE u32 e4m3_four(u32 low, u32 high) {
   return r;
 }
 
-DEVICE float2 query_floats(u32 x) {
-  const u16 low = static_cast<u16>(x), high = static_cast<u16>(x >> 16);
-  if (QUERY == 1) return {BFloat16::unpack(low), BFloat16::unpack(high)};
-  return {Float16::unpack(low), Float16::unpack(high)};
-}
-
 // Four channels of a query, raised, as sums of two numbers. What float16 would round is beneath both.
 DEVICE uint2 two_numbers(u32 a, u32 b, float raised) {
-  const float2 x = query_floats(a), y = query_floats(b);
+  const float2 x = unpack<QUERY>(a), y = unpack<QUERY>(b);
   const u32 low = Float16::pack(x.x * raised, x.y * raised), high = Float16::pack(y.x * raised, y.y * raised);
   const u32 first = e4m3_four(low, high);
   return {first, e4m3_four(minus(low, fp8_pair(first)), minus(high, fp8_pair(first >> 16)))};
@@ -35,7 +29,7 @@ DEVICE u32 larger(uint4 x) { return larger(larger(x.x, x.y), larger(x.z, x.w)); 
 DEVICE float largest(u32 most) {
 #pragma unroll
   for (int i = 1; i < 16; i *= 2) most = larger(most, __shfl_xor_sync(~0u, most, i));
-  const float2 both = query_floats(most);
+  const float2 both = unpack<QUERY>(most);
   return fmaxf(fabsf(both.x), fabsf(both.y));
 }
 
@@ -56,7 +50,7 @@ DEVICE void stage_row(const uint4 (&latent)[PIECES], uint2 rope, u32 n, int last
     write(to + 2 * i * QUERY_CHUNK, uint2{a.x, b.x});
     write(to + (2 * i + 1) * QUERY_CHUNK, uint2{a.y, b.y});
   }
-  const float2 a = query_floats(rope.x), b = query_floats(rope.y);
+  const float2 a = unpack<QUERY>(rope.x), b = unpack<QUERY>(rope.y);
   write(to + 2 * CHUNKS * QUERY_CHUNK,
         uint2{pack<KEPT>(a.x * raised, a.y * raised), pack<KEPT>(b.x * raised, b.y * raised)});
   if (lane == 0) write_row(base, n, last, p.factor * lowered);

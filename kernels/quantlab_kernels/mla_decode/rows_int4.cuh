@@ -22,17 +22,9 @@ DEVICE float largest(u32 most) {
 // The power of two by which it comes near 128.
 DEVICE float raising(float most) { return __uint_as_float((260 - max(__float_as_uint(most) >> 23, 27u)) << 23); }
 
-DEVICE void unpack_piece(float (&x)[8], uint4 piece) {
-  const u32 words[4] = {piece.x, piece.y, piece.z, piece.w};
-#pragma unroll
-  for (int i = 0; i < 8; i++) {
-    const u16 bits = static_cast<u16>(i % 2 ? words[i / 2] >> 16 : words[i / 2]);
-    x[i] = QUERY == 1 ? BFloat16::unpack(bits) : Float16::unpack(bits);
-  }
-}
 DEVICE void write_positions(u32 base, int n, uint4 piece, float raised) {
   float x[8];
-  unpack_piece(x, piece);
+  unpack<QUERY>(x, piece);
   write(base + OFFSET_QUERIES + (QUERY_CHUNKS - 1) * QUERY_CHUNK + swizzled(n, threadIdx.x % 8 * 16),
         uint4{pack<KEPT>(x[0] * raised, x[1] * raised), pack<KEPT>(x[2] * raised, x[3] * raised),
               pack<KEPT>(x[4] * raised, x[5] * raised), pack<KEPT>(x[6] * raised, x[7] * raised)});
@@ -51,7 +43,7 @@ DEVICE void stage_row(const uint4 (&latent)[PIECES], uint4 rope, int n, int last
   for (int i = 0; i < PIECES; i++) {
     const int piece = 8 * i + lane;
     float x[8];
-    unpack_piece(x, latent[i]);
+    unpack<QUERY>(x, latent[i]);
 #pragma unroll
     for (int j = 0; j < 2; j++) {
       u32 code[4];

@@ -63,8 +63,7 @@ DEVICE u64 plain_descriptor(u32 address) {
   return result;
 }
 
-// Where a row of queries lies, and the last token that it sees. All warps but the first take rows in turns, with little
-// code: what runs once waits for its instructions.
+// Where a row of queries lies, and the last token that it sees.
 struct Row {
   bool there;
   const char *latent, *rope;
@@ -77,7 +76,6 @@ struct Row {
     last = work.length - p.sq + min(query, p.sq - 1);
   }
 };
-constexpr int STAGERS = THREADS / 32 - 1;
 
 // Rows of half a tile that hold nothing become zeros: NaN times a weight of 0 would be NaN.
 DEVICE void clear_hidden(const Work& work, const Thread& me, u32 half, int position) {

@@ -91,15 +91,28 @@ template <int KIND>
 DEVICE u32 pack(float low, float high) {
   return KIND == 1 ? BFloat16::pack(low, high) : Float16::pack(low, high);
 }
+// The other way: of two numbers of 16 bits, and of eight.
+template <int KIND>
+DEVICE float2 unpack(u32 pair) {
+  const u16 low = static_cast<u16>(pair), high = static_cast<u16>(pair >> 16);
+  if (KIND == 1) return {BFloat16::unpack(low), BFloat16::unpack(high)};
+  return {Float16::unpack(low), Float16::unpack(high)};
+}
+template <int KIND>
+DEVICE void unpack(float (&x)[8], uint4 pairs) {
+  const u32 words[4] = {pairs.x, pairs.y, pairs.z, pairs.w};
+#pragma unroll
+  for (int i = 0; i < 8; i++) {
+    const u16 bits = static_cast<u16>(words[i / 2] >> 16 * (i % 2));
+    x[i] = KIND == 1 ? BFloat16::unpack(bits) : Float16::unpack(bits);
+  }
+}
 DEVICE u16 e4m3_pair(float low, float high) {
   u16 r;
   asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(r) : "f"(high), "f"(low));
   return r;
 }
-DEVICE float2 e4m3_floats(u16 pair) {
-  const u32 halves = fp8_pair(pair);
-  return {Float16::unpack(halves & 0xFFFF), Float16::unpack(halves >> 16)};
-}
+DEVICE float2 e4m3_floats(u16 pair) { return unpack<2>(fp8_pair(pair)); }
 template <int KIND>
 DEVICE void store_float(char* base, i64 index, float x) {
   if (KIND == 0) reinterpret_cast<float*>(base)[index] = x;
