@@ -348,6 +348,20 @@ def test_parts_of_a_sequence():
     assert [parts(code, 128, 16, 4096, 64) for code in ("float", "e4m3", "int4")] == [4] * 3
 
 
+@pytest.mark.parametrize("width", [4, 8])
+@pytest.mark.parametrize("rank", [256, 512])
+def test_every_part_is_merged(width: int, rank: int):
+    """By a CTA of no more threads than `merge.cuh` is compiled for, each of which takes 32 / `width` parts."""
+    op, sm90 = (importlib.import_module(f"quantlab_kernels.mla_decode.{name}") for name in ("op", "sm90"))
+    for count in range(2, 129):
+        shape = sm90.merge_shape(op.Problem(3, 5, 2, rank, 64, 4096, "e4m3"), count, width)
+        channels = 3 * 5 * 2 * rank // shape.grid
+        groups = shape.block // (channels // width)
+        assert shape.block <= 512
+        assert groups * (32 // width) >= count
+        assert shape.shared == (0 if groups == 1 else groups * (channels + 2) * 4)
+
+
 @pytest.mark.parametrize(("code", "fewest", "step"), [("e4m3", 24, 8), ("int4", 32, 16)])
 def test_even_tiles_hold_all_rows(code: str, fewest: int, step: int):
     """With no more of them than there need be for what one holds, and nothing that an MMA does not take."""

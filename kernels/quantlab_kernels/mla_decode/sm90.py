@@ -28,7 +28,7 @@ _CODES: dict[Code, int] = {"float": 0, "e4m3": 1, "int8": 2, "int4": 3}
 _MAPPED = {torch.bfloat16: driver.BFLOAT16, torch.float16: driver.FLOAT16}
 _FOLDER = Path(__file__).parent
 CHUNK, ROPE = 8192, 64  # bytes of 64 tokens in the ring, channels of the position
-MERGED, MERGERS = 32, 512  # channels times parts that a thread of the second kernel merges, threads of its CTA
+MERGED = 32  # channels times parts that a thread of the second kernel merges
 MANY_PARTS = 32  # from which on a CTA of the second kernel takes but 128 channels
 SHARED = 232448  # bytes of shared memory that a CTA may have
 
@@ -181,12 +181,17 @@ def run(
     shape = driver.Launch(p.batch * tiles * count, grid.threads, grid.cluster, SHARED, early=True)
     attend.launch(shape, params, device)
     if count > 1:
-        channels = p.rank if count < MANY_PARTS else 128
-        lanes = channels // grid.merged
-        groups = -(-count * grid.merged // MERGED)
-        shared = groups * (4 * channels + 8) if groups > 1 else 0
-        ctas = p.batch * rows * p.rank // channels
-        merge.launch(driver.Launch(ctas, lanes * groups, 1, shared, early=True), params, device)
+        merge.launch(merge_shape(p, count, grid.merged), params, device)
+
+
+def merge_shape(problem: Problem, count: int, width: int) -> driver.Launch:
+    """Of the kernel that adds `count` parts: a row's threads, of `width` channels each, in groups that share the parts
+    and meet in shared memory, with sums of all channels and two numbers for each group."""
+    p, channels = problem, problem.rank if count < MANY_PARTS else 128
+    groups = -(-count * width // MERGED)
+    shared = groups * (4 * channels + 8) if groups > 1 else 0
+    ctas = p.batch * p.heads * p.sq * p.rank // channels
+    return driver.Launch(ctas, channels // width * groups, 1, shared, early=True)
 
 
 def _in_pieces(x: Tensor, channels: int) -> bool:
