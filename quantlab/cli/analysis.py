@@ -7,11 +7,8 @@ from typing import Annotated
 
 from typer import Argument, Option
 
+from quantlab.cli.options import BaselineRevision, Device, OutputFormat, RemoteCode, Revision
 from quantlab.cli.output import Format, print_json, print_tables, progress
-
-TRUST = Annotated[bool, Option("--trust-remote-code", help="Run the Python files that come with the model.")]
-REVISION = Annotated[str | None, Option("--revision", help="Branch, tag or commit on the hub.", show_default=False)]
-FORMAT = Annotated[Format, Option("--format", help="human or json.")]
 
 
 def report(
@@ -22,9 +19,7 @@ def report(
     baseline: Annotated[
         str | None, Option("--baseline", help="The model it was made from: errors of weights.", show_default=False)
     ] = None,
-    baseline_revision: Annotated[
-        str | None, Option("--baseline-revision", help="Its branch, tag or commit on the hub.", show_default=False)
-    ] = None,
+    baseline_revision: BaselineRevision = None,
     calib: Annotated[
         str | None,
         Option("--calib", help="Data for errors of outputs, outliers: bundled, file, data set.", show_default=False),
@@ -33,8 +28,8 @@ def report(
         bool, Option("--generate", help="Texts that it writes, beside the baseline's; speed and memory.")
     ] = False,
     png: Annotated[bool, Option("--png", help="The plots as PNG files too.")] = False,
-    trust_remote_code: TRUST = False,
-    format: FORMAT = Format.human,
+    trust_remote_code: RemoteCode = False,
+    format: OutputFormat = Format.human,
 ) -> None:
     """One HTML page on what quantization did and what it cost, and the same as JSON."""
     import json
@@ -65,7 +60,7 @@ def report(
 def compare(
     a: Annotated[str, Argument(metavar="A", help="A checkpoint that was evaluated, or its eval.json.")],
     b: Annotated[str, Argument(metavar="B", help="Another one, measured with the same settings.")],
-    format: FORMAT = Format.human,
+    format: OutputFormat = Format.human,
 ) -> None:
     """Two evaluations side by side, with the standard errors of their differences."""
     from quantlab.compare import compare as run
@@ -90,10 +85,10 @@ def sensitivity(
     ] = None,
     fast: Annotated[bool, Option("--fast", help="Estimate all layers in one pass forward and back.")] = False,
     png: Annotated[bool, Option("--png", help="A map of the layers as PNG, beside the JSON file.")] = False,
-    device: Annotated[str, Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
-    revision: REVISION = None,
-    trust_remote_code: TRUST = False,
-    format: FORMAT = Format.human,
+    device: Device = "auto",
+    revision: Revision = None,
+    trust_remote_code: RemoteCode = False,
+    format: OutputFormat = Format.human,
 ) -> None:
     """Which layers suffer most: the KL to the original when each fused group alone is quantized."""
     from quantlab import plots

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
+from quantlab.cli.options import Device, OutputFormat, RemoteCode, Revision
 from quantlab.cli.output import Format, print_json, print_tables, progress
 from quantlab.errors import UsageError, VerificationError
 
@@ -80,12 +81,8 @@ KVFormat = Annotated[
 Output = Annotated[
     Path | None, Option("-o", "--output", help="Folder to make.", show_default="MODEL's name plus the scheme")
 ]
-Device = Annotated[str, Option("--device", help="auto, cpu, cuda or cuda:N.")]
 Workers = Annotated[int | None, Option("--workers", min=1, help="Tensors in flight at once.", show_default="by cores")]
-Revision = Annotated[str | None, Option("--revision", help="Branch, tag or commit on the hub.", show_default=False)]
-RemoteCode = Annotated[bool, Option("--trust-remote-code", help="Run the Python files that come with the model.")]
 Overwrite = Annotated[bool, Option("--overwrite", help="Replace an output that exists.")]
-OutputFormat = Annotated[Format, Option("--format", help="human or json.")]
 
 CALIBRATION_OPTIONS = {  # by the keys of a recipe's [calibration]
     "data": "--calib",

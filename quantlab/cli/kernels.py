@@ -7,10 +7,9 @@ from typing import Annotated
 
 from typer import Argument, Option
 
+from quantlab.cli.options import OutputFormat
 from quantlab.cli.output import Format, print_json, print_table, progress
 from quantlab.errors import UsageError
-
-OutputFormat = Annotated[Format, Option("--format", help="human or json.")]
 
 
 def explain(

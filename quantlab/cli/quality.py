@@ -7,6 +7,7 @@ from typing import Annotated
 
 from typer import Argument, Option
 
+from quantlab.cli.options import BaselineRevision, OutputFormat, RemoteCode, Revision
 from quantlab.cli.output import Format, print_json, print_tables, progress
 
 
@@ -54,16 +55,10 @@ def eval(
         Path | None,
         Option("--output", "-o", help="JSON file, besides DIR/quantlab/eval.json.", show_default=False),
     ] = None,
-    revision: Annotated[
-        str | None, Option("--revision", help="Branch, tag or commit of MODEL on the hub.", show_default=False)
-    ] = None,
-    baseline_revision: Annotated[
-        str | None, Option("--baseline-revision", help="The same of the baseline.", show_default=False)
-    ] = None,
-    trust_remote_code: Annotated[
-        bool, Option("--trust-remote-code", help="Run the Python files that come with the model.")
-    ] = False,
-    format: Annotated[Format, Option("--format", help="human or json.")] = Format.human,
+    revision: Revision = None,
+    baseline_revision: BaselineRevision = None,
+    trust_remote_code: RemoteCode = False,
+    format: OutputFormat = Format.human,
 ) -> None:
     """Measure what quantization cost: perplexity, KL to the baseline, top-1 agreement, with standard errors."""
     from quantlab.evaluate import evaluate
