@@ -317,6 +317,7 @@ def decode(format: KVFormat, d: int) -> Calls:
 
     yield call("few CTAs", 4, (2900,), longest=256)
     yield call("many CTAs", 4, (1300,), longest=1300)
+    yield call("a CTA for each head", 4, tuple(range(1, 145, 3)), longest=5000)
     yield call("ragged, rows in two tiles", 9, (1, 0, 64, 200), sq=2, softcap=20.0)
     pages = torch.randperm(20).view(2, 10).to(torch.int32)
     yield call("pages", 4, (300, 77), pages)

@@ -187,6 +187,8 @@ ON_A_GPU = [
     Case("k8v4", (3000, 10), heads=1, d=256, first=9, newest=70, window=1000),
     Case("int4", (200, 20), d=128, first=4, newest=20, ring=True, capacity=48, window=48),
     *(Case(name, tuple(range(3, 125, 2)), d=128) for name in ("fp8", "int4")),  # as many heads as multiprocessors
+    Case("int4", (4500, 3, 0, 4097, 700, 4352), heads=16, d=128),  # almost as many, and long
+    Case("int4", (4352, 70, 4500, 1, 300, 64), heads=16, first=4, newest=64),
     *(Case(name, (131072,), heads=1, group=8, d=128, even=True) for name in ("fp8", "int8", "int4")),
 ]
 
@@ -299,7 +301,15 @@ def test_shares_are_whole_tiles_of_a_full_wave():
     assert [shares(pairs, tokens, 2, 132, 128)[0] for pairs, tokens in ((512, 4096), (1024, 8192), (128, 32768))] == [
         1, 1, 2
     ]  # fmt: skip
-    assert shares(128, 1024, 1, 132, 192) == (1, False)
+
+
+def test_sequences_are_divided_only_where_that_pays():
+    """Writing, reading and adding parts has a price, and so has every wave: measured on an H200."""
+    assert [shares(192, 2048, 2, 132, tile)[0] for tile in (128, 256)] == [1, 1]  # 4 take 24 to 33 % more
+    assert [shares(560, 1000, 2, 132, tile)[0] for tile in (128, 256)] == [1, 1]  # 2 take 20 to 34 % more
+    assert shares(40, 12000, 2, 132, 128)[0] == 6  # 19 take 15 % more
+    few = [shares(pairs, tokens, 2, 132, 128)[0] for pairs, tokens in ((72, 3000), (48, 2048), (24, 5000))]
+    assert few == [3, 5, 11]
 
 
 def problem(format: str, d: int = 128, **more) -> Problem:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from quantlab_kernels.attention_decode import triton
 from quantlab_kernels.attention_decode.reference import Attributes
-from quantlab_kernels.attention_decode.splits import FULL, shares
+from quantlab_kernels.attention_decode.splits import shares
 from quantlab_kernels.common import driver, nvrtc
 from quantlab_kernels.common.backends import remembered
 from quantlab_kernels.common.hardware import gpu_of
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 _FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _CODES: dict[Code, int] = {"e4m3": 0, "int8": 1, "int4": 2}
 TILE = 16  # tokens of an MMA
+WARPS = 8  # of a CTA, unless it is alone
+ONE_WAVE = 0.72  # of the processors, from which on a CTA of many warps for each sequence and head is quickest
+LONG = 4096  # tokens
 _HEADERS = ("operands.cuh", "tiles.cuh", "sums.cuh")
 _FOLDER = Path(__file__).parent
 
@@ -36,7 +39,7 @@ class Config:
     """eights: query rows of a tile / 8; warps, stages of a warp's ring, tiles of a stage, ctas on a multiprocessor."""
 
     eights: int
-    warps: int = 8
+    warps: int = WARPS
     stages: int = 3
     ctas: int = 2
     tiles: int = 1
@@ -69,7 +72,8 @@ def supports(problem: Problem) -> str | None:
 def config(problem: Problem, sm_count: int = 132) -> Config:
     """Two CTAs of eight warps; one where accumulators fill the registers. Short rows come 32 at a time.
 
-    As many sequences and heads as multiprocessors get one CTA of twelve warps each: nothing is divided then.
+    Almost as many sequences and heads as multiprocessors get one CTA of twelve warps each, and are not divided. Long
+    sequences in INT4, which are bound by instructions, get sixteen.
     """
     rows = problem.heads_q // problem.heads_kv * problem.sq
     wide = sum(problem.d // (2 if code == "int4" else 1) for code in (problem.key, problem.value))
@@ -78,8 +82,9 @@ def config(problem: Problem, sm_count: int = 132) -> Config:
         return Config(1, stages=2 if wide > 256 else 3, ctas=1)
     if rows > 8:
         return Config(2, ctas=1, tiles=tiles)
-    one_wave = FULL * sm_count <= problem.batch * problem.heads_kv <= sm_count
-    return Config(1, warps=12, ctas=1, tiles=tiles) if one_wave else Config(1, tiles=tiles)
+    if not ONE_WAVE * sm_count <= problem.batch * problem.heads_kv <= sm_count:
+        return Config(1, tiles=tiles)
+    return Config(1, warps=16 if problem.longest > LONG and wide <= problem.d else 12, ctas=1, tiles=tiles)
 
 
 def source(config: Config, problem: Problem) -> nvrtc.Source:
@@ -142,7 +147,9 @@ def launch(
     tiles = -(-rows // (8 * chosen.eights))
     tokens = p.longest if p.window < 0 else min(p.longest, p.window + p.sq)
     pairs = p.batch * p.heads_kv * tiles
-    count, clustered = shares(pairs, tokens, chosen.ctas, sm_count, chosen.warps * chosen.tiles * TILE)
+    count, clustered = 1, False
+    if chosen.warps == WARPS:
+        count, clustered = shares(pairs, tokens, chosen.ctas, sm_count, WARPS * chosen.tiles * TILE)
     mergers = 1 if count <= 8 else 4  # threads that add up the shares of one element
     part = sums = None
     if count > 1 and not clustered:
