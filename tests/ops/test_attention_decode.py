@@ -312,6 +312,18 @@ def test_sequences_are_divided_only_where_that_pays():
     assert few == [3, 5, 11]
 
 
+def test_almost_as_many_heads_as_processors_get_a_cta_each():
+    sm90 = importlib.import_module("quantlab_kernels.attention_decode.sm90")
+
+    def warps(format: str, batch: int, tokens: int) -> int:
+        return sm90.config(Problem(batch, 32, 8, 1, 128, tokens, *FORMATS[format]), 132).warps
+
+    assert [warps("fp8", batch, 1024) for batch in (11, 12, 16, 17)] == [8, 12, 12, 8]
+    assert [warps("int4", 12, tokens) for tokens in (4096, 4352, 12288, 16384)] == [12, 16, 16, 8]
+    assert [warps("int4", batch, 32768) for batch in (13, 14, 16)] == [8, 16, 16]
+    assert warps("k8v4", 12, 32768) == 12
+
+
 def problem(format: str, d: int = 128, **more) -> Problem:
     return Problem(1, 8, 2, 1, d, 1024, *FORMATS[format], **more)
 

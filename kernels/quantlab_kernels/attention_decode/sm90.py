@@ -28,8 +28,9 @@ _FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _CODES: dict[Code, int] = {"e4m3": 0, "int8": 1, "int4": 2}
 TILE = 16  # tokens of an MMA
 WARPS = 8  # of a CTA, unless it is alone
-ONE_WAVE = 0.72  # of the processors, from which on a CTA of many warps for each sequence and head is quickest
-LONG = 4096  # tokens
+# Of the processors, from which on a CTA of many warps for each sequence and head is quickest; and of very long INT4.
+ONE_WAVE, BUSY = 0.72, 0.84
+LONG, VERY_LONG = 4096, 12288  # tokens
 _HEADERS = ("operands.cuh", "tiles.cuh", "sums.cuh")
 _FOLDER = Path(__file__).parent
 
@@ -72,8 +73,8 @@ def supports(problem: Problem) -> str | None:
 def config(problem: Problem, sm_count: int = 132) -> Config:
     """Two CTAs of eight warps; one where accumulators fill the registers. Short rows come 32 at a time.
 
-    Almost as many sequences and heads as multiprocessors get one CTA of twelve warps each, and are not divided. Long
-    sequences in INT4, which are bound by instructions, get sixteen.
+    Almost as many sequences and heads as multiprocessors get one CTA of twelve warps each, and are not divided. INT4 is
+    bound by instructions: long sequences get sixteen warps, and very long ones leave no processors without work.
     """
     rows = problem.heads_q // problem.heads_kv * problem.sq
     wide = sum(problem.d // (2 if code == "int4" else 1) for code in (problem.key, problem.value))
@@ -82,9 +83,11 @@ def config(problem: Problem, sm_count: int = 132) -> Config:
         return Config(1, stages=2 if wide > 256 else 3, ctas=1)
     if rows > 8:
         return Config(2, ctas=1, tiles=tiles)
-    if not ONE_WAVE * sm_count <= problem.batch * problem.heads_kv <= sm_count:
+    int4 = problem.key == problem.value == "int4"
+    least = BUSY if int4 and problem.longest > VERY_LONG else ONE_WAVE
+    if not least * sm_count <= problem.batch * problem.heads_kv <= sm_count:
         return Config(1, tiles=tiles)
-    return Config(1, warps=16 if problem.longest > LONG and wide <= problem.d else 12, ctas=1, tiles=tiles)
+    return Config(1, warps=16 if int4 and problem.longest > LONG else 12, ctas=1, tiles=tiles)
 
 
 def source(config: Config, problem: Problem) -> nvrtc.Source:

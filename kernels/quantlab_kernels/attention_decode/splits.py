@@ -13,8 +13,8 @@ CLUSTER = 8  # CTAs of a cluster that every GPU runs
 SHORT, SHORTEST = 512, 128  # tokens of a part that are quickly read, and that are worth a CTA of a cluster
 
 # What a wave of CTAs and merging cost, in tiles of a CTA on a full GPU, and a tile of a CTA that has a processor for
-# itself. Fitted to times on an H200: 29 shapes, FP8 and INT4, 64 to 256 channels a head.
-START, ALONE = 2.5, 0.65
+# itself. Fitted to times on an H200: 41 shapes, FP8 and INT4, 64 to 256 channels a head.
+START, ALONE = 2.5, 0.75
 MERGE, MERGE_PART = 2.0, 0.2  # the second kernel, and, for each processor, a part that is written and read
 
 
