@@ -50,8 +50,8 @@ def shares(pairs: int, tokens: int, ctas: int, processors: int, tile: int) -> tu
     most = max(1, min(MOST, -(-tokens // LEAST), -(-4 * ctas * processors // pairs)))
     tiles = tokens / tile
     best = min(range(1, most + 1), key=lambda count: _time(pairs * count, tiles / count, count, ctas, processors))
-    fewest = next(c for c in range(best - best // 20, best + 1) if math.ceil(tiles / c) == math.ceil(tiles / best))
-    return fewest, False
+    few_less = range(best - best // 20, best + 1)
+    return next(count for count in few_less if math.ceil(tiles / count) == math.ceil(tiles / best)), False
 
 
 def _time(programs: int, tiles: float, count: int, ctas: int, processors: int) -> float:
