@@ -130,9 +130,29 @@ def _norm_at_once(self: Any, x: Tensor) -> Tensor:
 def _expand(self: Any, latent: Any, rope: Any) -> tuple[Any, Any]:
     """`expand_kv` of a prepared module: handles go on to attention as they are."""
     if isinstance(latent, LatentHandle):
-        latent.absorbed = getattr(self, _ABSORBED)
+        latent.absorbed = absorbed_of(self)
         return latent, latent
     return type(self).expand_kv(self, latent, rope)
+
+
+def absorbed_of(module: Any) -> Absorbed:
+    """What `prepare` has bound to a module; read anew where its projection was replaced, changed, cast or moved since,
+    which a compiled graph does not ask."""
+    found: Absorbed = getattr(module, _ABSORBED)
+    if torch.compiler.is_compiling() or found.state == _state(module):
+        return found
+    turn = None if found.turn is None else hadamard(found.latent)
+    found = Absorbed(module, turn, found.asked)
+    setattr(module, _ABSORBED, found)
+    return found
+
+
+def _state(module: Any) -> tuple[Any, ...]:
+    """What differs once a module expands latents in another way: adapters, weights, dropout of either."""
+    projection = module.kv_b_proj
+    weights = (*projection.parameters(), *projection.buffers())
+    versions = ((x.data_ptr(), x.dtype, None if x.is_inference() else x._version) for x in weights)
+    return id(projection), projection.training, *versions
 
 
 class Absorbed:
@@ -149,6 +169,7 @@ class Absorbed:
 
     def __init__(self, module: Any, turn: Tensor | None = None, codes: bool | None = None) -> None:
         self.module, self.rope = module, module.qk_rope_head_dim
+        self.asked, self.state = codes, _state(module)
         weight = next(module.kv_a_layernorm.parameters())  # a projection may hold codes
         self.device, self.dtype = weight.device, weight.dtype
         self.turn = None if turn is None else turn.to(self.device, self.dtype)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from quantlab.formulas import alike, epsilon, norm_offset, untouched
-from quantlab.latent import Absorbed, LatentHandle, LatentLayer, modules
+from quantlab.latent import Absorbed, LatentHandle, LatentLayer, absorbed_of, modules
 from quantlab_kernels import mla_decode, mla_turn
 from quantlab_kernels.mla_append.reference import normalized, turned_pairs
 
@@ -79,8 +79,7 @@ class Step:
 
     @property
     def absorbed(self) -> Absorbed:
-        absorbed: Absorbed = self.module.quantlab_absorbed
-        return absorbed
+        return absorbed_of(self.module)
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         layer = self._layer(hidden_states, kwargs)

@@ -173,6 +173,57 @@ def test_joined_projections_are_left_when_they_change():
     model.load_state_dict(tiny("DeepseekV2", q_lora_rank=None).state_dict())
 
 
+class Adapter(torch.nn.Module):
+    """A projection and another of low rank beside it."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.in_features = base, base.in_features
+        self.beside = torch.nn.Linear(base.in_features, base.out_features, bias=False)
+
+    def forward(self, x):
+        return self.base(x) + self.beside(x)
+
+
+def adapted(model):
+    torch.manual_seed(2)
+    for module in latent.modules(model):
+        module.kv_b_proj = Adapter(module.kv_b_proj)
+    return model
+
+
+def trained(model):
+    torch.manual_seed(2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=3e-3)
+    model(**prompts()).logits.square().sum().backward()
+    optimizer.step()
+    return model
+
+
+def loaded(model):
+    torch.manual_seed(2)
+    model.load_state_dict({name: x + 0.05 * torch.randn_like(x) for name, x in model.state_dict().items()})
+    return model
+
+
+@pytest.mark.parametrize("change", [adapted, trained, loaded, torch.nn.Module.half])
+def test_expansions_that_change_are_read_anew(change):
+    expected = generate(change(tiny("DeepseekV3")))[1]
+    model = change(cache.use(tiny("DeepseekV3"), "16bit"))
+    atol = 2e-6 if model.dtype == torch.float32 else 2e-3
+    torch.testing.assert_close(generate(model)[1], expected, atol=atol, rtol=0)
+    assert not torch.allclose(expected, generate(tiny("DeepseekV3"))[1], atol=1e-5)
+
+
+def test_turned_latents_follow_the_dtype():
+    model = tiny("DeepseekV3").bfloat16()
+    for module in latent.modules(cache.use(model, "16bit")):
+        module.quantlab_absorbed = latent.Absorbed(module, hadamard(32))
+    expected = generate(tiny("DeepseekV3"))[1]
+    model.float().load_state_dict(tiny("DeepseekV3").state_dict())
+    torch.testing.assert_close(generate(model)[1], expected, atol=2e-5, rtol=0)
+
+
 def relative(x, y):
     x, y = x.detach().double(), y.detach().double()
     return float((x - y).norm() / y.norm())
