@@ -90,8 +90,8 @@ class Handle:
     def attend(
         self, query: Tensor, mask: Tensor | None, scaling: float | None, kwargs: dict[str, Any]
     ) -> Tensor | None:
-        """Appends the new tokens. Returns out [B, Sq, Hq, D] of attention over the packed cache, None for a prompt and
-        for masks that are more than left padding: those take `dense`, then."""
+        """Appends the new tokens. Returns out [B, Sq, Hq, D] of attention over the packed cache, None for a prompt, for
+        masks that are more than left padding, and for gradients: those take `dense`, then."""
         if kwargs.get("position_bias") is not None:
             raise UsageError(
                 "scores have a position bias, which attention over a quantized cache lacks; load without kv"
@@ -99,7 +99,7 @@ class Handle:
         layer, queries = self.layer, query.shape[2]
         prompt = not layer.filled and queries > 1
         layer.begin(self.key, mask)
-        if prompt or not layer.reads_packed(queries, mask):
+        if prompt or _has_gradient(query, self.key, self.value) or not layer.reads_packed(queries, mask):
             self.key, self.value = layer.dense(self.key, self.value, prompt)
             return None
         layer.append(self.key, self.value)
@@ -119,6 +119,10 @@ class Handle:
         if mask is not None and mask.ndim == 4:
             mask = mask[..., : self.key.shape[2]]
         return self.key, self.value, mask
+
+
+def _has_gradient(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def _refuse(name: str) -> NoReturn:
@@ -461,8 +465,9 @@ class StaticPackedLayer(PackedLayer):
             self._write_near(k, v, 0)
         place = self.length[0].long() + torch.arange(key.shape[2], device=self.device)
         place = place.clamp(max=self.max_cache_len - 1)  # compiled steps may go past the end, and are dropped
-        # Codes in 16 bits are no copies: what is written there is what `append` will write, and has no gradient.
-        return k.index_copy_(2, place, key.detach().to(k.dtype)), v.index_copy_(2, place, value.detach().to(v.dtype))
+        # Codes in 16 bits are no copies: what is written there is what `append` will write, and never has a gradient.
+        write = Tensor.index_copy if _has_gradient(key, value) else Tensor.index_copy_
+        return write(k, 2, place, key.to(k.dtype)), write(v, 2, place, value.to(v.dtype))
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.max_cache_len, 0

@@ -395,6 +395,21 @@ def test_leading_padding_is_what_does_not_see_itself():
         assert masks.leading_padding(mask, 4).tolist() == [2, 0, 4, 1]
 
 
+@pytest.mark.parametrize("tokens", [1, 4, 20])
+@pytest.mark.parametrize("make", [DynamicCache, lambda config: StaticCache(config=config, max_cache_len=40)])
+def test_gradients_of_new_tokens_reach_their_keys(make, tokens):
+    """As over transformers' own cache that was filled without gradients."""
+    ids, found = prompts(length=32)["input_ids"], []
+    for kv in (None, "16bit"):
+        model = cache.use(tiny("Qwen3"), kv)
+        past = DynamicCache(config=model.config) if kv is None else cache.prepared(model).like(make(config=model.config))
+        with torch.no_grad():
+            model(ids[:, :12], past_key_values=past)
+        model(ids[:, 12 : 12 + tokens], past_key_values=past).logits.square().sum().backward()
+        found.append({name: weight.grad for name, weight in model.named_parameters()})
+    torch.testing.assert_close(found[1], found[0], atol=1e-4, rtol=1e-4)
+
+
 def test_prompts_attend_to_what_the_cache_will_hold_if_asked_to():
     k, v = outlying_keys()
     for prefill in ("exact", "packed"):
@@ -543,6 +558,7 @@ def test_mask_sizes_are_those_of_transformers():
         assert ours.get_seq_length() == theirs.get_seq_length()
 
 
+@torch.no_grad()
 def test_new_cache_serves_calls_of_the_model_itself():
     model = cache.use(tiny("Qwen2"), "16bit")
     ids = torch.randint(3, 60, (2, 40))
