@@ -198,13 +198,20 @@ class PackedLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if key_states.shape[0] != self.batch_size:
-            raise UsageError(f"a batch of {key_states.shape[0]} for a cache of {self.batch_size} sequences; reset it")
+            raise UsageError(f"a batch of {key_states.shape[0]} for a cache of {self.batch_size} sequences; make a new one")
+        self._thaw()
         self._reserve(key_states.shape[2])
         handle = self.handle(self, key_states, value_states)
         return handle, handle
 
     def _reserve(self, tokens: int) -> None:
         raise NotImplementedError
+
+    def _thaw(self) -> None:
+        """What was written in inference mode may not be written outside of it: copies may."""
+        if self.is_initialized and not torch.compiler.is_compiling() and not torch.is_inference_mode_enabled():
+            if self.length.is_inference():
+                self._map_sequences(Tensor.clone)
 
     def begin(self, key: Tensor, mask: Tensor | None) -> None:
         """Learn from a mask where padding ends. A compiled graph learns that of a sequence's first call, and nothing of
@@ -330,6 +337,7 @@ class PackedLayer(CacheLayerMixin):
         return self._keys(k, k_scale), dequantize_rows(v, v_scale, torch.float32).to(self.dtype)
 
     def reset(self) -> None:
+        self._thaw()
         self.filled = self.irregular = False
         if self.is_initialized:
             self.length.zero_()
@@ -363,7 +371,9 @@ class PackedLayer(CacheLayerMixin):
             self._map_sequences(lambda x: _rows(x, index))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self._map_sequences(lambda x: _rows(x, indices))
+        if self.is_initialized:
+            index = torch.arange(self.batch_size, device=self.device)[indices]  # a mask or a list selects, too
+            self._map_sequences(lambda x: _rows(x, index))
 
     def offload(self) -> None:
         raise UsageError("the quantized cache stays on its GPU; leave out offloading, or leave out kv")
@@ -424,6 +434,7 @@ class DynamicPackedLayer(PackedLayer):
             return
         if kept <= 0:
             return self.reset()
+        self._thaw()
         old, self.tokens = self.tokens, kept
         self._appended = self.tokens
         self.length.sub_(old - self.tokens)
@@ -535,6 +546,8 @@ class WindowPackedLayer(PackedLayer):
     def reset(self) -> None:
         super().reset()
         self.tokens = 0
+        if not self.is_compileable:  # growing caches may get another batch; static ones keep their addresses
+            self.is_initialized = False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         _reorder_in_place(self, beam_idx)
@@ -550,6 +563,7 @@ class WindowPackedLayer(PackedLayer):
             )
         if kept <= 0:
             return self.reset()
+        self._thaw()
         old, self.tokens = self.tokens, kept
         self.length.sub_(old - self.tokens)
         self._refill_newest(old, self.tokens)
@@ -591,5 +605,6 @@ def _keep_addresses(layer: PackedLayer) -> None:
 
 def _reorder_in_place(layer: PackedLayer, index: Tensor) -> None:
     if layer.is_initialized:
+        layer._thaw()
         for tensor in _all_tensors(layer):
             tensor.copy_(_rows(tensor, index))

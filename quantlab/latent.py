@@ -369,6 +369,7 @@ class LatentLayer(PackedLayer):
 
     def step(self, query: Tensor, latent: Tensor, rope: Tensor, layout: tuple[bool, bool], **given: Any) -> Tensor:
         """Write one token, as its projection made it, and turn queries [B, 1, H, R] of it (`mla_step`)."""
+        self._thaw()
         self._reserve(1)
         interleaved, kept = layout
         return mla_step(

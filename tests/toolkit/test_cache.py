@@ -271,7 +271,7 @@ def test_batch_changes_move_every_tensor_of_a_sequence():
         before = layer.dequantized(slice(0, 96))
         layer.batch_repeat_interleave(2)
         layer.reorder_cache(torch.tensor([3, 0, 1, 2]))
-        layer.batch_select_indices(torch.tensor([0, 3]))
+        layer.batch_select_indices(torch.tensor([True, False, False, True]))
         for old, new in zip(before, layer.dequantized(slice(0, 96)), strict=True):
             assert torch.equal(new, old[[1, 1]])
         assert layer.cache.k_near.shape[0] == len(layer.length) == 2
@@ -430,6 +430,37 @@ def test_a_reset_cache_is_empty():
     assert kept.get_seq_length() == 0
     again = model.generate(**prompts(), past_key_values=kept, max_new_tokens=8, do_sample=False, eos_token_id=None)
     assert torch.equal(again, found.sequences)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["Llama", "Mistral", "Gemma2"])
+def test_a_reset_growing_cache_takes_another_batch(name):
+    model = cache.use(tiny(name), "16bit")
+    past, ids = cache.new_cache(model), prompts(length=9)["input_ids"]
+    model(ids, past_key_values=past)
+    past.reset()
+    logits = [model(ids[:1], past_key_values=x).logits for x in (past, cache.new_cache(model))]
+    assert torch.equal(*logits)
+
+
+@pytest.mark.parametrize("name", ["Llama", "Mistral"])
+@pytest.mark.parametrize("make", [DynamicCache, lambda config: StaticCache(config=config, max_cache_len=40)])
+def test_what_inference_mode_has_cached_is_read_and_changed_outside_of_it(name, make):
+    model, ids = cache.use(tiny(name), "int4"), prompts(length=20)["input_ids"]
+
+    def last(change, mode):
+        past = cache.prepared(model).like(make(config=model.config))
+        with mode():
+            model(ids[:, :7], past_key_values=past)
+        with torch.no_grad():
+            change(past)
+            few = model(ids[:, 7:8], past_key_values=past).logits
+            return torch.cat((few, model(ids[:, 8:], past_key_values=past).logits), 1)
+
+    swap = lambda past: past.reorder_cache(torch.tensor([1, 0]))  # noqa: E731
+    crop = lambda past: make is DynamicCache and past.crop(-2)  # noqa: E731
+    for change in (lambda past: None, swap, crop, Cache.reset):
+        assert torch.equal(last(change, torch.inference_mode), last(change, torch.no_grad))
 
 
 def test_a_model_can_be_given_back_its_own_cache():

@@ -225,6 +225,18 @@ def test_turned_latents_follow_the_dtype():
     torch.testing.assert_close(generate(model)[1], expected, atol=2e-5, rtol=0)
 
 
+def test_what_inference_mode_has_cached_is_read_outside_of_it():
+    model, ids = cache.use(tiny("DeepseekV3"), "int8"), prompts()["input_ids"]
+    logits = []
+    for mode in (torch.inference_mode, torch.no_grad):
+        past = cache.new_cache(model)
+        with mode():
+            model(ids, past_key_values=past)
+        with torch.no_grad():
+            logits.append(model(ids[:, :1], past_key_values=past).logits)
+    assert torch.equal(*logits)
+
+
 def relative(x, y):
     x, y = x.detach().double(), y.detach().double()
     return float((x - y).norm() / y.norm())
