@@ -149,6 +149,7 @@ class PackedLayer(CacheLayerMixin):
     handle: type[Handle] = Handle
     held: tuple[str, ...] = ("k", "v", "k_scale", "v_scale")  # tensors of the cache with a slot for every token
     beside: tuple[str, ...] = ("k_near", "v_near")  # other tensors of sequences
+    heads: tuple[int, int]  # of keys, and the channels of each
     slots_at = 2  # dimension of the slots
 
     def __init__(self, kv: KV, keys: Keys | None = None) -> None:
@@ -168,6 +169,7 @@ class PackedLayer(CacheLayerMixin):
         if d % 2 and "int4" in FORMATS[self.kv.format]:
             raise UsageError(f"heads of {d} channels: kv={self.kv.format} needs an even number; take int8 or fp8")
         self.dtype, self.device, self.batch_size = key_states.dtype, key_states.device, batch
+        self.heads = heads, d
         self.cache = PackedKV.empty(
             self.kv.format, batch, heads, self._slots(tokens), d, dtype=self.dtype, device=self.device,
             first=self.kv.first, newest=self._newest(), ring=self.window is not None,
@@ -197,8 +199,14 @@ class PackedLayer(CacheLayerMixin):
         key_states, value_states = as_autocast(key_states), as_autocast(value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        if key_states.shape[0] != self.batch_size:
-            raise UsageError(f"a batch of {key_states.shape[0]} for a cache of {self.batch_size} sequences; make a new one")
+        batch, heads, _, d = key_states.shape
+        if batch != self.batch_size:
+            raise UsageError(f"a batch of {batch} for a cache of {self.batch_size} sequences; make a new one")
+        if (heads, d) != self.heads:
+            raise UsageError(
+                f"keys of {heads} heads of {d} channels for a cache of {self.heads[0]} of {self.heads[1]}: it belongs "
+                "to another model; make one by quantlab.cache.new_cache"
+            )
         self._thaw()
         self._reserve(key_states.shape[2])
         handle = self.handle(self, key_states, value_states)
@@ -209,9 +217,10 @@ class PackedLayer(CacheLayerMixin):
 
     def _thaw(self) -> None:
         """What was written in inference mode may not be written outside of it: copies may."""
-        if self.is_initialized and not torch.compiler.is_compiling() and not torch.is_inference_mode_enabled():
-            if self.length.is_inference():
-                self._map_sequences(Tensor.clone)
+        if not self.is_initialized or torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+            return
+        if self.length.is_inference():
+            self._map_sequences(Tensor.clone)
 
     def begin(self, key: Tensor, mask: Tensor | None) -> None:
         """Learn from a mask where padding ends. A compiled graph learns that of a sequence's first call, and nothing of

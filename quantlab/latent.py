@@ -17,9 +17,9 @@ into the projections around them; where those are quantized, each new latent is 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import partial, wraps
 from inspect import unwrap
 from typing import Any
 
@@ -155,6 +155,17 @@ def _state(module: Any) -> tuple[Any, ...]:
     return id(projection), projection.training, *versions
 
 
+def _as_held(method: Callable[[Absorbed], Any]) -> Callable[[Absorbed], Any]:
+    """`method` in the dtypes of what it reads, also where its caller asks torch to choose others, and no gradients."""
+
+    @wraps(method)
+    def exact(self: Absorbed) -> Any:
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            return method(self)
+
+    return exact
+
+
 class Absorbed:
     """What a module's expansion multiplies latents by, for queries and for results.
 
@@ -183,7 +194,7 @@ class Absorbed:
         self.codes = wanted and self._are_codes(keys, values)
         self.keys, self.values = (None, None) if self.codes else (keys, values)
 
-    @torch.no_grad()
+    @_as_held
     def matrices(self) -> tuple[Tensor, Tensor]:
         """Keys [H, nope, L] and values [H, L, V] as the module expands them."""
         latent = self.module.kv_b_proj.in_features
@@ -217,7 +228,7 @@ class Absorbed:
         rope = latent.new_zeros(len(latent), self.rope) if rope is None else rope
         return type(self.module).expand_kv(self.module, latent[None, None], rope[None, None])
 
-    @torch.no_grad()
+    @_as_held
     def error(self) -> float:
         """How far the module's keys and values of random latents are from ours, relative to their size."""
         generator = torch.Generator().manual_seed(0)
@@ -259,6 +270,7 @@ class Absorbed:
             weight = self.module.kv_b_proj
             out = bmm_fp8(rows, weight.weight, weight.scale, first=first, count=count, transposed=transposed)
         else:
+            matrix = matrix.to(rows.dtype)  # under autocast rows may be in another
             out = bmm_heads(rows, matrix) if transposed else (rows.transpose(0, 1) @ matrix).transpose(0, 1)
         return out.unflatten(0, (batch, tokens))
 
@@ -353,6 +365,7 @@ class LatentLayer(PackedLayer):
         if latent % 2 and self.kv.format == "int4":
             raise UsageError(f"latents of {latent} channels: kv=int4 needs an even number; take fp8 or int8")
         self.dtype, self.device, self.batch_size = key_states.dtype, key_states.device, batch
+        self.heads = heads, latent
         self.cache = PackedLatent.empty(
             self.kv.format, batch, self._slots(tokens), latent, value_states.shape[3], dtype=self.dtype,  # type: ignore[arg-type]
             device=self.device,

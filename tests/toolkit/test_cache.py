@@ -402,7 +402,7 @@ def test_gradients_of_new_tokens_reach_their_keys(make, tokens):
     ids, found = prompts(length=32)["input_ids"], []
     for kv in (None, "16bit"):
         model = cache.use(tiny("Qwen3"), kv)
-        past = DynamicCache(config=model.config) if kv is None else cache.prepared(model).like(make(config=model.config))
+        past = cache.prepared(model).like(make(config=model.config)) if kv else DynamicCache(config=model.config)
         with torch.no_grad():
             model(ids[:, :12], past_key_values=past)
         model(ids[:, 12 : 12 + tokens], past_key_values=past).logits.square().sum().backward()
@@ -566,6 +566,14 @@ def test_position_biases_and_changed_batches_are_refused():
         handle.attend(torch.zeros(1, 2, 9, 64), None, None, {"position_bias": torch.zeros(1)})
     with pytest.raises(UsageError, match="a batch of 3 for a cache of 1"):
         update(layer, batch=3)
+
+
+@pytest.mark.parametrize("changes", [{"num_key_value_heads": 4}, {"head_dim": 32}])
+def test_a_cache_of_another_model_is_refused(changes):
+    past, other = cache.new_cache(cache.use(tiny("Llama"), "int8")), cache.use(tiny("Llama", **changes), "int8")
+    past.update(*2 * [torch.zeros(2, 2, 3, 16)], 0)
+    with pytest.raises(UsageError, match="for a cache of 2 of 16: it belongs to another model"):
+        other(prompts()["input_ids"], past_key_values=past)
 
 
 def test_windows_cannot_be_taken_back():

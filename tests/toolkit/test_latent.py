@@ -237,6 +237,17 @@ def test_what_inference_mode_has_cached_is_read_outside_of_it():
     assert torch.equal(*logits)
 
 
+@pytest.mark.parametrize("held", [torch.float32, torch.float16])
+@pytest.mark.parametrize("kv", ["16bit", "fp8", "int8", "int4"])
+def test_steps_take_the_dtype_of_autocast(kv, held):
+    plain, model = (tiny("DeepseekV3", first_k_dense_replace=2) for _ in range(2))
+    plain, model = plain.to(held), cache.use(model, kv).to(held)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected, found = (generate(x, tokens=3)[1] for x in (plain, model))
+    torch.testing.assert_close(found, expected, atol=0.05, rtol=0)
+    assert all(module.quantlab_absorbed.keys.dtype == held for module in latent.modules(model))
+
+
 def relative(x, y):
     x, y = x.detach().double(), y.detach().double()
     return float((x - y).norm() / y.norm())
