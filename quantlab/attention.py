@@ -120,7 +120,7 @@ def _function(name: str, codes: Format | None) -> Callable[..., tuple[Tensor, No
         held = cache.packed(key)
         if held is not None:
             query = as_autocast(query)
-            out = held.attend(query, attention_mask, scaling, kwargs)
+            out = held.attend(query, attention_mask, scaling, kwargs, module.training)
             if out is not None:
                 return out, None
             key, value, attention_mask = held.dense(attention_mask)

@@ -89,8 +89,8 @@ def use(model: Any, kv: KV | str | None, tokens: Tensor | None = None, keys: dic
     Masks may hide anything. In a forward that was compiled whole (`torch.compile(model)`; `generate` compiles steps
     alone) only left padding, all of it in a sequence's first call: what else a mask hides, later steps attend to.
 
-    Gradients reach the tokens of a call, none that were cached by an earlier one. Calls of few tokens that ask for them
-    are slower: loops of your own want `torch.no_grad()`.
+    Gradients reach the tokens of a call, none that were cached by an earlier one. Calls of few tokens have them in
+    training only (`model.train()`), where they are slower; else `backward` says so.
 
     A cache that is given to `generate` or to the model itself stays what it is; `new_cache` makes one of ours. The
     model's `save_pretrained` carries what was measured. Returns the model. Raises UsageError for models whose attention

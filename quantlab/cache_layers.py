@@ -88,10 +88,10 @@ class Handle:
         return _refuse(getattr(function, "__name__", str(function)))
 
     def attend(
-        self, query: Tensor, mask: Tensor | None, scaling: float | None, kwargs: dict[str, Any]
+        self, query: Tensor, mask: Tensor | None, scaling: float | None, kwargs: dict[str, Any], training: bool = False
     ) -> Tensor | None:
         """Appends the new tokens. Returns out [B, Sq, Hq, D] of attention over the packed cache, None for a prompt, for
-        masks that are more than left padding, and for gradients: those take `dense`, then."""
+        masks that are more than left padding, and for gradients in training: those take `dense`, then."""
         if kwargs.get("position_bias") is not None:
             raise UsageError(
                 "scores have a position bias, which attention over a quantized cache lacks; load without kv"
@@ -99,11 +99,15 @@ class Handle:
         layer, queries = self.layer, query.shape[2]
         prompt = not layer.filled and queries > 1
         layer.begin(self.key, mask)
-        if prompt or _has_gradient(query, self.key, self.value) or not layer.reads_packed(queries, mask):
+        given = query, self.key, self.value
+        if prompt or training and _has_gradient(*given) or not layer.reads_packed(queries, mask):
             self.key, self.value = layer.dense(self.key, self.value, prompt)
             return None
         layer.append(self.key, self.value)
-        return self.over_packed(query, scaling, kwargs)
+        out = self.over_packed(query, scaling, kwargs)
+        if _has_gradient(*given) and not torch.compiler.is_compiling():
+            return _WithoutGradient.apply(out, *given)  # type: ignore[no-any-return, no-untyped-call]
+        return out
 
     def over_packed(self, query: Tensor, scaling: float | None, kwargs: dict[str, Any]) -> Tensor:
         """Attention over what the layer holds now: [B, Sq, Hq, D]."""
@@ -123,6 +127,19 @@ class Handle:
 
 def _has_gradient(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
+class _WithoutGradient(torch.autograd.Function):
+    """Attention over packed tokens, of which gradients are asked in vain: most loops that forget `torch.no_grad()` ask
+    for none."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, *given: Tensor) -> Tensor:
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> NoReturn:
+        raise UsageError("attention over a quantized cache has no gradients outside of training; call model.train()")
 
 
 def _refuse(name: str) -> NoReturn:

@@ -305,7 +305,7 @@ class LatentHandle(Handle):
     absorbed: Absorbed | None = None
 
     def attend(
-        self, query: Tensor, mask: Tensor | None, scaling: float | None, kwargs: dict[str, Any]
+        self, query: Tensor, mask: Tensor | None, scaling: float | None, kwargs: dict[str, Any], training: bool = False
     ) -> Tensor | None:
         """As `Handle.attend`, out [B, Sq, H, V]."""
         for name in ("position_bias", "softcap", "s_aux", "indices", "sliding_window"):
@@ -316,7 +316,7 @@ class LatentHandle(Handle):
             layer.few = absorbed.crossover
         latent, self.own = absorbed.turned(self.key), self.key
         self.key = latent
-        return super().attend(query, mask, scaling, kwargs)
+        return super().attend(query, mask, scaling, kwargs, training)
 
     def over_packed(self, query: Tensor, scaling: float | None, kwargs: dict[str, Any]) -> Tensor:
         absorbed, layer = self._absorbed(), self.layer

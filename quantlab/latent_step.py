@@ -236,7 +236,9 @@ class _Watching(LatentHandle):
     def __init__(self, seen: _Seen) -> None:
         self.seen = seen
 
-    def attend(self, query: Tensor, mask: Tensor | None, scaling: float | None, kwargs: dict[str, Any]) -> Tensor:
+    def attend(
+        self, query: Tensor, mask: Tensor | None, scaling: float | None, kwargs: dict[str, Any], training: bool = False
+    ) -> Tensor:
         seen = self.seen
         seen.query, seen.asked = query, {**kwargs, "scaling": scaling}
         shape = query.shape[0], query.shape[2], seen.heads, seen.values

@@ -401,13 +401,24 @@ def test_gradients_of_new_tokens_reach_their_keys(make, tokens):
     """As over transformers' own cache that was filled without gradients."""
     ids, found = prompts(length=32)["input_ids"], []
     for kv in (None, "16bit"):
-        model = cache.use(tiny("Qwen3"), kv)
+        model = cache.use(tiny("Qwen3"), kv).train()
         past = cache.prepared(model).like(make(config=model.config)) if kv else DynamicCache(config=model.config)
         with torch.no_grad():
             model(ids[:, :12], past_key_values=past)
         model(ids[:, 12 : 12 + tokens], past_key_values=past).logits.square().sum().backward()
         found.append({name: weight.grad for name, weight in model.named_parameters()})
     torch.testing.assert_close(found[1], found[0], atol=1e-4, rtol=1e-4)
+
+
+def test_loops_that_forget_no_grad_are_not_slower(monkeypatch):
+    """Few tokens are attended to as without gradients; whoever asks for these is told, and not given a part of them."""
+    model, ids = cache.use(tiny("Llama"), "16bit"), prompts(length=9)["input_ids"]
+    past = cache.new_cache(model)
+    model(ids[:, :7], past_key_values=past)
+    monkeypatch.setattr(Handle, "dense", None)
+    logits = model(ids[:, 7:], past_key_values=past).logits
+    with pytest.raises(UsageError, match="no gradients outside of training"):
+        logits.sum().backward()
 
 
 def test_prompts_attend_to_what_the_cache_will_hold_if_asked_to():
@@ -597,7 +608,6 @@ def test_mask_sizes_are_those_of_transformers():
         assert ours.get_seq_length() == theirs.get_seq_length()
 
 
-@torch.no_grad()
 def test_new_cache_serves_calls_of_the_model_itself():
     model = cache.use(tiny("Qwen2"), "16bit")
     ids = torch.randint(3, 60, (2, 40))

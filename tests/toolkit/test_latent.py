@@ -78,7 +78,6 @@ def test_absorbed_is_expanded(name):
 
 
 @pytest.mark.parametrize(("chunk", "turned"), [(5, False), (8, True), (40, False), (40, True)])
-@torch.no_grad()
 def test_chunks_on_both_sides_of_the_crossover(chunk, turned):
     """Absorbed up to it, expanded from it on, with latents that are turned as they come too."""
     model = tiny("DeepseekV3")
@@ -172,6 +171,20 @@ def test_joined_projections_are_left_when_they_change():
     assert not step.join.is_of(first, second)
     assert step.projected(x.double())[0].dtype == torch.float64
     model.load_state_dict(tiny("DeepseekV2", q_lora_rank=None).state_dict())
+
+
+def test_few_tokens_have_gradients_in_training_alone():
+    model, ids = cache.use(tiny("DeepseekV3"), "16bit"), prompts()["input_ids"]
+
+    def logits(model):
+        past = cache.new_cache(model)
+        model(ids, past_key_values=past)
+        return model(ids[:, :2], past_key_values=past).logits
+
+    logits(model.train()).sum().backward()
+    model.eval()
+    with pytest.raises(UsageError, match="no gradients outside of training"):
+        logits(model).sum().backward()
 
 
 class Adapter(torch.nn.Module):
@@ -356,7 +369,6 @@ def checkpoint(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("format", "bound"), [("16bit", 0.05), ("fp8", 0.05), ("int4", 0.15)])
-@torch.no_grad()
 def test_quantized_projections(checkpoint, format, bound):
     """Absorbed from the dequantized weight; INT4 turns each latent as it comes."""
     plain = quantlab.load(checkpoint, dtype=torch.float32)
@@ -389,7 +401,6 @@ def last(model):
     return model(ids[:, -1:], past_key_values=past).logits
 
 
-@torch.no_grad()
 def test_codes_of_the_projection_are_the_matrices(checkpoint):
     """Absorbed by what FP8 codes stand for: the dequantized matrices' results, also once a weight has changed."""
     model = quantlab.load(checkpoint, dtype=torch.float32, kv="16bit")
@@ -479,7 +490,6 @@ def test_keys_that_are_expanded_before_they_are_cached_are_refused():
     assert latent.unsupported(torch.nn.Linear(1, 1)) == "this version of transformers does not cache its latents"
 
 
-@torch.no_grad()
 def test_beams_and_crops():
     model = cache.use(tiny("DeepseekV2"), "fp8")
     found, _ = generate(model, tokens=2)
