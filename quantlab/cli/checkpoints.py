@@ -69,7 +69,13 @@ MaxKl = Annotated[
     float | None,
     Option("--max-kl", help="Or: highest KL to the original, nats per token.", show_default=False),
 ]
-Mix = Annotated[str, Option("--mix", help="Schemes that --target-bits and --max-kl choose from; none leaves layers.")]
+MIXED = "int4-fp8, fp8-dynamic, none"
+Mix = Annotated[
+    str | None,
+    Option(
+        "--mix", help="Schemes that --target-bits and --max-kl choose from; none leaves layers.", show_default=MIXED
+    ),
+]
 KVFormat = Annotated[
     str | None,
     Option(
@@ -109,7 +115,7 @@ def quantize(
     steps: Steps = None,
     target_bits: TargetBits = None,
     max_kl: MaxKl = None,
-    mix: Mix = "int4-fp8,fp8-dynamic,none",
+    mix: Mix = None,
     kv: KVFormat = None,
     device: Device = "auto",
     workers: Workers = None,
@@ -137,11 +143,16 @@ def quantize(
             "--calib-samples, --calib-length, --seed and --activations are of calibration, which --target-bits and "
             "--max-kl leave out; add --effort or --steps"
         )
+    if not mixed and mix is not None:
+        raise UsageError(f"--mix {mix}: schemes are chosen for a size or a loss; add --target-bits or --max-kl")
     chosen = _recipe(scheme, recipe, ignore, calib, calib_samples, calib_length, seed, activations, effort, steps, kv)
     if mixed:
         output = output_folder(model, "mixed", output)
         _check(model, output, chosen.kv, overwrite, revision, trust_remote_code)
-        mixture = _mixture(model, target_bits, max_kl, mix, ignore, calib, device, revision, trust_remote_code, format)
+        schemes = MIXED if mix is None else mix
+        mixture = _mixture(
+            model, target_bits, max_kl, schemes, ignore, calib, device, revision, trust_remote_code, format
+        )
         # without --effort and --steps the data serve only the choice
         chosen = replace(mixture.recipe, kv=chosen.kv, calibration=chosen.calibration if calibrated else None)
     with progress(format is Format.human) as callback:

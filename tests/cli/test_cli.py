@@ -250,6 +250,7 @@ def test_options_replace_only_what_they_name_of_a_recipe(
         (("--seed", "1", "--activations", "static"), "--seed, --activations: nothing is calibrated without data; add"),
         (("--scheme", "int4", "--steps", "rtn", "--seed", "1"), "--steps rtn rounds without data; leave out --seed"),
         (("--target-bits", "5", "--calib", "bundled", "--seed", "1"), "leave out; add --effort or --steps"),
+        (("--mix", "int4"), "--mix int4: schemes are chosen for a size or a loss; add --target-bits or --max-kl"),
     ],
     ids=str,
 )
