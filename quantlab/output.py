@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -37,6 +38,10 @@ PARTIAL = ".partial"  # what an unfinished output is called besides
 HASH_CHUNK = 1 << 22
 FORMAT_VERSION = 2  # raised whenever the same plan gives other bytes than before
 SPARE_BYTES = 32_000_000  # side files, headers, folders
+
+
+class LeftoverWarning(UserWarning):
+    """An output that was replaced could not be removed."""
 
 
 @dataclass(frozen=True)
@@ -181,6 +186,8 @@ class Output:
             with _locked(folder):
                 _restore(folder)
                 check_writable(folder, overwrite=overwrite)  # another run may have published just before
+                if overwrite:
+                    _make_way(folder)
                 try:
                     with disk_errors(folder):
                         yield cls(folder, fingerprint)
@@ -297,10 +304,11 @@ class Output:
         (self.partial / JOURNAL).unlink()
         if self.folder.is_dir() and any(self.folder.iterdir()):  # only with overwrite: see check_writable
             old = _replaced(self.folder)
-            shutil.rmtree(old, ignore_errors=True)
             self.folder.rename(old)
             self.partial.rename(self.folder)
-            shutil.rmtree(old)
+            shutil.rmtree(old, ignore_errors=True)
+            if old.exists():  # another user's, or in use on a network file system
+                warnings.warn(f"{old}: was replaced, and cannot be removed; remove it", LeftoverWarning, stacklevel=2)
         else:
             self.partial.rename(self.folder)
         _sync_folder(self.folder.parent)
@@ -315,6 +323,18 @@ def _restore(folder: Path) -> None:
     """Undo what a kill between the two renames of an overwriting run has left."""
     if _replaced(folder).is_dir() and not folder.exists():
         _replaced(folder).rename(folder)
+
+
+def _make_way(folder: Path) -> None:
+    """Remove what an overwriting run could not, where this one will put what it replaces."""
+    old = _replaced(folder)
+    if folder.exists() and old.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        if old.exists():
+            raise PreflightError(
+                f"{old}: is left of an output that was replaced, and cannot be removed; remove it, or choose another "
+                "place with -o"
+            )
 
 
 class ShardWriter:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from safetensors.torch import load_file
 from quantlab import output, stream
 from quantlab.checkpoint import MANIFEST, SUMMARY
 from quantlab.errors import PreflightError, UsageError, VerificationError
-from quantlab.output import Output
+from quantlab.output import LeftoverWarning, Output
 from quantlab.pipeline import quantize
 from quantlab.summary import Summary
 from quantlab.verify import verify
@@ -108,6 +109,34 @@ def test_a_kill_between_the_two_renames_of_an_overwrite(raw_checkpoint: Make, tm
     out.rename(tmp_path / ".out.replaced")
     run(source, out, overwrite=True)
     assert contents(out) == before
+    assert names_in(tmp_path) == {"model", "out"}
+
+
+def test_an_overwritten_output_that_cannot_be_removed(
+    raw_checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The files of another user, or files that a server holds open on a network file system."""
+    source, out = raw_checkpoint(), tmp_path / "out"
+    run(source, out)
+    before, left = contents(out), tmp_path / ".out.replaced"
+    (out / "held").write_text("")
+    real = os.unlink
+
+    def unlink(path: Any, *args: Any, **more: Any) -> None:
+        if Path(os.fsdecode(path)).name == "held":
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES), path)
+        real(path, *args, **more)
+
+    monkeypatch.setattr(os, "unlink", unlink)
+    with pytest.warns(LeftoverWarning, match=re.escape(f"{left}: was replaced, and cannot be removed")):
+        run(source, out, overwrite=True)
+    assert contents(out) == before
+    assert verify(out).problems == ()
+    with pytest.raises(PreflightError, match=re.escape(f"{left}: is left of an output that was replaced")):
+        run(source, out, overwrite=True)
+    assert contents(out) == before
+    monkeypatch.undo()
+    run(source, out, overwrite=True)
     assert names_in(tmp_path) == {"model", "out"}
 
 
