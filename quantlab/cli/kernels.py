@@ -55,7 +55,9 @@ def bench(
             show_default=False,
         ),
     ],
-    shape: Annotated[str, Option("--shape", help="Model shape of conversion and generation.")] = "llama-3.1-8b",
+    shape: Annotated[
+        str | None, Option("--shape", help="Model shape of conversion and generation.", show_default="llama-3.1-8b")
+    ] = None,
     scheme: Annotated[
         list[str],
         Option("--scheme", help="Of conversion and generation. Repeatable.", show_default="fp8-block"),
@@ -94,10 +96,16 @@ def bench(
     if room in benchmarks.JOBS and (dry_run or unchecked or sustained):
         options = "--dry-run, --unchecked and --sustained"
         raise UsageError(f"{options} are for rooms of kernels, {room} is a whole job; leave them out")
+    of_jobs = {"--shape": shape, "--scheme": scheme, "--workdir": workdir}
+    of_generation = {"--kv": kv, "--attention": attention, "--together": together}
+    idle = of_jobs | of_generation if room not in benchmarks.JOBS else of_generation if room == "conversion" else {}
+    if any(idle.values()):
+        names = ", ".join(name for name, value in idle.items() if value)
+        raise UsageError(f"{room} takes no {names}; leave out what is of other benchmarks")
     if room in benchmarks.JOBS:
         with progress(format is Format.human) as callback:
             title, header, rows = benchmarks.JOBS[room](
-                shape,
+                "llama-3.1-8b" if shape is None else shape,
                 scheme or ["fp8-block"],
                 workdir,
                 cases=case,

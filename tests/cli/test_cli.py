@@ -268,6 +268,20 @@ def test_whole_jobs_take_no_options_of_rooms(option: str, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("room", "options", "said"),
+    [
+        ("moe", ("--scheme", "int4", "--kv", "fp8"), "moe takes no --scheme, --kv; leave out"),
+        ("gemm_fp8_block", ("--dry-run", "--shape", "tiny"), "gemm_fp8_block takes no --shape; leave out"),
+        ("conversion", ("--shape", "tiny", "--attention", "int8"), "conversion takes no --attention; leave out"),
+    ],
+)
+def test_options_of_other_benchmarks_are_refused(room: str, options: tuple[str, ...], said: str, capsys, monkeypatch):
+    code, text = fails(capsys, monkeypatch, "bench", room, *options)
+    assert code == 2
+    assert said in text
+
+
+@pytest.mark.parametrize(
     "error",
     [
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.\nGPU 0 has"),
