@@ -268,7 +268,7 @@ class Recipe:
     def from_toml(cls, path: Path) -> Recipe:
         """Read a recipe. Raises UsageError that names the file and the key for anything that does not fit."""
         try:
-            data = tomllib.loads(path.read_text(encoding="utf-8"))
+            data = tomllib.loads(path.read_text(encoding="utf-8-sig"))
         except OSError as error:
             raise UsageError(f"recipe {path}: {error.strerror}") from None
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

@@ -87,6 +87,12 @@ def _jsonl(path: Path) -> Iterator[Document]:
             continue
         try:
             row = json.loads(line)
+            json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise DataError(
+                f"{path}, line {number}: half of a character (an escape from \\ud800 to \\udfff by itself), which no "
+                "tokenizer takes; mend or drop the line"
+            ) from None
         except json.JSONDecodeError as error:
             raise DataError(
                 f"{path}, line {number}: not JSON: {error.msg}; a .jsonl file has one object per line"
@@ -169,7 +175,16 @@ def encode(document: Document, tokenizer: Any) -> list[int]:
     if not isinstance(document, str):
         if not getattr(tokenizer, "chat_template", None):
             raise DataError("the data holds chat messages and the tokenizer has no chat template; give plain text")
-        document = tokenizer.apply_chat_template(document, tokenize=False)
+        messages = document
+        try:
+            document = tokenizer.apply_chat_template(messages, tokenize=False)
+        except Exception as error:  # templates raise what they like: no system message, roles that do not alternate
+            reason = " ".join(str(error).split())[:200]
+            roles = ", ".join(str(message["role"]) for message in messages[:9]) or "no message"
+            raise DataError(
+                f"the tokenizer's chat template does not take a conversation of {roles} ({reason}); leave such "
+                "conversations out, or give plain text"
+            ) from None
     return tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
 
 

@@ -137,6 +137,7 @@ def test_texts_that_do_not_serve(character_tokenizer, tmp_path, content, message
     ("line", "message"),
     [
         ("{", "line 1: not JSON"),
+        ('{"text": "cut \\ud83d"}', "line 1: half of a character (an escape from \\ud800 to \\udfff by itself)"),
         ("3", "line 1: int, needs an object with one of: messages, conversations, text, content"),
         ('{"body": "x"}', "line 1: columns body; needs a text or chat messages in one of"),
         ('{"messages": [{"author": "x"}]}', "line 1: a message with author; needs role and content"),
@@ -154,6 +155,30 @@ def test_chat_without_a_template(character_tokenizer, tmp_path):
     source = write(tmp_path / "c.jsonl", [{"messages": [{"role": "user", "content": "hi"}]}])
     with pytest.raises(data.DataError, match="the tokenizer has no chat template; give plain text"):
         data.windows(source, character_tokenizer(), "calibration", count=1, length=4)
+
+
+REFUSING = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system\nrole') }}{% endif %}x"
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "said"),
+    [
+        (
+            REFUSING,
+            [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}],
+            "system, user (no system role)",
+        ),
+        ("{{ messages[0]['content'] + 'x' }}", [{"role": "user", "content": [{"type": "text"}]}], "user (can only"),
+        (TEMPLATE, [], "no message (Cannot apply chat template to an empty conversation"),
+    ],
+    ids=["system", "parts", "empty"],
+)
+def test_chat_that_the_template_does_not_take(character_tokenizer, tmp_path, template, messages, said):
+    source = write(tmp_path / "c.jsonl", [{"messages": messages}])
+    with pytest.raises(data.DataError) as error:
+        data.windows(source, character_tokenizer(chat_template=template), "calibration", count=1, length=4)
+    assert f"chat template does not take a conversation of {said}" in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_fewer_windows_only_where_they_are_allowed(character_tokenizer, tmp_path):

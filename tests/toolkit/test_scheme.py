@@ -31,6 +31,12 @@ def test_toml_round_trip(tmp_path_factory, recipe: Recipe):
     assert Recipe.from_toml(path) == recipe
 
 
+def test_a_recipe_of_an_editor_that_puts_a_mark_before_it(tmp_path: Path):
+    path = tmp_path / "r.toml"
+    path.write_text('scheme = "fp8-dynamic"', encoding="utf-8-sig")
+    assert Recipe.from_toml(path) == Recipe("fp8-dynamic")
+
+
 def test_a_name_is_what_is_advised_and_a_recipe_what_it_says():
     assert Recipe.of("int4").calibration == Recipe.of("int4-fp8").calibration == Calibration(effort="fast")
     assert Recipe.of("fp8-block").calibration is Recipe.of("fp8-dynamic").calibration is None
