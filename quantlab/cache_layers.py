@@ -100,13 +100,13 @@ class Handle:
         prompt = not layer.filled and queries > 1
         layer.begin(self.key, mask)
         given = query, self.key, self.value
-        if prompt or training and _has_gradient(*given) or not layer.reads_packed(queries, mask):
+        if prompt or (training and _has_gradient(*given)) or not layer.reads_packed(queries, mask):
             self.key, self.value = layer.dense(self.key, self.value, prompt)
             return None
         layer.append(self.key, self.value)
         out = self.over_packed(query, scaling, kwargs)
         if _has_gradient(*given) and not torch.compiler.is_compiling():
-            return _WithoutGradient.apply(out, *given)  # type: ignore[no-any-return, no-untyped-call]
+            return _WithoutGradient.apply(out, *given)
         return out
 
     def over_packed(self, query: Tensor, scaling: float | None, kwargs: dict[str, Any]) -> Tensor:
