@@ -92,6 +92,9 @@ def use(model: Any, kv: KV | str | None, tokens: Tensor | None = None, keys: dic
     Gradients reach the tokens of a call, none that were cached by an earlier one. Calls of few tokens have them in
     training only (`model.train()`), where they are slower; else `backward` says so.
 
+    Latents in `int8` and `int4` are turned by the projections around them where these are not quantized, whose weights
+    change in place: adapters that were made for the weights as they were go in before.
+
     A cache that is given to `generate` or to the model itself stays what it is; `new_cache` makes one of ours. The
     model's `save_pretrained` carries what was measured. Returns the model. Raises UsageError for models whose attention
     cannot read a quantized cache.
