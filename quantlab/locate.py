@@ -19,6 +19,10 @@ RANGE = 1 << 20  # bytes that one request for a header brings
 REQUESTS = 8  # at a time
 
 
+class HubWarning(UserWarning):
+    """The hub could not be asked for what may lie beside weights."""
+
+
 def require_name(model: object) -> None:
     """Raise UsageError for anything that names no model."""
     if not isinstance(model, (str, Path)):
@@ -93,7 +97,8 @@ def side_file(folder: Path, name: str) -> Path | None:
     except Exception as error:  # the network fails in many ways
         if not isinstance(error, EntryNotFoundError) or isinstance(error, LocalEntryNotFoundError):
             why = one_line(error)
-            warnings.warn(f"{model}: whether the hub has {name} is unknown ({why}); it is loaded without", stacklevel=2)
+            told = f"{model}: whether the hub has {name} is unknown ({why}); it is loaded without"
+            warnings.warn(told, HubWarning, stacklevel=2)
         return None
 
 

@@ -244,7 +244,8 @@ for name in sys.argv[1:]:
         warnings.simplefilter("always")
         model = AutoModelForCausalLM.from_pretrained(name)
     scales = sum(getattr(module, "activation_scale", None) is not None for module in model.modules())
-    found[name] = scales, [str(warning.message) for warning in told if "activation_scales" in str(warning.message)]
+    lines = [f"{warning.category.__module__}: {warning.message}" for warning in told]
+    found[name] = scales, [line for line in lines if "activation_scales" in line]
 print(json.dumps(found))
 """
 
@@ -264,6 +265,8 @@ def test_scales_of_activations_that_the_hub_cannot_be_asked_for_are_named(hub: s
     assert without["me/plain"] == [0, []]
     scales, (text,) = without["me/static"]
     assert scales == 0
+    where, _, text = text.partition(": ")
+    assert where == "quantlab.locate"
     assert text.startswith("me/static: whether the hub has quantlab/activation_scales.safetensors is unknown (")
     assert text.endswith("); it is loaded without")
     scales, told = run(LOAD_SOME, "me/static", **given)["me/static"]
