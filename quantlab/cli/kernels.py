@@ -96,9 +96,13 @@ def bench(
     if room in benchmarks.JOBS and (dry_run or unchecked or sustained):
         options = "--dry-run, --unchecked and --sustained"
         raise UsageError(f"{options} are for rooms of kernels, {room} is a whole job; leave them out")
-    of_jobs = {"--shape": shape, "--scheme": scheme, "--workdir": workdir}
-    of_generation = {"--kv": kv, "--attention": attention, "--together": together}
-    idle = of_jobs | of_generation if room not in benchmarks.JOBS else of_generation if room == "conversion" else {}
+    idle: dict[str, object] = {}
+    if room != "generation":
+        idle |= {"--kv": kv, "--attention": attention, "--together": together}
+    if room == "conversion":
+        idle |= {"--case": case}
+    if room not in benchmarks.JOBS:
+        idle |= {"--shape": shape, "--scheme": scheme, "--workdir": workdir}
     if any(idle.values()):
         names = ", ".join(name for name, value in idle.items() if value)
         raise UsageError(f"{room} takes no {names}; leave out what is of other benchmarks")

@@ -270,9 +270,10 @@ def test_whole_jobs_take_no_options_of_rooms(option: str, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("room", "options", "said"),
     [
-        ("moe", ("--scheme", "int4", "--kv", "fp8"), "moe takes no --scheme, --kv; leave out"),
+        ("moe", ("--scheme", "int4", "--kv", "fp8"), "moe takes no --kv, --scheme; leave out"),
         ("gemm_fp8_block", ("--dry-run", "--shape", "tiny"), "gemm_fp8_block takes no --shape; leave out"),
         ("conversion", ("--shape", "tiny", "--attention", "int8"), "conversion takes no --attention; leave out"),
+        ("conversion", ("--case", "one"), "conversion takes no --case; leave out"),
     ],
 )
 def test_options_of_other_benchmarks_are_refused(room: str, options: tuple[str, ...], said: str, capsys, monkeypatch):
