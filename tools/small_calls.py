@@ -291,13 +291,14 @@ def places_of(table: Tensor, length: Tensor, tokens: int, page: int) -> Tensor:
 
 
 def decode(format: KVFormat, d: int) -> Calls:
-    """A sequence for few CTAs, one for many, pages, and a ring with the newest tokens in 16 bits."""
+    """A sequence for few CTAs, one for many, as many heads as fill nearly all processors in a cache of long sequences,
+    pages, and a ring with the newest tokens in 16 bits."""
 
     def run(
         q: Tensor, k: Tensor, v: Tensor, length: Tensor, table: Tensor | None = None, longest: int | None = None,
         **options: Any,
     ) -> Tensor:  # fmt: skip
-        slots, places = k.shape[2], None
+        slots, places = max(k.shape[2], longest or 0), None
         if table is not None:
             slots = 32
             places = places_of(table, length, k.shape[2], slots)

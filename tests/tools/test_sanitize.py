@@ -73,6 +73,25 @@ def test_rooms_of_latents_take_the_tiles_in_their_names(sanitize, monkeypatch: p
     assert taken["int8", 80, 64] == ("sm90", 64)
 
 
+def test_rooms_of_cached_attention_take_every_number_of_warps(sanitize, monkeypatch: pytest.MonkeyPatch):
+    """More than eight are of calls with nearly as many heads as processors, sixteen of long caches in INT4 at that."""
+    op, sm90 = (importlib.import_module(f"quantlab_kernels.attention_decode.{name}") for name in ("op", "sm90"))
+    small_calls = importlib.import_module("small_calls")
+    taken = []
+
+    def seen(q, cache, length, *, block_table, longest, **options):
+        slots = 32 * block_table.shape[1] if block_table is not None else cache.capacity
+        bound = slots if longest is None else min(longest, slots)
+        taken.append(sm90.config(op._problem(q, cache, block_table, -1, 0.0, bound, 90)).warps)
+        return (q,)
+
+    monkeypatch.setattr(small_calls.ql, "attention_decode", seen)
+    for name, most in (("decode_int4", 16), ("decode_fp8", 12), ("decode_k8v4", 12)):
+        taken.clear()
+        list(small_calls.ROOMS[name]())
+        assert set(taken) == {8, most}
+
+
 def test_every_room_has_calls(sanitize, monkeypatch: pytest.MonkeyPatch):
     """Whose results on the CPU are numbers."""
     monkeypatch.setenv("QUANTLAB_BMM_FP8_BACKEND", "sm90")  # a room sets it
