@@ -306,8 +306,7 @@ class Output:
             old = _replaced(self.folder)
             self.folder.rename(old)
             self.partial.rename(self.folder)
-            shutil.rmtree(old, ignore_errors=True)
-            if old.exists():  # another user's, or in use on a network file system
+            if not _removed(old):  # another user's, or in use on a network file system
                 warnings.warn(f"{old}: was replaced, and cannot be removed; remove it", LeftoverWarning, stacklevel=2)
         else:
             self.partial.rename(self.folder)
@@ -328,13 +327,16 @@ def _restore(folder: Path) -> None:
 def _make_way(folder: Path) -> None:
     """Remove what an overwriting run could not, where this one will put what it replaces."""
     old = _replaced(folder)
-    if folder.exists() and old.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        if old.exists():
-            raise PreflightError(
-                f"{old}: is left of an output that was replaced, and cannot be removed; remove it, or choose another "
-                "place with -o"
-            )
+    if folder.exists() and old.exists() and not _removed(old):
+        raise PreflightError(
+            f"{old}: is left of an output that was replaced, and cannot be removed; remove it, or choose another place "
+            "with -o"
+        )
+
+
+def _removed(folder: Path) -> bool:
+    shutil.rmtree(folder, ignore_errors=True)
+    return not folder.exists()
 
 
 class ShardWriter:

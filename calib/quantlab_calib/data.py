@@ -122,9 +122,15 @@ def _dataset(source: str, purpose: Purpose) -> Iterator[Document]:
         raise _unreadable(source, error) from None
 
 
+def _said(error: Exception) -> str:
+    """What an error of another package says, in one line."""
+    return " ".join(str(error).split())
+
+
 def _unreadable(source: str, error: Exception) -> DataError:
-    reason = " ".join(str(error).split())
-    return DataError(f"data set {source!r} cannot be loaded ({reason}); give name[:config[:split]] or a local file")
+    return DataError(
+        f"data set {source!r} cannot be loaded ({_said(error)}); give name[:config[:split]] or a local file"
+    )
 
 
 def _document(row: Any, where: str) -> Document:
@@ -161,9 +167,9 @@ def load_tokenizer(folder: str | Path, *, trust_remote_code: bool = False) -> An
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:200]
         raise DataError(
-            f"{folder}: no tokenizer that transformers can read ({reason}); put tokenizer.json beside the weights"
+            f"{folder}: no tokenizer that transformers can read ({_said(error)[:200]}); put tokenizer.json beside the "
+            "weights"
         ) from None
     if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers makes an empty one where there is no file
         raise DataError(f"{folder}: its tokenizer has no vocabulary; put tokenizer.json beside the weights")
@@ -179,11 +185,10 @@ def encode(document: Document, tokenizer: Any) -> list[int]:
         try:
             document = tokenizer.apply_chat_template(messages, tokenize=False)
         except Exception as error:  # templates raise what they like: no system message, roles that do not alternate
-            reason = " ".join(str(error).split())[:200]
             roles = ", ".join(str(message["role"]) for message in messages[:9]) or "no message"
             raise DataError(
-                f"the tokenizer's chat template does not take a conversation of {roles} ({reason}); leave such "
-                "conversations out, or give plain text"
+                f"the tokenizer's chat template does not take a conversation of {roles} ({_said(error)[:200]}); "
+                "leave such conversations out, or give plain text"
             ) from None
     return tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
 

@@ -11,6 +11,8 @@ from quantlab.cli.options import OutputFormat
 from quantlab.cli.output import Format, print_json, print_table, progress
 from quantlab.errors import UsageError
 
+SHAPE = "llama-3.1-8b"  # of whole jobs
+
 
 def explain(
     m: Annotated[int, Argument(metavar="M", min=1, help="Tokens.", show_default=False)],
@@ -56,7 +58,7 @@ def bench(
         ),
     ],
     shape: Annotated[
-        str | None, Option("--shape", help="Model shape of conversion and generation.", show_default="llama-3.1-8b")
+        str | None, Option("--shape", help="Model shape of conversion and generation.", show_default=SHAPE)
     ] = None,
     scheme: Annotated[
         list[str],
@@ -109,7 +111,7 @@ def bench(
     if room in benchmarks.JOBS:
         with progress(format is Format.human) as callback:
             title, header, rows = benchmarks.JOBS[room](
-                "llama-3.1-8b" if shape is None else shape,
+                SHAPE if shape is None else shape,
                 scheme or ["fp8-block"],
                 workdir,
                 cases=case,

@@ -13,7 +13,7 @@ CLUSTER = 8  # CTAs of a cluster that every GPU runs
 SHORT, SHORTEST = 512, 128  # tokens of a part that are quickly read, and that are worth a CTA of a cluster
 
 # What a wave of CTAs and merging cost, in tiles of a CTA on a full GPU, and a tile of a CTA that has a processor for
-# itself. Fitted to times on an H200: 41 shapes, FP8 and INT4, 64 to 256 channels a head.
+# itself. Fitted to times on an H200: some 40 shapes, FP8 and INT4, 64 to 256 channels a head.
 START, ALONE = 2.5, 0.75
 MERGE, MERGE_PART = 2.0, 0.2  # the second kernel, and, for each processor, a part that is written and read
 
@@ -49,15 +49,16 @@ def shares(pairs: int, tokens: int, ctas: int, processors: int, tile: int) -> tu
         return cluster, True
     most = max(1, min(MOST, -(-tokens // LEAST), -(-4 * ctas * processors // pairs)))
     tiles = tokens / tile
-    best = min(range(1, most + 1), key=lambda count: _time(pairs * count, tiles / count, count, ctas, processors))
+    best = min(range(1, most + 1), key=lambda count: _time(count, pairs, tiles, ctas, processors))
     few_less = range(best - best // 20, best + 1)
     return next(count for count in few_less if math.ceil(tiles / count) == math.ceil(tiles / best)), False
 
 
-def _time(programs: int, tiles: float, count: int, ctas: int, processors: int) -> float:
-    """Of programs with so many tiles each, in tiles of a full GPU; merging `count` parts included."""
+def _time(count: int, pairs: int, tiles: float, ctas: int, processors: int) -> float:
+    """Of `count` parts of each pair's tiles, in tiles of a full GPU; merging included."""
+    programs, share = pairs * count, tiles / count
     waves, rest = divmod(programs, ctas * processors)
-    time = waves * (START + tiles)
+    time = waves * (START + share)
     if rest:
-        time += START + tiles * (ALONE if rest <= processors < ctas * processors else 1.0)
+        time += START + share * (ALONE if rest <= processors < ctas * processors else 1.0)
     return time + (MERGE + MERGE_PART * programs / processors if count > 1 else 0.0)
